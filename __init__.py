@@ -1,0 +1,3 @@
+"""unimoe: multimodal Mixture-of-Experts models of your own, native to Hugging Face transformers."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,237 @@
+"""Connectors: they turn the states of a frozen tower into embeddings of the decoder.
+
+Three kinds, chosen by `UniMoeConnectorConfig.type`, with one signature: states [batch, positions, input_size] in,
+embeddings [batch, tokens, output_size] out.
+
+    mlp             one embedding per position (or per pooled position): LLaVA's projector
+    query_decoder   learned queries through a Whisper decoder that attends to the states: Uni-MoE's speech connector
+    qformer         learned queries through a BLIP-2 Q-Former: Uni-MoE's audio connector
+"""
+
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, WhisperConfig
+from transformers import initialization as init
+from transformers.models.whisper.modeling_whisper import WhisperDecoder
+
+from .errors_unimoe import ConfigurationError
+
+# A configuration comes from strangers: these caps keep a hostile one from asking for a terabyte.
+_LARGEST = {
+    "decoder_layers": 1024,
+    "num_hidden_layers": 1024,
+    "decoder_ffn_dim": 1 << 20,
+    "intermediate_size": 1 << 20,
+    "max_target_positions": 1 << 16,
+    "hidden_size": 65_536,
+}
+
+# A query decoder has no vocabulary (see QueryDecoderConnector); one row is the least that a WhisperConfig describes.
+_NO_VOCABULARY = {
+    "vocab_size": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "decoder_start_token_id": 0,
+}
+
+
+class ConnectorConfig(Protocol):
+    """The fields that a connector reads; `UniMoeConnectorConfig` has them."""
+
+    type: str
+    input_size: int
+    output_size: int
+    depth: int
+    num_tokens: int | None
+    output_norm: bool
+    decoder_config: dict[str, Any] | None
+    qformer_config: dict[str, Any] | None
+
+
+class UniMoeConnectorRMSNorm(nn.Module):
+    """RMSNorm computed in fp32. Its weight sets the scale at which connected features enter the decoder."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = hidden_states.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(hidden_states.dtype)
+
+
+class UniMoeConnector(nn.Module):
+    """What the three kinds share: `output_norm` and the order of steps."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.output_norm = UniMoeConnectorRMSNorm(config.output_size) if config.output_norm else nn.Identity()
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Connects one batch of tower states.
+
+        Args:
+            states: float [batch, positions, input_size], any float dtype.
+
+        Returns:
+            [batch, tokens, output_size] in the connector's dtype. tokens = `num_tokens`, or positions for an "mlp"
+            without `num_tokens`.
+        """
+        return self.output_norm(self.connect(states))
+
+    def connect(self, states: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not define connect().")
+
+
+class MlpConnector(UniMoeConnector):
+    """`depth` linear layers with exact GELU between them; the positions are average-pooled to `num_tokens` first."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__(config)
+        self.num_tokens = config.num_tokens
+        widths = [config.input_size] + [config.output_size] * config.depth
+        self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in pairwise(widths))
+
+    def connect(self, states: torch.Tensor) -> torch.Tensor:
+        weight = self.layers[0].weight
+        # A quantised layer stores integers and takes any float input.
+        if weight.is_floating_point():
+            states = states.to(weight.dtype)
+        if self.num_tokens is not None:
+            states = functional.adaptive_avg_pool1d(states.transpose(1, 2), self.num_tokens).transpose(1, 2)
+        states = self.layers[0](states)
+        for layer in self.layers[1:]:
+            states = layer(functional.gelu(states))
+        return states
+
+
+class QueryDecoderConnector(UniMoeConnector):
+    """Learned queries through a full Whisper decoder, then one linear layer (Uni-MoE's speech connector).
+
+    The queries take the place of word embeddings: they get the decoder's positions 0..N-1, attend causally to each
+    other and freely to the tower's states.
+    """
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__(config)
+        decoder_config = _whisper_decoder_config(config)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_tokens, decoder_config.d_model))
+        self.decoder = WhisperDecoder(decoder_config)
+        # Queries replace the vocabulary: a 51865-row table that nothing reads would be saved, loaded and optimised.
+        self.decoder.embed_tokens = nn.Identity()
+        self.projector = nn.Linear(decoder_config.d_model, config.output_size)
+
+    def connect(self, states: torch.Tensor) -> torch.Tensor:
+        queries = self.query_tokens.expand(states.shape[0], -1, -1)
+        decoded = self.decoder(
+            inputs_embeds=queries, encoder_hidden_states=states.to(queries.dtype), use_cache=False, return_dict=True
+        )
+        return self.projector(decoded.last_hidden_state)
+
+
+class QFormerConnector(UniMoeConnector):
+    """Learned queries through a BLIP-2 Q-Former that attends to all states, then one linear layer (Uni-MoE's audio)."""
+
+    def __init__(self, config: ConnectorConfig) -> None:
+        super().__init__(config)
+        qformer_config = _qformer_config(config)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_tokens, qformer_config.hidden_size))
+        self.qformer = Blip2QFormerModel(qformer_config)
+        self.projector = nn.Linear(qformer_config.hidden_size, config.output_size)
+
+    def connect(self, states: torch.Tensor) -> torch.Tensor:
+        queries = self.query_tokens.expand(states.shape[0], -1, -1)
+        attended = self.qformer(query_embeds=queries, encoder_hidden_states=states.to(queries.dtype), return_dict=True)
+        return self.projector(attended.last_hidden_state)
+
+
+CONNECTORS: dict[str, type[UniMoeConnector]] = {
+    "mlp": MlpConnector,
+    "query_decoder": QueryDecoderConnector,
+    "qformer": QFormerConnector,
+}
+
+
+def build_connector(config: ConnectorConfig) -> UniMoeConnector:
+    """Builds the connector that `config.type` names, with the attention implementation set on `config`.
+
+    Raises:
+        ConfigurationError: the type is unknown, or the sizes inside do not fit the tower and the number of queries.
+    """
+    if config.type not in CONNECTORS:
+        raise ConfigurationError(f"The connector type is {config.type!r}; choose one of {sorted(CONNECTORS)}.")
+    return CONNECTORS[config.type](config)
+
+
+def init_connector_weights(module: nn.Module, initializer_range: float = 0.02) -> None:
+    """Initialises the raw parameters of a connector; for a model's `_init_weights`, which sees every module.
+
+    Linear layers and norms are covered by `PreTrainedModel._init_weights`; other modules are left alone.
+    """
+    if isinstance(module, QueryDecoderConnector):
+        init.zeros_(module.query_tokens)
+    elif isinstance(module, QFormerConnector):
+        # Uni-MoE starts from zeros here too, but the Q-Former has no positions and normalises its queries first: equal
+        # zero rows meet a LayerNorm with eps 1e-12, whose gradient is a million times that of the other weights.
+        init.normal_(module.query_tokens, mean=0.0, std=initializer_range)
+
+
+def _whisper_decoder_config(config: ConnectorConfig) -> WhisperConfig:
+    if config.decoder_config is None:
+        raise ConfigurationError(
+            "A 'query_decoder' connector has no decoder_config: give the WhisperConfig fields of its decoder "
+            "(d_model, decoder_layers, decoder_attention_heads, decoder_ffn_dim, max_target_positions)."
+        )
+    decoder = WhisperConfig(**{**config.decoder_config, **_NO_VOCABULARY})
+    _cap("decoder_config", decoder, ("decoder_layers", "decoder_ffn_dim", "max_target_positions"))
+    if decoder.d_model != config.input_size:
+        raise ConfigurationError(
+            f"decoder_config.d_model is {decoder.d_model} but the connector's input_size is {config.input_size}; a "
+            "Whisper decoder attends to states of its own width, so make them equal."
+        )
+    if config.num_tokens > decoder.max_target_positions:
+        raise ConfigurationError(
+            f"num_tokens is {config.num_tokens} but the decoder has {decoder.max_target_positions} positions: lower "
+            "num_tokens or raise decoder_config.max_target_positions."
+        )
+    decoder._attn_implementation = getattr(config, "_attn_implementation", None)
+    return decoder
+
+
+def _qformer_config(config: ConnectorConfig) -> Blip2QFormerConfig:
+    fields = {"encoder_hidden_size": config.input_size, **(config.qformer_config or {})}
+    qformer = Blip2QFormerConfig(**fields)
+    _cap("qformer_config", qformer, ("num_hidden_layers", "intermediate_size", "hidden_size"))
+    if qformer.encoder_hidden_size != config.input_size:
+        raise ConfigurationError(
+            f"qformer_config.encoder_hidden_size is {qformer.encoder_hidden_size} but the connector's input_size is "
+            f"{config.input_size}: make them equal or leave encoder_hidden_size out."
+        )
+    qformer._attn_implementation = getattr(config, "_attn_implementation", None)
+    return qformer
+
+
+def _cap(owner: str, config: Any, fields: tuple[str, ...]) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        if not 1 <= value <= _LARGEST[field]:
+            raise ConfigurationError(f"{owner}.{field} is {value!r}; it must be between 1 and {_LARGEST[field]}.")
+
+
+__all__ = [
+    "CONNECTORS",
+    "MlpConnector",
+    "QFormerConnector",
+    "QueryDecoderConnector",
+    "UniMoeConnector",
+    "UniMoeConnectorRMSNorm",
+    "build_connector",
+    "init_connector_weights",
+]

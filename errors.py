@@ -1,0 +1,38 @@
+"""Every exception that unimoe raises on purpose, in one place.
+
+Those of the Hub-bound files are defined beside the code that raises them, because these files travel alone.
+"""
+
+from .modeling_unimoe.errors_unimoe import ConfigurationError, ModalityError, UniMoeError
+
+
+class DataError(UniMoeError):
+    """A training or evaluation sample is missing, unreadable or inconsistent."""
+
+
+class RecipeError(UniMoeError):
+    """A recipe file holds an unknown field or an impossible value."""
+
+
+class CheckpointError(UniMoeError):
+    """A checkpoint is incomplete, damaged or belongs to another run."""
+
+
+class ConversionError(UniMoeError):
+    """A source model cannot be converted, or its receipt does not add up."""
+
+
+class PartError(UniMoeError):
+    """An encoder or language model could not be had from any source."""
+
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "ConversionError",
+    "DataError",
+    "ModalityError",
+    "PartError",
+    "RecipeError",
+    "UniMoeError",
+]

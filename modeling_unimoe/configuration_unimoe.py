@@ -1,0 +1,409 @@
+"""Configuration of a Uni-MoE model: one decoder, optional towers, one connector per modality, routing as data."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.models.auto import modeling_auto
+
+from .configuration_unimoe_beats import UniMoeBeatsConfig
+from .errors_unimoe import ConfigurationError
+
+# The position of a name in this tuple is its id in `mm_token_type_ids`.
+# "speech" is audio that went through the speech tower, "sound" audio that went through the sound branch.
+MODALITIES = ("text", "image", "video", "speech", "sound")
+
+# A configuration comes from strangers: these caps keep a hostile one from asking for a terabyte.
+MAX_EXPERTS = 4096
+MAX_LAYERS = 1024
+MAX_HIDDEN_SIZE = 65_536
+MAX_INTERMEDIATE_SIZE = 1 << 20
+MAX_VOCAB_SIZE = 1 << 24
+MAX_HEADS = 4096
+
+
+def _require_range(owner: str, field: str, value: float, low: float, high: float) -> None:
+    if not (low <= value <= high):
+        raise ConfigurationError(f"{owner}.{field} is {value!r}; it must be between {low} and {high}.")
+
+
+@dataclass(frozen=True)
+class RouterGroup:
+    """One routing group: the experts that the tokens of some modalities may choose from."""
+
+    name: str
+    experts: tuple[int, ...]
+    modalities: tuple[str, ...]
+
+
+@strict
+class UniMoeTextConfig(PreTrainedConfig):
+    r"""The decoder: LLaMA-family, dense or sparse.
+
+    Args:
+        head_dim: size of one attention head; `hidden_size // num_attention_heads` when absent.
+        attention_bias: biases on the q, k and v projections (Qwen2). `attention_output_bias` adds one to o_proj.
+        use_qk_norm: RMSNorm on each query and key head before RoPE (Qwen3).
+        sliding_window: attention span in tokens on every layer; None attends to everything.
+        num_experts: experts in each sparse layer; 0 makes a dense decoder.
+        num_experts_per_tok: experts that each token uses.
+        moe_intermediate_size: FFN width of one expert; `intermediate_size` when absent.
+        sparse_layers: 0-based indices of the layers whose FFN is sparse; None means every layer.
+        expert_groups: group name -> ids of the experts its tokens may choose from. Groups may overlap (MoIIE's shared
+            experts). None means one group that holds every expert (Uni-MoE).
+        modality_groups: modality name (see `MODALITIES`) -> group name. Needed with `expert_groups` unless the
+            groups are named after the modalities.
+        router_scoring: how logits become weights, over the experts of the token's group.
+        norm_topk_prob: divide the chosen weights by their sum.
+        router_jitter_noise: relative size of the multiplicative uniform noise on the router's input, training only.
+        router_aux_loss_coef: weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6).
+        router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
+    """
+
+    model_type = "unimoe_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_local_experts": "num_experts"}
+    default_theta = 10_000.0
+
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32_000
+    hidden_size: int = 4096
+    intermediate_size: int = 11_008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: float | int = 0.0
+    use_qk_norm: bool = False
+    sliding_window: int | None = None
+
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    sparse_layers: list[int] | None = None
+    expert_groups: dict[str, list[int]] | None = None
+    modality_groups: dict[str, str] | None = None
+    router_scoring: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    router_jitter_noise: float | int = 0.0
+    router_aux_loss_coef: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
+    output_router_logits: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.sparse_layers is None:
+            self.sparse_layers = list(range(self.num_hidden_layers)) if self.num_experts else []
+        self._check_sizes()
+        self._check_routing()
+        super().__post_init__(**kwargs)
+
+    @property
+    def router_groups(self) -> list[RouterGroup]:
+        """The routing groups in gate-row order; one group "all" when `expert_groups` is None."""
+        if self.expert_groups is None:
+            return [RouterGroup("all", tuple(range(self.num_experts)), MODALITIES)]
+        members: dict[str, list[str]] = {name: [] for name in self.expert_groups}
+        for modality in MODALITIES:
+            members[self._group_of(modality)].append(modality)
+        return [RouterGroup(name, tuple(ids), tuple(members[name])) for name, ids in self.expert_groups.items()]
+
+    @property
+    def group_of_modality(self) -> list[int]:
+        """Index into `router_groups` for each modality id."""
+        if self.expert_groups is None:
+            return [0] * len(MODALITIES)
+        names = list(self.expert_groups)
+        return [names.index(self._group_of(modality)) for modality in MODALITIES]
+
+    def is_sparse(self, layer_index: int) -> bool:
+        return layer_index in self.sparse_layers
+
+    def _group_of(self, modality: str) -> str:
+        group = (self.modality_groups or {}).get(modality, modality)
+        if group not in self.expert_groups:
+            raise ConfigurationError(
+                f"UniMoeTextConfig.modality_groups sends {modality!r} to {group!r}, which is not in expert_groups "
+                f"({sorted(self.expert_groups)}). Give every modality of {MODALITIES} a group that exists."
+            )
+        return group
+
+    def _check_sizes(self) -> None:
+        owner = "UniMoeTextConfig"
+        for field, high in (
+            ("vocab_size", MAX_VOCAB_SIZE),
+            ("hidden_size", MAX_HIDDEN_SIZE),
+            ("intermediate_size", MAX_INTERMEDIATE_SIZE),
+            ("moe_intermediate_size", MAX_INTERMEDIATE_SIZE),
+            ("num_hidden_layers", MAX_LAYERS),
+            ("num_attention_heads", MAX_HEADS),
+            ("num_key_value_heads", MAX_HEADS),
+            ("head_dim", MAX_HIDDEN_SIZE),
+            ("max_position_embeddings", 1 << 31),
+        ):
+            _require_range(owner, field, getattr(self, field), 1, high)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigurationError(
+                f"{owner}.num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})."
+            )
+        if self.sliding_window is not None:
+            _require_range(owner, "sliding_window", self.sliding_window, 1, 1 << 31)
+        for field in ("initializer_range", "rms_norm_eps", "attention_dropout"):
+            _require_range(owner, field, getattr(self, field), 0, 1)
+
+    def _check_routing(self) -> None:
+        owner = "UniMoeTextConfig"
+        _require_range(owner, "num_experts", self.num_experts, 0, MAX_EXPERTS)
+        for field in ("router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef"):
+            if not math.isfinite(getattr(self, field)) or getattr(self, field) < 0:
+                raise ConfigurationError(f"{owner}.{field} is {getattr(self, field)!r}; it must be finite and >= 0.")
+        wrong = [i for i in self.sparse_layers if not 0 <= i < self.num_hidden_layers]
+        if wrong or len(set(self.sparse_layers)) != len(self.sparse_layers):
+            raise ConfigurationError(
+                f"{owner}.sparse_layers is {self.sparse_layers}; it must list different layers between 0 and "
+                f"{self.num_hidden_layers - 1}."
+            )
+        if not self.num_experts:
+            if self.sparse_layers:
+                raise ConfigurationError(f"{owner}.sparse_layers is {self.sparse_layers} but num_experts is 0.")
+            return
+        for name, experts in (self.expert_groups or {}).items():
+            self._check_group(name, experts)
+        smallest = min(len(group.experts) for group in self.router_groups)
+        if not 1 <= self.num_experts_per_tok <= smallest:
+            raise ConfigurationError(
+                f"{owner}.num_experts_per_tok is {self.num_experts_per_tok}; it must be between 1 and {smallest}, "
+                "the number of experts in the smallest group."
+            )
+        unused = set(range(self.num_experts)) - {i for group in self.router_groups for i in group.experts}
+        if unused:
+            raise ConfigurationError(f"{owner}.expert_groups names no group for experts {sorted(unused)}: add them.")
+
+    def _check_group(self, name: str, experts: list[int]) -> None:
+        if not experts or len(set(experts)) != len(experts) or not set(experts) <= set(range(self.num_experts)):
+            raise ConfigurationError(
+                f"UniMoeTextConfig.expert_groups[{name!r}] is {experts}; it must list different experts between 0 "
+                f"and {self.num_experts - 1}."
+            )
+
+
+@strict
+class UniMoeConnectorConfig(PreTrainedConfig):
+    r"""Maps the states of one frozen tower to embeddings of the decoder.
+
+    Args:
+        type: "mlp" (LLaVA's mlpNx_gelu), "query_decoder" (learned queries through a Whisper decoder, Uni-MoE section
+            on speech) or "qformer" (learned queries through a BLIP-2 Q-Former).
+        input_size, output_size: widths of the tower's states and of the decoder's embeddings.
+        depth: linear layers of "mlp"; 1 is a single projection.
+        num_tokens: embeddings per item: the number of queries, or for "mlp" the length to which the positions are
+            average-pooled (None keeps one embedding per position).
+        output_norm: end with an RMSNorm, so that connected features start at the scale of word embeddings.
+        decoder_config: `WhisperConfig` fields of "query_decoder".
+        qformer_config: `Blip2QFormerConfig` fields of "qformer".
+    """
+
+    model_type = "unimoe_connector"
+
+    type: Literal["mlp", "query_decoder", "qformer"] = "mlp"
+    input_size: int = 1024
+    output_size: int = 4096
+    depth: int = 2
+    num_tokens: int | None = None
+    output_norm: bool = False
+    decoder_config: dict | None = None
+    qformer_config: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for field in ("input_size", "output_size"):
+            _require_range("UniMoeConnectorConfig", field, getattr(self, field), 1, MAX_HIDDEN_SIZE)
+        _require_range("UniMoeConnectorConfig", "depth", self.depth, 1, 16)
+        if self.num_tokens is not None:
+            _require_range("UniMoeConnectorConfig", "num_tokens", self.num_tokens, 1, 1 << 16)
+        elif self.type != "mlp":
+            raise ConfigurationError(
+                f"UniMoeConnectorConfig.num_tokens is None; type {self.type!r} needs a number of queries (Uni-MoE: 50)."
+            )
+        super().__post_init__(**kwargs)
+
+
+@strict
+class UniMoeConfig(PreTrainedConfig):
+    r"""A decoder with any subset of towers. A tower that is None does not exist; a connector without its tower is an error.
+
+    Args:
+        text_config: the decoder.
+        vision_config: any vision encoder that `AutoModel` knows; serves images and video frames.
+        speech_config: a Whisper configuration (its encoder is the tower) or any other `AutoModel` audio encoder.
+        audio_config: the sound encoder, `UniMoeBeatsConfig` or any other. None together with a `sound_connector` means
+            that the sound connector reads the speech tower's states.
+        image_connector, video_connector, speech_connector, sound_connector: `UniMoeConnectorConfig`, one per branch.
+            Without a video_connector video frames go through the image connector (Uni-MoE).
+        image_token_id, video_token_id, audio_token_id, sound_token_id: placeholder ids; one placeholder per feature.
+            audio_token_id marks speech-tower features, sound_token_id those of the sound branch.
+        vision_feature_layer: index into the vision tower's hidden states.
+        vision_feature_select_strategy: "patch" drops the first (class) token, "full" keeps it.
+        vision_token_grid: average-pool the tower's square map to N x N positions before the connector; None keeps it.
+        video_pooling: "mean" averages the frames after the connector (Uni-MoE), "none" keeps every frame's tokens.
+        video_num_frames: frames that the processor samples per video.
+        freeze_towers: towers start with `requires_grad=False`; a frozen tower runs without grad and in eval mode.
+    """
+
+    model_type = "unimoe"
+    sub_configs = {
+        "text_config": UniMoeTextConfig,
+        "vision_config": AutoConfig,
+        "speech_config": AutoConfig,
+        "audio_config": AutoConfig,
+        "image_connector": UniMoeConnectorConfig,
+        "video_connector": UniMoeConnectorConfig,
+        "speech_connector": UniMoeConnectorConfig,
+        "sound_connector": UniMoeConnectorConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    speech_config: dict | PreTrainedConfig | None = None
+    audio_config: dict | PreTrainedConfig | None = None
+    image_connector: dict | PreTrainedConfig | None = None
+    video_connector: dict | PreTrainedConfig | None = None
+    speech_connector: dict | PreTrainedConfig | None = None
+    sound_connector: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    audio_token_id: int | None = None
+    sound_token_id: int | None = None
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["patch", "full"] = "patch"
+    vision_token_grid: int | None = None
+    video_pooling: Literal["mean", "none"] = "mean"
+    video_num_frames: int = 8
+    freeze_towers: bool = True
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None:
+            self.text_config = UniMoeTextConfig()
+        for field, config_class in self.sub_configs.items():
+            value = getattr(self, field)
+            if isinstance(value, dict):
+                setattr(self, field, _build_sub_config(field, config_class, value))
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        self._check_branches()
+        self._check_tokens()
+        if self.vision_token_grid is not None:
+            _require_range("UniMoeConfig", "vision_token_grid", self.vision_token_grid, 1, 256)
+        _require_range("UniMoeConfig", "video_num_frames", self.video_num_frames, 1, 4096)
+        super().__post_init__(**kwargs)
+
+    @property
+    def placeholder_ids(self) -> dict[str, int | None]:
+        """Placeholder token id of each media modality, None where it has none."""
+        return {
+            "image": self.image_token_id,
+            "video": self.video_token_id,
+            "speech": self.audio_token_id,
+            "sound": self.sound_token_id,
+        }
+
+    def _check_branches(self) -> None:
+        for tower, connectors in (
+            ("vision_config", ("image_connector",)),
+            ("speech_config", ("speech_connector", "sound_connector")),
+        ):
+            if getattr(self, tower) is not None and all(getattr(self, name) is None for name in connectors):
+                raise ConfigurationError(f"UniMoeConfig.{tower} is set but {connectors[0]} is None: give it one.")
+        for connector, towers in (
+            ("image_connector", ("vision_config",)),
+            ("video_connector", ("vision_config",)),
+            ("speech_connector", ("speech_config",)),
+            ("sound_connector", ("audio_config", "speech_config")),
+        ):
+            if getattr(self, connector) is None:
+                continue
+            if all(getattr(self, tower) is None for tower in towers):
+                raise ConfigurationError(f"UniMoeConfig.{connector} is set but {' and '.join(towers)} is None.")
+            if getattr(self, connector).output_size != self.text_config.hidden_size:
+                raise ConfigurationError(
+                    f"UniMoeConfig.{connector}.output_size is {getattr(self, connector).output_size}; it must equal "
+                    f"text_config.hidden_size ({self.text_config.hidden_size})."
+                )
+        if self.audio_config is not None and self.sound_connector is None:
+            raise ConfigurationError("UniMoeConfig.audio_config is set but sound_connector is None: give it one.")
+
+    def _check_tokens(self) -> None:
+        needed = {
+            "image_token_id": self.image_connector,
+            "audio_token_id": self.speech_connector,
+            "sound_token_id": self.sound_connector,
+        }
+        for field, connector in needed.items():
+            if connector is not None and getattr(self, field) is None:
+                raise ConfigurationError(f"UniMoeConfig.{field} is None but its connector exists: set the token's id.")
+        used = [i for i in self.placeholder_ids.values() if i is not None]
+        if len(set(used)) != len(used) or any(i < 0 for i in used):
+            raise ConfigurationError(f"UniMoeConfig's placeholder ids are {used}; they must be different and >= 0.")
+
+
+def _build_sub_config(field: str, config_class: type, value: dict[str, Any]) -> PreTrainedConfig:
+    if config_class is not AutoConfig:
+        return config_class(**value)
+    fields = dict(value)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ConfigurationError(f"UniMoeConfig.{field} has no model_type: name the encoder's, e.g. 'whisper'.")
+    if model_type == UniMoeBeatsConfig.model_type:
+        return UniMoeBeatsConfig(**fields)
+    return AutoConfig.for_model(model_type, **fields)
+
+
+# `transformers serve` decides by this table whether a model takes more than text; Auto classes do not fill it.
+modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("unimoe", "UniMoeForCausalLM")
+
+__all__ = ["MODALITIES", "RouterGroup", "UniMoeConfig", "UniMoeConnectorConfig", "UniMoeTextConfig"]

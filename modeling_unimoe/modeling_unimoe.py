@@ -1,0 +1,549 @@
+"""Uni-MoE: frozen towers, one connector per modality, a sparse decoder.
+
+A batch flows encode -> connect -> merge at the placeholders -> decode -> head. All media of a batch are flat, in the
+order of their placeholders, and every item of a modality yields the same number of features.
+
+Every input may be given raw (`pixel_values`, ...) or as the states of its frozen tower (`image_encoder_states`, ...),
+which `encode_image` and its siblings return; training from cached states skips the towers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .configuration_unimoe import MODALITIES, UniMoeConfig, UniMoeConnectorConfig
+from .connectors_unimoe import build_connector, init_connector_weights
+from .errors_unimoe import ModalityError
+from .losses_unimoe import load_balancing_loss, router_z_loss
+from .modeling_unimoe_beats import UniMoeBeatsModel
+from .modeling_unimoe_text import UniMoeTextModel
+
+# Inputs that belong to media rather than to token positions, by modality.
+MEDIA_INPUTS = {
+    "image": ("pixel_values", "image_encoder_states"),
+    "video": ("pixel_values_videos", "video_encoder_states"),
+    "speech": ("speech_features", "speech_encoder_states"),
+    "sound": ("audio_features", "audio_padding_mask", "sound_encoder_states"),
+}
+
+
+@dataclass
+class UniMoeModelOutputWithPast(ModelOutput):
+    """Output of `UniMoeModel`; `mm_token_type_ids` is the modality id of every position, [B, S]."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    mm_token_type_ids: torch.LongTensor | None = None
+
+
+@dataclass
+class UniMoeCausalLMOutputWithPast(ModelOutput):
+    """Output of `UniMoeForCausalLM`.
+
+    loss: ce_loss + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss (scalars, float32).
+    ce_loss, aux_loss, z_loss: its parts, unweighted; aux_loss is 1 for an even load.
+    logits: [B, S, vocab]; router_logits: one [B * S, gate rows] tensor per sparse layer.
+    """
+
+    loss: torch.FloatTensor | None = None
+    ce_loss: torch.FloatTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
+    z_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+class UniMoePreTrainedModel(PreTrainedModel):
+    config: UniMoeConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["UniMoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Connected features are scattered into the text by position, which a static graph cannot capture.
+    _can_compile_fullgraph = False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the decorator in this module's text; the experts are in modeling_unimoe_text.py.
+        return True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; frozen towers come back frozen, which loading alone does not preserve."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.freeze_towers()
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_connector_weights(module, self.config.text_config.initializer_range)
+
+
+def build_tower(config: PreTrainedConfig | None) -> PreTrainedModel | None:
+    """The encoder of a tower configuration; of a Whisper model only its encoder."""
+    if config is None:
+        return None
+    if config.model_type == "whisper":
+        return WhisperEncoder(config)
+    if config.model_type == "unimoe_beats":
+        return UniMoeBeatsModel(config)
+    return AutoModel.from_config(config)
+
+
+class UniMoeModel(UniMoePreTrainedModel):
+    """Towers, connectors and decoder, without a language-modelling head."""
+
+    def __init__(self, config: UniMoeConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = build_tower(config.vision_config)
+        self.speech_tower = build_tower(config.speech_config)
+        self.audio_tower = build_tower(config.audio_config)
+        self.image_connector = _build_optional_connector(config.image_connector)
+        self.video_connector = _build_optional_connector(config.video_connector)
+        self.speech_connector = _build_optional_connector(config.speech_connector)
+        self.sound_connector = _build_optional_connector(config.sound_connector)
+        self.language_model = UniMoeTextModel(config.text_config)
+        self.freeze_towers()
+        self.post_init()
+
+    def freeze_towers(self) -> None:
+        """Take the towers out of training, if the configuration says so."""
+        if self.config.freeze_towers:
+            for tower in self.towers():
+                tower.requires_grad_(False)
+
+    def towers(self) -> list[PreTrainedModel]:
+        return [tower for tower in (self.vision_tower, self.speech_tower, self.audio_tower) if tower is not None]
+
+    def train(self, mode: bool = True) -> "UniMoeModel":
+        """As usual, except that frozen towers stay in eval mode: batch norms and dropout must not move them."""
+        super().train(mode)
+        for tower in self.towers():
+            if not _is_trainable(tower):
+                tower.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """States [n, P, C] of the vision tower for images [n, 3, H, W], pooled to the token grid."""
+        tower = self._require(self.vision_tower, "image", "vision_config")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
+            outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, return_dict=True)
+            states = outputs.hidden_states[self.config.vision_feature_layer]
+            return self._pool_grid(states)
+
+    def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
+        """States [n, F, P, C] of the vision tower for videos [n, F, 3, H, W]."""
+        states = self.encode_image(pixel_values_videos.flatten(0, 1))
+        return states.unflatten(0, pixel_values_videos.shape[:2])
+
+    def encode_speech(self, speech_features: torch.Tensor) -> torch.Tensor:
+        """States [n, T, C] of the speech tower for log-mel windows [n, mels, frames]."""
+        tower = self._require(self.speech_tower, "audio", "speech_config")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
+            return tower(speech_features.to(tower.dtype), return_dict=True).last_hidden_state
+
+    def encode_sound(
+        self, audio_features: torch.Tensor, audio_padding_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """States [n, T, C] of the sound tower for filter-bank windows [n, frames, mels].
+
+        audio_padding_mask is bool [n, samples], True on padding; only BEATs takes it.
+        """
+        tower = self._require(self.audio_tower, "audio", "audio_config")
+        kwargs = {} if audio_padding_mask is None else {"padding_mask": audio_padding_mask}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
+            return tower(audio_features.to(tower.dtype), return_dict=True, **kwargs).last_hidden_state
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, image_encoder_states: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Tower states and, in `pooler_output`, connected features [n, N, H] of images."""
+        states = self.encode_image(pixel_values) if image_encoder_states is None else image_encoder_states
+        return _connect(self.image_connector, states)
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_encoder_states: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Tower states and, in `pooler_output`, connected features of videos.
+
+        [n, N, H] with `video_pooling="mean"` (frames averaged after the connector, Uni-MoE), else [n, F * N, H].
+        """
+        states = self.encode_video(pixel_values_videos) if video_encoder_states is None else video_encoder_states
+        connector = self.image_connector if self.video_connector is None else self.video_connector
+        output = _connect(connector, states.flatten(0, 1))
+        features = output.pooler_output.unflatten(0, states.shape[:2])
+        output.pooler_output = features.mean(dim=1) if self.config.video_pooling == "mean" else features.flatten(1, 2)
+        return output
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        speech_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
+        audio_padding_mask: torch.Tensor | None = None,
+        speech_encoder_states: torch.Tensor | None = None,
+        sound_encoder_states: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Tower states and connected features [n, N, H] of audio windows, of one branch.
+
+        speech_features or speech_encoder_states select the speech branch, the others the sound branch. To get both,
+        call it once per branch.
+        """
+        if speech_features is not None or speech_encoder_states is not None:
+            states = self.encode_speech(speech_features) if speech_encoder_states is None else speech_encoder_states
+            return _connect(self.speech_connector, states)
+        if sound_encoder_states is None:
+            sound_encoder_states = self.encode_sound(audio_features, audio_padding_mask)
+        return _connect(self.sound_connector, sound_encoder_states)
+
+    def media_features(self, **media: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Connected features by modality, for the media that are there."""
+        media = {name: value for name, value in media.items() if value is not None}
+        given = {m: {k: media[k] for k in names if k in media} for m, names in MEDIA_INPUTS.items()}
+        if "speech_features" in given["speech"]:
+            given["speech"] = {"speech_encoder_states": self.encode_speech(media["speech_features"])}
+        if self._sound_reads_speech_tower and not given["sound"] and given["speech"]:
+            given["sound"] = {"sound_encoder_states": given["speech"]["speech_encoder_states"]}
+        get = {"image": self.get_image_features, "video": self.get_video_features}
+        features = {}
+        for modality, inputs in given.items():
+            if not inputs or (modality == "speech" and self.speech_connector is None):
+                continue
+            features[modality] = get.get(modality, self.get_audio_features)(**inputs).pooler_output
+        return features
+
+    def modality_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """Modality id of every position, from its placeholder token; int64, shape of input_ids."""
+        ids = torch.zeros_like(input_ids)
+        for modality, token_id in self.config.placeholder_ids.items():
+            if token_id is not None:
+                ids = ids.masked_fill(input_ids == token_id, MODALITIES.index(modality))
+        return ids
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        speech_features: torch.FloatTensor | None = None,
+        audio_features: torch.FloatTensor | None = None,
+        audio_padding_mask: torch.BoolTensor | None = None,
+        image_encoder_states: torch.FloatTensor | None = None,
+        video_encoder_states: torch.FloatTensor | None = None,
+        speech_encoder_states: torch.FloatTensor | None = None,
+        sound_encoder_states: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UniMoeModelOutputWithPast:
+        """Run the model; shapes of the media as in `encode_*`.
+
+        Raises:
+            ModalityError: media without tower, or a number of features that differs from the placeholders.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        features = self.media_features(
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            speech_features=speech_features,
+            audio_features=audio_features,
+            audio_padding_mask=audio_padding_mask,
+            image_encoder_states=image_encoder_states,
+            video_encoder_states=video_encoder_states,
+            speech_encoder_states=speech_encoder_states,
+            sound_encoder_states=sound_encoder_states,
+        )
+        if input_ids is not None:
+            mm_token_type_ids = self.modality_ids(input_ids)
+            inputs_embeds = self._embed(input_ids, mm_token_type_ids)
+        elif features and mm_token_type_ids is None:
+            raise ModalityError(
+                "inputs_embeds with media need mm_token_type_ids to say where the media go: give them."
+            )
+        inputs_embeds = _merge(inputs_embeds, mm_token_type_ids, features)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            mm_token_type_ids=mm_token_type_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return UniMoeModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.get("router_logits"),
+            mm_token_type_ids=mm_token_type_ids,
+        )
+
+    @property
+    def _sound_reads_speech_tower(self) -> bool:
+        return self.sound_connector is not None and self.audio_tower is None
+
+    def _embed(self, input_ids: torch.LongTensor, mm_token_type_ids: torch.LongTensor) -> torch.Tensor:
+        # Placeholders are replaced anyway, and their ids may lie outside the embedding table.
+        return self.get_input_embeddings()(input_ids.masked_fill(mm_token_type_ids > 0, 0))
+
+    def _require(self, tower: PreTrainedModel | None, kind: str, field: str) -> PreTrainedModel:
+        if tower is None:
+            raise ModalityError(
+                f"This model got {kind} input but has no tower for it ({field} is None): leave it out."
+            )
+        return tower
+
+    def _pool_grid(self, states: torch.Tensor) -> torch.Tensor:
+        """[n, C, h, w] maps or [n, P, C] patches -> [n, positions, C]."""
+        if states.dim() == 4:
+            maps = states
+        else:
+            if self.config.vision_feature_select_strategy == "patch":
+                states = states[:, 1:]
+            if self.config.vision_token_grid is None:
+                return states
+            side = round(states.shape[1] ** 0.5)
+            maps = states.transpose(1, 2).unflatten(2, (side, side))
+        if self.config.vision_token_grid is not None:
+            maps = nn.functional.adaptive_avg_pool2d(maps, self.config.vision_token_grid)
+        return maps.flatten(2).transpose(1, 2)
+
+
+class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
+    """The model with its head: text out, any mix of text, images, videos and audio in."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: UniMoeConfig) -> None:
+        super().__init__(config)
+        self.model = UniMoeModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
+    def get_audio_features(self, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return self.model.get_audio_features(**kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        speech_features: torch.FloatTensor | None = None,
+        audio_features: torch.FloatTensor | None = None,
+        audio_padding_mask: torch.BoolTensor | None = None,
+        image_encoder_states: torch.FloatTensor | None = None,
+        video_encoder_states: torch.FloatTensor | None = None,
+        speech_encoder_states: torch.FloatTensor | None = None,
+        sound_encoder_states: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UniMoeCausalLMOutputWithPast:
+        """Run the model; arguments as in `UniMoeModel.forward`.
+
+        labels: [B, S] token ids, -100 where nothing is learned. output_router_logits: return them; by default they are
+        also collected, without being returned, when a balance term needs them. logits_to_keep: compute logits of only
+        the last n positions (0 means all), or of the given positions.
+        """
+        text_config = self.config.text_config
+        return_router_logits = (
+            text_config.output_router_logits if output_router_logits is None else output_router_logits
+        )
+        needs_balance = labels is not None and bool(text_config.sparse_layers)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            speech_features=speech_features,
+            audio_features=audio_features,
+            audio_padding_mask=audio_padding_mask,
+            image_encoder_states=image_encoder_states,
+            video_encoder_states=video_encoder_states,
+            speech_encoder_states=speech_encoder_states,
+            sound_encoder_states=sound_encoder_states,
+            use_cache=use_cache,
+            output_router_logits=return_router_logits or needs_balance,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        losses = self._losses(outputs, logits, labels, attention_mask, **kwargs) if labels is not None else {}
+        return UniMoeCausalLMOutputWithPast(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if return_router_logits else None,
+            **losses,
+        )
+
+    def _losses(
+        self,
+        outputs: UniMoeModelOutputWithPast,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        config = self.config.text_config
+        ce_loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+        losses = {"loss": ce_loss, "ce_loss": ce_loss}
+        if not outputs.router_logits:
+            return losses
+        mask_T = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask.reshape(-1)
+        groups = self.model.language_model.token_groups(outputs.last_hidden_state, outputs.mm_token_type_ids)
+        losses["aux_loss"] = load_balancing_loss(
+            outputs.router_logits, config, None if groups is None else groups.reshape(-1), mask_T
+        )
+        losses["z_loss"] = router_z_loss(outputs.router_logits, mask_T)
+        balance = config.router_aux_loss_coef * losses["aux_loss"] + config.router_z_loss_coef * losses["z_loss"]
+        losses["loss"] = ce_loss + balance * _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+        return losses
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Media go in once, with the prompt; every generated token is text."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs.pop("mm_token_type_ids", None)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for names in MEDIA_INPUTS.values():
+                for name in names:
+                    inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+        """Repeat every sample's media together: repeating row by row would interleave a sample's images."""
+        media = {n: model_kwargs.pop(n) for names in MEDIA_INPUTS.values() for n in names if n in model_kwargs}
+        if expand_size > 1 and input_ids is not None:
+            modality_ids = self.model.modality_ids(input_ids)
+            for modality, names in MEDIA_INPUTS.items():
+                for name in (n for n in names if media.get(n) is not None):
+                    media[name] = _repeat_media(media[name], modality_ids == MODALITIES.index(modality), expand_size)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **media}
+
+
+def _build_optional_connector(config: UniMoeConnectorConfig | None) -> nn.Module | None:
+    return None if config is None else build_connector(config)
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _connect(connector: nn.Module | None, states: torch.Tensor) -> BaseModelOutputWithPooling:
+    if connector is None:
+        raise ModalityError("This model has no connector for the given media: leave them out.")
+    return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=connector(states))
+
+
+def _merge(
+    inputs_embeds: torch.Tensor, mm_token_type_ids: torch.Tensor | None, features: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Put each modality's features, in order, at the positions of its placeholders."""
+    for modality, feature in features.items():
+        mask = mm_token_type_ids == MODALITIES.index(modality)
+        # The one host sync per modality buys an error that says what is wrong.
+        places, given = int(mask.sum()), feature.shape[0] * feature.shape[1]
+        if places != given:
+            raise ModalityError(
+                f"The text has {places} {modality} placeholders but the media give {given} features "
+                f"({feature.shape[0]} items of {feature.shape[1]}): use the processor, and do not truncate its output."
+            )
+        feature = feature.to(inputs_embeds.device, inputs_embeds.dtype)
+        inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), feature)
+    return inputs_embeds
+
+
+def _repeat_media(media: torch.Tensor, mask_BS: torch.Tensor, expand_size: int) -> torch.Tensor:
+    places_B = mask_BS.sum(dim=1)
+    tokens_per_item = int(places_B.sum()) // len(media)
+    counts = (places_B // max(tokens_per_item, 1)).tolist()
+    return torch.cat([sample for sample in media.split(counts) for _ in range(expand_size)])
+
+
+def _share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """Share of an accumulated batch that this micro-batch holds, so that balance terms are averaged, not summed."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
+__all__ = ["UniMoeForCausalLM", "UniMoeModel", "UniMoePreTrainedModel"]

@@ -1,0 +1,361 @@
+"""The decoder: LLaMA-family attention, and an FFN that is dense or a sparse mixture of experts, layer by layer.
+
+Experts, attention and decoder live in one file because transformers decides by the text of a model's module whether
+the experts and attention implementations of that model can be chosen.
+
+Shape suffixes: B batch, S sequence, T = B * S tokens, H hidden size, I expert width, E experts, K experts per token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_unimoe import UniMoeTextConfig
+from .routing_unimoe import UniMoeRouter
+
+
+class UniMoeRMSNorm(nn.Module):
+    """Root mean square norm, computed in float32; the weight multiplies after the cast back."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_float = x.float()
+        x_float = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x_float.to(x.dtype)
+
+
+class UniMoeRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary position embeddings, any of transformers' RoPE variants."""
+
+    def __init__(self, config: UniMoeTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: UniMoeTextConfig, **_: Any) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies [head_dim / 2] of plain RoPE and its attention scaling, 1."""
+        positions = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** positions, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate [B, heads, S, head_dim] queries and keys by [B, S, head_dim] cosines and sines."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as two matrix products with a float32 softmax; returns [B, S, heads, head_dim] and the weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class UniMoeAttention(nn.Module):
+    """Grouped-query attention with RoPE; biases, query/key norms and a sliding window are options."""
+
+    def __init__(self, config: UniMoeTextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.sliding_window = config.sliding_window
+        query_size = config.num_attention_heads * self.head_dim
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        if config.use_qk_norm:
+            self.q_norm = UniMoeRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = UniMoeRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(head_shape)
+        key = self.k_proj(hidden_states).view(head_shape)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if self.config.use_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+
+class UniMoeMLP(nn.Module):
+    """The dense SwiGLU feed-forward network."""
+
+    def __init__(self, config: UniMoeTextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x_BSH: torch.Tensor, token_group_BS: torch.Tensor | None = None) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x_BSH)) * self.up_proj(x_BSH))
+
+
+@use_experts_implementation
+class UniMoeExperts(nn.Module):
+    """All experts of a layer as two fused tensors: gate_up_proj [E, 2I, H] (gate rows first) and down_proj [E, H, I]."""
+
+    def __init__(self, config: UniMoeTextConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, x_TH: torch.Tensor, top_k_index_TK: torch.Tensor, top_k_weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """The reference implementation, "eager": one expert after the other. Index E means "no expert"."""
+        y_TH = torch.zeros_like(x_TH)
+        # unbind, not [e]: indexing would make every backward build a full [E, 2I, H] gradient per expert.
+        gate_up_E, down_E = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
+        for expert in range(self.num_experts):
+            token_N, choice_N = torch.where(top_k_index_TK == expert)
+            gate_NI, up_NI = F.linear(x_TH[token_N], gate_up_E[expert]).chunk(2, dim=-1)
+            out_NH = F.linear(self.act_fn(gate_NI) * up_NI, down_E[expert])
+            out_NH = out_NH * top_k_weights_TK[token_N, choice_N, None]
+            y_TH.index_add_(0, token_N, out_NH.to(y_TH.dtype))
+        return y_TH
+
+
+class UniMoeSparseBlock(nn.Module):
+    """A router and its experts, in the place of a dense FFN."""
+
+    def __init__(self, config: UniMoeTextConfig) -> None:
+        super().__init__()
+        self.gate = UniMoeRouter(config)
+        self.experts = UniMoeExperts(config)
+
+    def forward(self, x_BSH: torch.Tensor, token_group_BS: torch.Tensor | None = None) -> torch.Tensor:
+        x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
+        token_group_T = None if token_group_BS is None else token_group_BS.reshape(-1)
+        _, top_k_weights_TK, top_k_index_TK = self.gate(x_TH, token_group_T)
+        return self.experts(x_TH, top_k_index_TK, top_k_weights_TK).view_as(x_BSH)
+
+
+class UniMoeDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: UniMoeTextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = UniMoeAttention(config, layer_idx)
+        self.mlp = UniMoeSparseBlock(config) if config.is_sparse(layer_idx) else UniMoeMLP(config)
+        self.input_layernorm = UniMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = UniMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        token_groups: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_groups)
+
+
+class UniMoeTextPreTrainedModel(PreTrainedModel):
+    config: UniMoeTextConfig
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["UniMoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(UniMoeRouter, index=0),
+        "hidden_states": UniMoeDecoderLayer,
+        "attentions": UniMoeAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, UniMoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, UniMoeRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            module.reset_row_tables()
+        elif isinstance(module, UniMoeTextModel):
+            init.copy_(module.group_of_modality, torch.tensor(module.config.group_of_modality))
+
+
+class UniMoeTextModel(UniMoeTextPreTrainedModel):
+    """Embeddings, decoder layers and final norm; dense or sparse by `config.sparse_layers`."""
+
+    def __init__(self, config: UniMoeTextConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([UniMoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = UniMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = UniMoeRotaryEmbedding(config)
+        self.register_buffer("group_of_modality", torch.tensor(config.group_of_modality), persistent=False)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: [B, S]; or inputs_embeds [B, S, H].
+            mm_token_type_ids: modality id of every position, [B, S]; None means that all are text. Only models with
+                more than one routing group look at it.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds were given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start).unsqueeze(0)
+        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        causal_mask = make_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        token_groups = self.token_groups(inputs_embeds, mm_token_type_ids)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                token_groups=token_groups,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def token_groups(self, x_BSH: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Index of every token's routing group, [B, S]; None when there is just one group."""
+        if len(self.config.router_groups) == 1:
+            return None
+        if mm_token_type_ids is None:
+            mm_token_type_ids = torch.zeros(x_BSH.shape[:2], dtype=torch.long, device=x_BSH.device)
+        return self.group_of_modality[mm_token_type_ids]
+
+
+__all__ = ["UniMoeTextModel", "UniMoeTextPreTrainedModel"]

@@ -12,26 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .configuration_unimoe import MODALITIES, UniMoeConfig, UniMoeConnectorConfig
-from .connectors_unimoe import build_connector, init_connector_weights
+from .configuration_unimoe import MODALITIES, UniMoeConfig
+from .connectors_unimoe import init_connector_weights
+from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin
 from .errors_unimoe import ModalityError
 from .losses_unimoe import load_balancing_loss, router_z_loss
-from .modeling_unimoe_beats import UniMoeBeatsModel
 from .modeling_unimoe_text import UniMoeTextModel
-
-# Inputs that belong to media rather than to token positions, by modality.
-MEDIA_INPUTS = {
-    "image": ("pixel_values", "image_encoder_states"),
-    "video": ("pixel_values_videos", "video_encoder_states"),
-    "speech": ("speech_features", "speech_encoder_states"),
-    "sound": ("audio_features", "audio_padding_mask", "sound_encoder_states"),
-}
 
 
 @dataclass
@@ -99,150 +90,20 @@ class UniMoePreTrainedModel(PreTrainedModel):
         init_connector_weights(module, self.config.text_config.initializer_range)
 
 
-def build_tower(config: PreTrainedConfig | None) -> PreTrainedModel | None:
-    """The encoder of a tower configuration; of a Whisper model only its encoder."""
-    if config is None:
-        return None
-    if config.model_type == "whisper":
-        return WhisperEncoder(config)
-    if config.model_type == "unimoe_beats":
-        return UniMoeBeatsModel(config)
-    return AutoModel.from_config(config)
-
-
-class UniMoeModel(UniMoePreTrainedModel):
+class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
     """Towers, connectors and decoder, without a language-modelling head."""
 
     def __init__(self, config: UniMoeConfig) -> None:
         super().__init__(config)
-        self.vision_tower = build_tower(config.vision_config)
-        self.speech_tower = build_tower(config.speech_config)
-        self.audio_tower = build_tower(config.audio_config)
-        self.image_connector = _build_optional_connector(config.image_connector)
-        self.video_connector = _build_optional_connector(config.video_connector)
-        self.speech_connector = _build_optional_connector(config.speech_connector)
-        self.sound_connector = _build_optional_connector(config.sound_connector)
+        self.build_encoders(config)
         self.language_model = UniMoeTextModel(config.text_config)
-        self.freeze_towers()
         self.post_init()
-
-    def freeze_towers(self) -> None:
-        """Take the towers out of training, if the configuration says so."""
-        if self.config.freeze_towers:
-            for tower in self.towers():
-                tower.requires_grad_(False)
-
-    def towers(self) -> list[PreTrainedModel]:
-        return [tower for tower in (self.vision_tower, self.speech_tower, self.audio_tower) if tower is not None]
-
-    def train(self, mode: bool = True) -> "UniMoeModel":
-        """As usual, except that frozen towers stay in eval mode: batch norms and dropout must not move them."""
-        super().train(mode)
-        for tower in self.towers():
-            if not _is_trainable(tower):
-                tower.eval()
-        return self
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = value
-
-    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """States [n, P, C] of the vision tower for images [n, 3, H, W], pooled to the token grid."""
-        tower = self._require(self.vision_tower, "image", "vision_config")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
-            outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, return_dict=True)
-            states = outputs.hidden_states[self.config.vision_feature_layer]
-            return self._pool_grid(states)
-
-    def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        """States [n, F, P, C] of the vision tower for videos [n, F, 3, H, W]."""
-        states = self.encode_image(pixel_values_videos.flatten(0, 1))
-        return states.unflatten(0, pixel_values_videos.shape[:2])
-
-    def encode_speech(self, speech_features: torch.Tensor) -> torch.Tensor:
-        """States [n, T, C] of the speech tower for log-mel windows [n, mels, frames]."""
-        tower = self._require(self.speech_tower, "audio", "speech_config")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
-            return tower(speech_features.to(tower.dtype), return_dict=True).last_hidden_state
-
-    def encode_sound(
-        self, audio_features: torch.Tensor, audio_padding_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """States [n, T, C] of the sound tower for filter-bank windows [n, frames, mels].
-
-        audio_padding_mask is bool [n, samples], True on padding; only BEATs takes it.
-        """
-        tower = self._require(self.audio_tower, "audio", "audio_config")
-        kwargs = {} if audio_padding_mask is None else {"padding_mask": audio_padding_mask}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
-            return tower(audio_features.to(tower.dtype), return_dict=True, **kwargs).last_hidden_state
-
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.Tensor | None = None, image_encoder_states: torch.Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """Tower states and, in `pooler_output`, connected features [n, N, H] of images."""
-        states = self.encode_image(pixel_values) if image_encoder_states is None else image_encoder_states
-        return _connect(self.image_connector, states)
-
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: torch.Tensor | None = None,
-        video_encoder_states: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Tower states and, in `pooler_output`, connected features of videos.
-
-        [n, N, H] with `video_pooling="mean"` (frames averaged after the connector, Uni-MoE), else [n, F * N, H].
-        """
-        states = self.encode_video(pixel_values_videos) if video_encoder_states is None else video_encoder_states
-        connector = self.image_connector if self.video_connector is None else self.video_connector
-        output = _connect(connector, states.flatten(0, 1))
-        features = output.pooler_output.unflatten(0, states.shape[:2])
-        output.pooler_output = features.mean(dim=1) if self.config.video_pooling == "mean" else features.flatten(1, 2)
-        return output
-
-    @can_return_tuple
-    def get_audio_features(
-        self,
-        speech_features: torch.Tensor | None = None,
-        audio_features: torch.Tensor | None = None,
-        audio_padding_mask: torch.Tensor | None = None,
-        speech_encoder_states: torch.Tensor | None = None,
-        sound_encoder_states: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Tower states and connected features [n, N, H] of audio windows, of one branch.
-
-        speech_features or speech_encoder_states select the speech branch, the others the sound branch. To get both,
-        call it once per branch.
-        """
-        if speech_features is not None or speech_encoder_states is not None:
-            states = self.encode_speech(speech_features) if speech_encoder_states is None else speech_encoder_states
-            return _connect(self.speech_connector, states)
-        if sound_encoder_states is None:
-            sound_encoder_states = self.encode_sound(audio_features, audio_padding_mask)
-        return _connect(self.sound_connector, sound_encoder_states)
-
-    def media_features(self, **media: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Connected features by modality, for the media that are there."""
-        media = {name: value for name, value in media.items() if value is not None}
-        given = {m: {k: media[k] for k in names if k in media} for m, names in MEDIA_INPUTS.items()}
-        if "speech_features" in given["speech"]:
-            given["speech"] = {"speech_encoder_states": self.encode_speech(media["speech_features"])}
-        if self._sound_reads_speech_tower and not given["sound"] and given["speech"]:
-            given["sound"] = {"sound_encoder_states": given["speech"]["speech_encoder_states"]}
-        get = {"image": self.get_image_features, "video": self.get_video_features}
-        features = {}
-        for modality, inputs in given.items():
-            if not inputs or (modality == "speech" and self.speech_connector is None):
-                continue
-            features[modality] = get.get(modality, self.get_audio_features)(**inputs).pooler_output
-        return features
 
     def modality_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """Modality id of every position, from its placeholder token; int64, shape of input_ids."""
@@ -316,35 +177,9 @@ class UniMoeModel(UniMoePreTrainedModel):
             mm_token_type_ids=mm_token_type_ids,
         )
 
-    @property
-    def _sound_reads_speech_tower(self) -> bool:
-        return self.sound_connector is not None and self.audio_tower is None
-
     def _embed(self, input_ids: torch.LongTensor, mm_token_type_ids: torch.LongTensor) -> torch.Tensor:
         # Placeholders are replaced anyway, and their ids may lie outside the embedding table.
         return self.get_input_embeddings()(input_ids.masked_fill(mm_token_type_ids > 0, 0))
-
-    def _require(self, tower: PreTrainedModel | None, kind: str, field: str) -> PreTrainedModel:
-        if tower is None:
-            raise ModalityError(
-                f"This model got {kind} input but has no tower for it ({field} is None): leave it out."
-            )
-        return tower
-
-    def _pool_grid(self, states: torch.Tensor) -> torch.Tensor:
-        """[n, C, h, w] maps or [n, P, C] patches -> [n, positions, C]."""
-        if states.dim() == 4:
-            maps = states
-        else:
-            if self.config.vision_feature_select_strategy == "patch":
-                states = states[:, 1:]
-            if self.config.vision_token_grid is None:
-                return states
-            side = round(states.shape[1] ** 0.5)
-            maps = states.transpose(1, 2).unflatten(2, (side, side))
-        if self.config.vision_token_grid is not None:
-            maps = nn.functional.adaptive_avg_pool2d(maps, self.config.vision_token_grid)
-        return maps.flatten(2).transpose(1, 2)
 
 
 class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
@@ -498,20 +333,6 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **media}
-
-
-def _build_optional_connector(config: UniMoeConnectorConfig | None) -> nn.Module | None:
-    return None if config is None else build_connector(config)
-
-
-def _is_trainable(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _connect(connector: nn.Module | None, states: torch.Tensor) -> BaseModelOutputWithPooling:
-    if connector is None:
-        raise ModalityError("This model has no connector for the given media: leave them out.")
-    return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=connector(states))
 
 
 def _merge(

@@ -1,0 +1,274 @@
+"""Golden data: tensors that the original implementations wrote, and a record of which of them the tests compared.
+
+A case is a folder with `io.safetensors`. Cases are found by what they hold, never by name, size or seed:
+
+    @pytest.mark.golden("beats.fbank*", weights="*.patch_embedding.weight")
+    def test_beats(golden_case):
+        features = model(golden_case.input("beats.fbank0"))
+        golden_case.check("beats.features0", features)
+
+Environment:
+    UNIMOE_GOLDEN          the folder of cases; default: ../shared/golden next to the repository
+    CI=true                a missing folder fails the tests instead of skipping them
+    UNIMOE_GOLDEN_REPORT   "summary" (default), "list" (names what no test compared) or "strict" (like "list", and the run
+                           fails when a tensor was neither compared nor read as an input)
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT_VARIABLE = "UNIMOE_GOLDEN"
+REPORT_VARIABLE = "UNIMOE_GOLDEN_REPORT"
+RELATIVE_TOLERANCE = 1e-5
+# Weights are parameters, not results: no test compares them one by one.
+_WEIGHT_FILES = ("weights", "merged_weights")
+
+
+class GoldenMismatchError(AssertionError):
+    """A result differs from the golden tensor."""
+
+
+def golden_root() -> Path:
+    """The folder of golden cases, which need not exist."""
+    repository = Path(__file__).resolve().parents[2]
+    return Path(os.environ.get(ROOT_VARIABLE) or repository.parent / "shared" / "golden")
+
+
+def running_in_ci() -> bool:
+    return os.environ.get("CI", "").lower() == "true"
+
+
+def report_level() -> str:
+    level = os.environ.get(REPORT_VARIABLE) or "summary"
+    if level not in ("summary", "list", "strict"):
+        raise ValueError(f"{REPORT_VARIABLE} is {level!r}; use summary, list or strict.")
+    return level
+
+
+@dataclass
+class Ledger:
+    """Which golden tensors the tests compared and which they read as inputs, per "case/file"."""
+
+    compared: dict[str, set[str]] = field(default_factory=dict)
+    read: dict[str, set[str]] = field(default_factory=dict)
+
+    def merge(self, other: Mapping[str, Mapping[str, Iterable[str]]]) -> None:
+        for kind in ("compared", "read"):
+            for source, names in other.get(kind, {}).items():
+                getattr(self, kind).setdefault(source, set()).update(names)
+
+    def as_plain(self) -> dict[str, dict[str, list[str]]]:
+        """Lists in place of sets, for the wire between pytest-xdist processes."""
+        return {
+            kind: {source: sorted(names) for source, names in getattr(self, kind).items()}
+            for kind in ("compared", "read")
+        }
+
+
+LEDGER = Ledger()
+
+
+class GoldenCase:
+    """One folder of golden data. Tensors load on demand; `check` compares and records, `input` records a read.
+
+    Args:
+        path: the folder.
+        ledger: where to record; None records nothing (copies with planted errors).
+    """
+
+    def __init__(self, path: Path, ledger: Ledger | None = LEDGER) -> None:
+        self.path = path
+        self.comparisons = 0
+        self._ledger = ledger
+
+    def __repr__(self) -> str:
+        return f"GoldenCase({self.name})"
+
+    @property
+    def name(self) -> str:
+        root = golden_root()
+        return self.path.relative_to(root).as_posix() if self.path.is_relative_to(root) else self.path.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json`; empty when the case has none."""
+        return self.json("config") if (self.path / "config.json").is_file() else {}
+
+    def json(self, file: str) -> Any:
+        return json.loads((self.path / f"{file}.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / "weights.safetensors")
+
+    def weights_under(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The weights whose name starts with `prefix`, without it."""
+        return {name[len(prefix) :]: value for name, value in self.weights.items() if name.startswith(prefix)}
+
+    def names(self, pattern: str = "*", file: str = "io") -> list[str]:
+        return sorted(name for name in tensor_names(self.path / f"{file}.safetensors") if fnmatchcase(name, pattern))
+
+    def has(self, *names: str, file: str = "io") -> bool:
+        return set(names) <= tensor_names(self.path / f"{file}.safetensors")
+
+    def input(self, name: str, file: str = "io") -> torch.Tensor:
+        """A golden tensor that the code under test takes as an input."""
+        self._record("read", file, name)
+        return self._load(name, file)
+
+    def check(self, name: str, actual: torch.Tensor, rtol: float = RELATIVE_TOLERANCE, file: str = "io") -> None:
+        """Compares `actual` with a golden tensor; see `compare`.
+
+        Raises:
+            GoldenMismatchError: they differ.
+        """
+        expected = self._load(name, file)
+        try:
+            compare(actual.detach(), expected, rtol)
+        except GoldenMismatchError as error:
+            raise GoldenMismatchError(f"{self.name}/{file}: {name}: {error}") from None
+        self.comparisons += 1
+        self._record("compared", file, name)
+
+    def check_if_present(self, name: str, actual: torch.Tensor, **options: Any) -> bool:
+        """`check` for a tensor that some cases lack; says whether it was there."""
+        if not self.has(name, file=options.get("file", "io")):
+            return False
+        self.check(name, actual, **options)
+        return True
+
+    def _load(self, name: str, file: str) -> torch.Tensor:
+        with safe_open(self.path / f"{file}.safetensors", "pt") as handle:
+            return handle.get_tensor(name)
+
+    def _record(self, kind: str, file: str, name: str) -> None:
+        if self._ledger is not None:
+            getattr(self._ledger, kind).setdefault(f"{self.name}/{file}", set()).add(name)
+
+
+def compare(actual: torch.Tensor, expected: torch.Tensor, rtol: float = RELATIVE_TOLERANCE) -> None:
+    """Requires equal shapes and, for floats, |actual - expected| <= rtol * (|expected| + rms(expected)) everywhere.
+
+    The second term is the scale of the tensor: sums that cancel to nearly zero carry its rounding errors. Integers and
+    booleans must be equal; NaN and infinities never pass.
+
+    Raises:
+        GoldenMismatchError: names the worst element.
+    """
+    if actual.shape != expected.shape:
+        raise GoldenMismatchError(f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")
+    if actual.is_floating_point() != expected.is_floating_point():
+        raise GoldenMismatchError(f"dtype {actual.dtype} instead of {expected.dtype}")
+    if expected.numel() == 0:
+        return
+    result, golden = actual.cpu().double(), expected.double()
+    error = (result - golden).abs()
+    allowed = torch.zeros_like(error)
+    if expected.is_floating_point():
+        allowed = rtol * (golden.abs() + golden.pow(2).mean().sqrt())
+    wrong = ~(error <= allowed)
+    if wrong.any():
+        excess = torch.where(error.isnan(), torch.inf, error - allowed)
+        worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+        raise GoldenMismatchError(
+            f"{int(wrong.sum())} of {wrong.numel()} values differ; worst at {worst}: {result[worst].item():.9g} instead "
+            f"of {golden[worst].item():.9g} (allowed difference {allowed[worst].item():.3g})"
+        )
+
+
+@lru_cache(maxsize=256)
+def tensor_names(file: Path) -> frozenset[str]:
+    """Names in a safetensors file; empty when it does not exist."""
+    if not file.is_file():
+        return frozenset()
+    with safe_open(file, "pt") as handle:
+        return frozenset(handle.keys())
+
+
+def case_folders() -> list[Path]:
+    root = golden_root()
+    return sorted(file.parent for file in root.rglob("io.safetensors")) if root.is_dir() else []
+
+
+def discover(
+    *tensors: str,
+    file: str = "io",
+    weights: str | tuple[str, ...] = (),
+    where: Callable[[GoldenCase], bool] | None = None,
+) -> list[GoldenCase]:
+    """The cases that can serve a test.
+
+    Args:
+        tensors: shell patterns; each must match a tensor of `file`.
+        file: stem of the safetensors file that holds them.
+        weights: shell pattern(s); each must match a name in `weights.safetensors`.
+        where: further condition, e.g. on the case's config.
+    """
+    weight_patterns = (weights,) if isinstance(weights, str) else weights
+    found = []
+    for folder in case_folders():
+        case = GoldenCase(folder)
+        holds_tensors = all(case.names(pattern, file) for pattern in tensors)
+        holds_weights = all(case.names(pattern, "weights") for pattern in weight_patterns)
+        if holds_tensors and holds_weights and (where is None or where(case)):
+            found.append(case)
+    return found
+
+
+def leave_for_lack_of_data() -> NoReturn:
+    """Ends a test that has no golden case: a skip, or in CI a failure when the whole folder is missing."""
+    root = golden_root()
+    if root.is_dir():
+        pytest.skip(f"no golden case under {root} holds what this test compares")
+    message = f"golden data missing: {root} is no folder; set {ROOT_VARIABLE} to the folder of golden cases"
+    if running_in_ci():
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What happened to the tensors of one golden file."""
+
+    source: str
+    compared: tuple[str, ...]
+    only_read: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def coverage(ledger: Ledger = LEDGER) -> list[Coverage]:
+    """Coverage of every result file of every case, in order of their names."""
+    root = golden_root()
+    rows = []
+    for folder in case_folders():
+        for file in sorted(folder.glob("*.safetensors")):
+            if file.stem in _WEIGHT_FILES:
+                continue
+            source = f"{folder.relative_to(root).as_posix()}/{file.stem}"
+            names = tensor_names(file)
+            compared = names & ledger.compared.get(source, set())
+            only_read = (names & ledger.read.get(source, set())) - compared
+            groups = (compared, only_read, names - compared - only_read)
+            rows.append(Coverage(source, *(tuple(sorted(group)) for group in groups)))
+    return rows
+
+
+def fold_numbers(names: Iterable[str]) -> list[str]:
+    """Names with their numbers replaced by `#` and counted: ["full.layer#.moe_in (4)", "wave.# (3)"]."""
+    counts: dict[str, int] = {}
+    for name in names:
+        folded = re.sub(r"\d+", "#", name)
+        counts[folded] = counts.get(folded, 0) + 1
+    return [f"{name} ({count})" if count > 1 or "#" in name else name for name, count in sorted(counts.items())]

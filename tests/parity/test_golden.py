@@ -1,0 +1,96 @@
+"""The golden helper itself: what it accepts as equal, what it finds, what it records."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from golden import (
+    ROOT_VARIABLE,
+    GoldenCase,
+    GoldenMismatchError,
+    Ledger,
+    compare,
+    coverage,
+    discover,
+    fold_numbers,
+    leave_for_lack_of_data,
+)
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path))
+    for name, tensors in (("first", ["stage.0", "stage.1", "input"]), ("nested/second", ["stage.0"])):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        save_file({tensor: torch.ones(2) for tensor in tensors}, folder / "io.safetensors")
+        save_file({f"tower.{len(tensors)}": torch.ones(1)}, folder / "weights.safetensors")
+        (folder / "config.json").write_text(f'{{"layers": {len(tensors)}}}', encoding="utf-8")
+    return tmp_path
+
+
+def test_rounding_errors_pass_and_larger_ones_do_not() -> None:
+    expected = torch.tensor([100.0, -3.0, 1e-9])
+    compare(expected * (1 + 5e-6), expected)
+    with pytest.raises(GoldenMismatchError, match=r"1 of 3 values differ; worst at \(1,\)"):
+        compare(expected + torch.tensor([0.0, 2e-3, 0.0]), expected)
+
+
+@pytest.mark.parametrize(
+    "actual",
+    [
+        torch.tensor([1.0, float("nan")]),
+        torch.tensor([1.0, float("inf")]),
+        torch.tensor([[1.0, 2.0]]),
+        torch.tensor([1, 2]),
+        torch.tensor([2.0, 1.0]),
+    ],
+)
+def test_nan_infinity_shape_kind_and_order_count(actual: torch.Tensor) -> None:
+    with pytest.raises(GoldenMismatchError):
+        compare(actual, torch.tensor([1.0, 2.0]))
+
+
+def test_integers_and_booleans_must_be_equal() -> None:
+    compare(torch.tensor([True, False]), torch.tensor([True, False]))
+    with pytest.raises(GoldenMismatchError):
+        compare(torch.tensor([1_000_000, 1]), torch.tensor([1_000_001, 1]))
+    with pytest.raises(GoldenMismatchError):
+        compare(torch.tensor([True, True]), torch.tensor([True, False]))
+
+
+def test_cases_are_found_by_what_they_hold(root: Path) -> None:
+    assert [case.name for case in discover("stage.*")] == ["first", "nested/second"]
+    assert [case.name for case in discover("stage.1")] == ["first"]
+    assert [case.name for case in discover("stage.*", weights="tower.1")] == ["nested/second"]
+    assert [case.name for case in discover(where=lambda case: case.config["layers"] == 3)] == ["first"]
+    assert discover("absent") == []
+
+
+def test_the_report_tells_compared_read_and_unused_tensors_apart(root: Path) -> None:
+    ledger = Ledger()
+    case = GoldenCase(root / "first", ledger)
+    case.check("stage.0", case.input("input"))
+    with pytest.raises(GoldenMismatchError, match=r"first/io: stage\.1"):
+        case.check("stage.1", torch.zeros(2))
+    received = Ledger()
+    received.merge(ledger.as_plain())
+    first, second = coverage(received)
+    assert (first.compared, first.only_read, first.unused) == (("stage.0",), ("input",), ("stage.1",))
+    assert (second.compared, second.only_read, second.unused) == ((), (), ("stage.0",))
+    assert case.comparisons == 1
+
+
+def test_a_missing_folder_skips_here_and_fails_in_ci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "absent"))
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="golden data missing"):
+        leave_for_lack_of_data()
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="golden data missing"):
+        leave_for_lack_of_data()
+
+
+def test_numbers_are_folded_in_the_report() -> None:
+    assert fold_numbers(["layer0.out", "layer11.out", "loss"]) == ["layer#.out (2)", "loss"]

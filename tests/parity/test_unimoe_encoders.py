@@ -1,0 +1,323 @@
+"""Uni-MoE's encoders and connectors against golden data: BEATs, Q-Former, Whisper with its query decoder, CLIP, video."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden import GoldenCase, GoldenMismatchError, discover, leave_for_lack_of_data
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from unimoe.modeling_unimoe.configuration_unimoe import UniMoeConnectorConfig
+from unimoe.modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
+from unimoe.modeling_unimoe.connectors_unimoe import MlpConnector, build_connector
+from unimoe.modeling_unimoe.modeling_unimoe_beats import UniMoeBeatsModel, reduce_padding_mask
+
+AUDIO_TOWER = "model.audio_tower.audio_tower."
+ALIGNER = "model.mm_audio_aligner."
+VISION_TOWER = "model.vision_tower.vision_tower."
+PROJECTOR = "model.mm_projector."
+IMAGE, AUDIO, VIDEO = -200, -300, -400
+
+beats_weights = f"{AUDIO_TOWER}patch_embedding.weight"
+whisper_weights = f"{AUDIO_TOWER}conv1.weight"
+attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+
+
+def has_sound_states(case: GoldenCase) -> bool:
+    return case.has("qformer.encoder_out") or case.has("beats.batch_fbank", "beats.batch_padding_mask")
+
+
+def has_speech_states(case: GoldenCase) -> bool:
+    return case.has("whisper.encoder_out") or case.has("whisper.mel")
+
+
+@pytest.mark.golden("beats.fbank[0-9]*", "beats.features[0-9]*", weights=beats_weights)
+@attention
+def test_beats_encodes_single_clips(golden_case: GoldenCase, attention: str) -> None:
+    check_beats_clips(golden_case, attention)
+
+
+@pytest.mark.golden("beats.batch_fbank", "beats.batch_padding_mask", weights=beats_weights)
+@attention
+def test_beats_encodes_padded_batches_layer_by_layer(golden_case: GoldenCase, attention: str) -> None:
+    check_beats_batch(golden_case, attention)
+
+
+@pytest.mark.golden("qformer.*", weights=f"{ALIGNER}qformer.*", where=has_sound_states)
+@attention
+def test_qformer_connects_sound(golden_case: GoldenCase, attention: str) -> None:
+    check_qformer(golden_case, attention)
+
+
+@pytest.mark.golden("whisper.mel", weights=whisper_weights)
+@attention
+def test_whisper_encodes_speech(golden_case: GoldenCase, attention: str) -> None:
+    check_whisper_encoder(golden_case, attention)
+
+
+@pytest.mark.golden("whisper.*", weights=f"{ALIGNER}decoder.*", where=has_speech_states)
+@attention
+def test_query_decoder_connects_speech(golden_case: GoldenCase, attention: str) -> None:
+    check_query_decoder(golden_case, attention)
+
+
+@pytest.mark.golden("batch.images", "clip.*", weights=f"{VISION_TOWER}*")
+def test_clip_and_projector_connect_an_image(golden_case: GoldenCase) -> None:
+    check_image(golden_case)
+
+
+@pytest.mark.golden("batch.videos", "video.*", weights=f"{VISION_TOWER}*")
+def test_video_is_the_mean_over_projected_frames(golden_case: GoldenCase) -> None:
+    check_video(golden_case)
+
+
+@pytest.mark.golden("merged.inputs_embeds", "batch.input_features", "batch.features_mask", weights=f"{ALIGNER}*")
+def test_every_medium_of_a_batch_arrives_in_the_embeddings(golden_case: GoldenCase) -> None:
+    check_merged(golden_case)
+
+
+@pytest.mark.parametrize(
+    ("check", "tensor", "weights"),
+    [
+        ("check_beats_clips", "beats.features0", beats_weights),
+        ("check_beats_batch", "beats.batch_layer0_out", beats_weights),
+        ("check_beats_batch", "beats.batch_out_padding_mask", beats_weights),
+        ("check_beats_batch", "beats.batch_frame_mask", beats_weights),
+        ("check_qformer", "qformer.out", f"{ALIGNER}qformer.*"),
+        ("check_qformer", "qformer.audio_tokens", f"{ALIGNER}qformer.*"),
+        ("check_whisper_encoder", "whisper.encoder_out", whisper_weights),
+        ("check_query_decoder", "whisper.aligner_decoder_out", f"{ALIGNER}decoder.*"),
+        ("check_query_decoder", "whisper.speech_tokens", f"{ALIGNER}decoder.*"),
+        ("check_image", "clip.patch_features", f"{VISION_TOWER}*"),
+        ("check_image", "clip.image_tokens", f"{VISION_TOWER}*"),
+        ("check_video", "video.frame_tokens", f"{VISION_TOWER}*"),
+        ("check_video", "video.pooled_tokens", f"{VISION_TOWER}*"),
+        ("check_merged", "merged.inputs_embeds", f"{ALIGNER}*"),
+    ],
+)
+def test_one_changed_golden_value_is_noticed(check: str, tensor: str, weights: str, tmp_path: Path) -> None:
+    cases = discover(tensor, weights=weights)
+    if not cases:
+        leave_for_lack_of_data()
+    run: Callable[[GoldenCase], None] = globals()[check]
+    shutil.copytree(cases[0].path, tmp_path, dirs_exist_ok=True)
+    run(GoldenCase(tmp_path, ledger=None))
+
+    stored = load_file(tmp_path / "io.safetensors")
+    changed = stored[tensor].flatten()
+    index = int(torch.randint(changed.numel(), (), generator=torch.Generator().manual_seed(len(tensor))))
+    changed[index] = ~changed[index] if changed.dtype == torch.bool else changed[index] + 1e-3 * changed.abs().max()
+    stored[tensor] = changed.view_as(stored[tensor])
+    save_file(stored, tmp_path / "io.safetensors")
+    with pytest.raises(GoldenMismatchError, match=re.escape(tensor)):
+        run(GoldenCase(tmp_path, ledger=None))
+
+
+@torch.no_grad()
+def check_beats_clips(case: GoldenCase, attention: str = "sdpa") -> None:
+    model = beats_model(case, attention)
+    for name in case.names("beats.fbank[0-9]*"):
+        clip = name.removeprefix("beats.fbank")
+        case.check_if_present(f"beats.features{clip}", model(case.input(name)).last_hidden_state)
+
+
+@torch.no_grad()
+def check_beats_batch(case: GoldenCase, attention: str = "sdpa") -> None:
+    features, padding = case.input("beats.batch_fbank"), case.input("beats.batch_padding_mask")
+    output = beats_model(case, attention)(features, padding, output_hidden_states=True)
+    case.check_if_present("beats.batch_frame_mask", reduce_padding_mask(padding, features.shape[1]))
+    case.check_if_present("beats.batch_out_padding_mask", output.padding_mask)
+    case.check_if_present("beats.batch_features", output.last_hidden_state)
+    for layer, hidden_states in enumerate(output.hidden_states[1:]):
+        case.check_if_present(f"beats.batch_layer{layer}_out", hidden_states)
+
+
+@torch.no_grad()
+def check_qformer(case: GoldenCase, attention: str = "sdpa") -> None:
+    # The golden states are those of the first clip of the padded batch.
+    if case.has("beats.batch_fbank", "beats.batch_padding_mask"):
+        features, padding = case.input("beats.batch_fbank")[:1], case.input("beats.batch_padding_mask")[:1]
+        states = beats_model(case, attention)(features, padding).last_hidden_state
+        case.check_if_present("qformer.encoder_out", states)
+    if case.has("qformer.encoder_out"):
+        states = case.input("qformer.encoder_out")
+    connector = sound_connector(case, attention)
+    before_projection = record_input(connector.projector)
+    case.check_if_present("qformer.audio_tokens", connector(states))
+    case.check_if_present("qformer.out", before_projection[0])
+
+
+@torch.no_grad()
+def check_whisper_encoder(case: GoldenCase, attention: str = "sdpa") -> None:
+    case.check_if_present("whisper.encoder_out", speech_states(case, attention))
+
+
+@torch.no_grad()
+def check_query_decoder(case: GoldenCase, attention: str = "sdpa") -> None:
+    golden_states = case.has("whisper.encoder_out")
+    states = case.input("whisper.encoder_out") if golden_states else speech_states(case, attention)
+    connector = speech_connector(case, attention)
+    before_projection = record_input(connector.projector)
+    case.check_if_present("whisper.speech_tokens", connector(states))
+    case.check_if_present("whisper.aligner_decoder_out", before_projection[0])
+
+
+@torch.no_grad()
+def check_image(case: GoldenCase) -> None:
+    patches = clip_patches(case, case.input("batch.images")[:1])
+    case.check_if_present("clip.patch_features", patches)
+    if case.has("clip.image_tokens"):
+        case.check("clip.image_tokens", image_connector(case)(patches))
+
+
+@torch.no_grad()
+def check_video(case: GoldenCase) -> None:
+    row = int(case.input("batch.video_mask").int().argmax())
+    frames = image_connector(case)(clip_patches(case, case.input("batch.videos")[row]))
+    case.check_if_present("video.frame_tokens", frames)
+    case.check_if_present("video.pooled_tokens", frames.mean(dim=0))
+
+
+@torch.no_grad()
+def check_merged(case: GoldenCase) -> None:
+    """Places every encoded medium by the rules of the original collator and compares the whole batch.
+
+    Covers the cases that store no encoder output of their own.
+    """
+    ids, embeddings = case.input("batch.input_ids"), case.weights["model.embed_tokens.weight"]
+    has_image, has_video = case.input("batch.image_mask"), case.input("batch.video_mask")
+    connect = image_connector(case)
+    images = iter(connect(clip_patches(case, image[None])) for image in case.input("batch.images")[has_image])
+    videos = iter(
+        connect(clip_patches(case, video)).mean(dim=0, keepdim=True) for video in case.input("batch.videos")[has_video]
+    )
+    rows = []
+    for row, row_ids in enumerate(ids):
+        sources = {IMAGE: images, VIDEO: videos, AUDIO: iter(connected_audio(case, row))}
+        blocks = [next(sources[i])[0] if i in sources else embeddings[i][None] for i in row_ids.tolist()]
+        rows.append(torch.cat(blocks))
+    case.check("merged.inputs_embeds", nn.utils.rnn.pad_sequence(rows, batch_first=True))
+
+
+def connected_audio(case: GoldenCase, row: int) -> list[torch.Tensor]:
+    """One [1, tokens, hidden] block per audio clip of a row; the segments of a clip are joined."""
+    slots = case.input("batch.features_mask")[row]
+    features = case.input("batch.input_features")[row]
+    blocks = []
+    for clip in range(1, int(slots.max()) + 1):
+        segments = features[slots == clip]
+        if case.has("batch.padding_masks"):
+            padding = case.input("batch.padding_masks")[row][slots == clip]
+            states = beats_model(case)(segments.flatten(0, 1), padding.flatten(0, 1)).last_hidden_state
+            tokens = sound_connector(case)(states)
+        else:
+            tokens = speech_connector(case)(whisper_encoder(case)(segments).last_hidden_state)
+        blocks.append(tokens.flatten(0, 1)[None])
+    return blocks
+
+
+def beats_model(case: GoldenCase, attention: str = "sdpa") -> UniMoeBeatsModel:
+    weights = case.weights_under(AUDIO_TOWER)
+    direction = weights.pop("encoder.pos_conv.0.weight_v")
+    magnitude = weights.pop("encoder.pos_conv.0.weight_g")
+    weights["encoder.pos_conv.weight"] = direction * (magnitude / direction.norm(dim=(0, 1), keepdim=True))
+    weights["encoder.pos_conv.bias"] = weights.pop("encoder.pos_conv.0.bias")
+    # One table, stored under every layer.
+    for name in [name for name in weights if name.endswith(".self_attn.relative_attention_bias.weight")]:
+        weights["encoder.relative_attention_bias.weight"] = weights.pop(name)
+    config = UniMoeBeatsConfig.from_original(case.config["_beats_cfg"])
+    model = UniMoeBeatsModel._from_config(config, attn_implementation=attention)
+    return loaded(model, weights)
+
+
+def speech_states(case: GoldenCase, attention: str) -> torch.Tensor:
+    mel = case.input("whisper.mel")
+    return whisper_encoder(case, attention)(mel[None] if mel.ndim == 2 else mel).last_hidden_state
+
+
+def whisper_encoder(case: GoldenCase, attention: str = "sdpa") -> WhisperEncoder:
+    encoder = WhisperEncoder._from_config(
+        WhisperConfig(**case.config["_whisper_config"]), attn_implementation=attention
+    )
+    return loaded(encoder, case.weights_under(AUDIO_TOWER))
+
+
+def clip_patches(case: GoldenCase, pixels: torch.Tensor) -> torch.Tensor:
+    tower = CLIPVisionModel(CLIPVisionConfig(**case.config["_clip_vision_config"]))
+    prefix = VISION_TOWER + "vision_model."
+    weights = case.weights_under(prefix)
+    # transformers 5 dropped the inner module; earlier 5.x releases still have it.
+    nested = any(name.startswith("vision_model.") for name in tower.state_dict())
+    tower = loaded(tower, {f"vision_model.{name}": value for name, value in weights.items()} if nested else weights)
+    hidden_states = tower(pixels, output_hidden_states=True).hidden_states[case.config["mm_vision_select_layer"]]
+    return hidden_states[:, 1:] if case.config.get("mm_vision_select_feature", "patch") == "patch" else hidden_states
+
+
+def image_connector(case: GoldenCase) -> MlpConnector:
+    weights = {}
+    for name, value in case.weights_under(PROJECTOR).items():
+        # The original is one Linear, or an nn.Sequential with a Linear at every even index and GELU between.
+        position, _, parameter = name.rpartition(".")
+        weights[f"layers.{int(position or 0) // 2}.{parameter}"] = value
+    config = connector_config(case, weights["layers.0.weight"].shape[1], type="mlp", depth=len(weights) // 2)
+    return loaded(build_connector(config), weights)
+
+
+def sound_connector(case: GoldenCase, attention: str = "sdpa") -> nn.Module:
+    weights = {
+        name.replace("qformer.qformer.", "qformer."): value for name, value in case.weights_under(ALIGNER).items()
+    }
+    config = connector_config(
+        case,
+        case.config["mm_audio_hidden_size"],
+        attention,
+        type="qformer",
+        num_tokens=weights["query_tokens"].shape[1],
+        qformer_config=case.config["_qformer_config"],
+    )
+    return loaded(build_connector(config), weights)
+
+
+def speech_connector(case: GoldenCase, attention: str = "sdpa") -> nn.Module:
+    weights = {
+        name.replace("decoder.audio_decoder.", "decoder."): value
+        for name, value in case.weights_under(ALIGNER).items()
+    }
+    # The decoder is fed with queries, so its word embeddings do nothing.
+    del weights["decoder.embed_tokens.weight"]
+    weights["query_tokens"] = case.weights["model.query_tokens"]
+    config = connector_config(
+        case,
+        case.config["mm_audio_hidden_size"],
+        attention,
+        type="query_decoder",
+        num_tokens=weights["query_tokens"].shape[1],
+        decoder_config=case.config["_whisper_config"],
+    )
+    return loaded(build_connector(config), weights)
+
+
+def connector_config(
+    case: GoldenCase, input_size: int, attention: str = "sdpa", **fields: Any
+) -> UniMoeConnectorConfig:
+    config = UniMoeConnectorConfig(input_size=input_size, output_size=case.config["hidden_size"], **fields)
+    config._attn_implementation = attention
+    return config
+
+
+def loaded(module: nn.Module, weights: dict[str, torch.Tensor]) -> Any:
+    module.load_state_dict(weights)
+    return module.eval()
+
+
+def record_input(module: nn.Module) -> list[torch.Tensor]:
+    """A list that receives the first argument of every call of `module`."""
+    received: list[torch.Tensor] = []
+    module.register_forward_pre_hook(lambda _, args: received.append(args[0]))
+    return received

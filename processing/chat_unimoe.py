@@ -1,0 +1,292 @@
+"""From messages to token ids: templates, and a tokenisation that user text cannot trick.
+
+Text written by a user must never turn into a control token: not `<image>` (it would claim features of another medium),
+not `<|im_end|>` (it would forge a turn). So control tokens inside message texts are replaced by marks before the
+template runs, and the marks are encoded as plain text afterwards. Only the template itself writes control tokens.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .media_policy_unimoe import ConversationError, MediaLimits, PlaceholderError
+
+MEDIA_KINDS = ("image", "video", "audio")
+# Placeholder tokens; `<sound>` is written by the processor only, after the `<audio>` placeholders of the same clip.
+IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN, SOUND_TOKEN = MEDIA_TOKENS = ("<image>", "<video>", "<audio>", "<sound>")
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+ROLES = ("system", "user", "assistant", "tool")
+_MAX_TEMPLATE_CHARACTERS = 200_000
+_MARKS = [chr(c) for c in range(0xF0000, 0xF0100)]  # private-use characters; one that no text contains is taken
+
+_CONTENT_MACRO = """\
+{%- macro show(content, after_media) -%}
+{%- if content is string -%}{{- content -}}{%- else -%}{%- for item in content -%}
+{%- if item['type'] == 'text' -%}{{- item['text'] -}}
+{%- elif item['type'] == 'image' -%}{{- '<image>' + after_media -}}
+{%- elif item['type'] == 'video' -%}{{- '<video>' + after_media -}}
+{%- elif item['type'] == 'audio' -%}{{- '<audio>' + after_media -}}
+{%- endif -%}{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+"""
+
+DEFAULT_CHAT_TEMPLATE = (
+    _CONTENT_MACRO
+    + """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- show(message['content'], '') + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}{{- show(message['content'], '') + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+)
+"""ChatML: `<|im_start|>role\\n...<|im_end|>\\n`, media where they stand in the content."""
+
+VICUNA_CHAT_TEMPLATE = (
+    _CONTENT_MACRO
+    + """\
+{%- if bos_token is defined and bos_token -%}{{- bos_token -}}{%- endif -%}
+{%- if messages[0]['role'] == 'system' -%}{{- show(messages[0]['content'], '\\n') -}}
+{%- else -%}{{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, \
+detailed, and polite answers to the user's questions." -}}
+{%- endif -%}
+{{- ' ' -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{- 'USER: ' + show(message['content'], '\\n') + ' ' -}}
+{%- elif message['role'] == 'assistant' -%}{{- 'ASSISTANT:' -}}
+{%- generation -%}{{- ' ' + show(message['content'], '\\n') + '</s>' -}}{%- endgeneration -%}
+{%- elif not loop.first -%}{{- raise_exception('a system message must come first; other roles are user, assistant') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+)
+"""Uni-MoE's prompt (template "v1" of its code): system text, `USER: ... ASSISTANT: answer</s>`, media before a newline."""
+
+
+@dataclass
+class MediaItem:
+    """One medium of a conversation; `where` names its place for error messages."""
+
+    kind: str
+    value: Any
+    encoder: str = "both"
+    sampling_rate: int | None = None
+    where: str = ""
+
+
+@dataclass
+class EncodedChat:
+    """Token ids with one placeholder token per medium; `answer` marks the tokens an assistant wrote."""
+
+    input_ids: list[int]
+    answer: list[bool]
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_tokens: bool = True) -> list[str]:
+    """Add the media tokens, and ChatML's two, as far as a tokenizer lacks them; returns those added.
+
+    Grow the model's embedding table afterwards if the tokenizer outgrew it.
+    """
+    wanted = MEDIA_TOKENS + (CHAT_TOKENS if chat_tokens else ())
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in wanted if token not in vocabulary]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    return missing
+
+
+def read_messages(messages: Any, limits: MediaLimits, where: str = "") -> tuple[list[dict[str, Any]], list[MediaItem]]:
+    """Messages in the form that templates see (neighbouring texts joined, media without their data), and the media.
+
+    Raises:
+        ConversationError: not a list of messages, unknown role or content type, or too much text.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ConversationError(
+            f"{where}a conversation is a non-empty list of messages, got {type(messages).__name__}."
+        )
+    plain: list[dict[str, Any]] = []
+    media: list[MediaItem] = []
+    characters = 0
+    for index, message in enumerate(messages):
+        place = f"{where}message {index}"
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            raise ConversationError(f"{place}: needs a 'role', one of {ROLES}, and a 'content'.")
+        content = _read_content(message.get("content"), media, place)
+        characters += sum(len(item.get("text", "")) for item in content) if isinstance(content, list) else len(content)
+        if characters > limits.max_text_characters:
+            raise ConversationError(f"{place}: over {limits.max_text_characters} characters of text; shorten it.")
+        others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+        plain.append({**others, "role": message["role"], "content": content})
+    return plain, media
+
+
+def _read_content(content: Any, media: list[MediaItem], place: str) -> str | list[dict[str, Any]]:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list | tuple):
+        raise ConversationError(
+            f"{place}: 'content' must be a string or a list of items, got {type(content).__name__}."
+        )
+    items: list[dict[str, Any]] = []
+    for index, raw in enumerate(content):
+        item = {"type": "text", "text": raw} if isinstance(raw, str) else raw
+        where = f"{place}, content {index}"
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind == "text":
+            if not isinstance(item.get("text"), str):
+                raise ConversationError(f"{where}: a text item needs a string under 'text'.")
+            if items and items[-1]["type"] == "text":  # or two harmless halves could join into a control token
+                items[-1]["text"] += item["text"]
+            else:
+                items.append({"type": "text", "text": item["text"]})
+        elif kind in MEDIA_KINDS or kind == "image_url":
+            media.append(_read_medium(item, where))
+            items.append({"type": media[-1].kind})
+        else:
+            raise ConversationError(f"{where}: type {kind!r} is unknown; use text, image, video or audio.")
+    return items
+
+
+def _read_medium(item: Mapping[str, Any], where: str) -> MediaItem:
+    kind = item["type"]
+    value = None
+    if kind == "image_url":  # the form of OpenAI's API
+        kind, value = "image", item.get("image_url")
+        value = value.get("url") if isinstance(value, Mapping) else value
+    for key in (kind, "path", "url"):
+        value = item.get(key) if value is None else value
+    if value is None and isinstance(item.get("base64"), str):
+        value = f"data:{kind}/x;base64,{item['base64']}"
+    encoder = item.get("encoder") or "both"
+    if encoder not in ("both", "speech", "sound") or (encoder != "both" and kind != "audio"):
+        raise ConversationError(f"{where}: encoder {encoder!r} is not 'speech', 'sound' or 'both' (audio only).")
+    return MediaItem(kind, value, encoder, item.get("sampling_rate"), where)
+
+
+class ChatEncoder:
+    """Renders conversations with a template and encodes them, safe against control tokens in the texts.
+
+    Args:
+        tokenizer: any tokenizer whose vocabulary holds the placeholder tokens used.
+        template: Jinja source; answers must stand between `{% generation %}` and `{% endgeneration %}` if labels or
+            assistant masks are wanted.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        if len(template) > _MAX_TEMPLATE_CHARACTERS:
+            limit = _MAX_TEMPLATE_CHARACTERS
+            raise ConversationError(f"The chat template has {len(template)} characters; allowed are {limit}.")
+        self.tokenizer, self.template = tokenizer, template
+        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+        control = {token for token, special in added.items() if token.strip() and (special or token in template)}
+        control |= set(tokenizer.all_special_tokens) | set(MEDIA_TOKENS)
+        self.control_tokens = sorted(control, key=lambda token: (-len(token), token))  # the longest match wins
+        self.control_ids = set(tokenizer.convert_tokens_to_ids(self.control_tokens))
+        self._control = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+        self._newline = tokenizer.encode("\n", add_special_tokens=False)
+
+    def render(self, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The prompt as text, and the character spans of assistant answers in it.
+
+        Raises:
+            ConversationError: the template fails on these messages.
+        """
+        options = {**self.tokenizer.special_tokens_map, **options}
+        track = self.marks_answers and not options.get("continue_final_message")
+        try:
+            prompts, spans = render_jinja_template(
+                conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=track, **options
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
+            raise ConversationError(f"The chat template cannot show this conversation: {str(error)[:300]}") from None
+        return prompts[0], [tuple(span) for span in spans[0]] if track else []
+
+    def encode(self, messages: list[dict[str, Any]], **options: Any) -> EncodedChat:
+        """Render and encode; texts of the messages (and `tools`, `documents`) become plain text whatever they hold."""
+        mark = self._unused_mark([messages, options])
+        escaped = self._escape(messages, mark)
+        for name in ("tools", "documents"):
+            if options.get(name):
+                options[name] = self._escape(options[name], mark)
+        prompt, spans = self.render(escaped, **options)
+        encoded = EncodedChat([], [])
+        for piece, is_plain, is_answer in self._split(prompt, spans, mark):
+            ids = self._encode_plain(piece) if is_plain else self._encode_piece(piece, first=not encoded.input_ids)
+            encoded.input_ids += ids
+            encoded.answer += [is_answer] * len(ids)
+        return encoded
+
+    def _unused_mark(self, data: Any) -> str:
+        used = set()
+
+        def collect(value: Any) -> None:
+            if isinstance(value, str):
+                used.update(mark for mark in _MARKS if mark in value) if not value.isascii() else None
+            elif isinstance(value, Mapping):
+                for key in value:
+                    collect(value[key])
+            elif isinstance(value, list | tuple):
+                for item in value:
+                    collect(item)
+
+        collect(data)
+        free = [mark for mark in _MARKS if mark not in used]
+        if not free:
+            raise ConversationError("The texts use all 256 private characters U+F0000 to U+F00FF; remove some.")
+        return free[0]
+
+    def _escape(self, value: Any, mark: str) -> Any:
+        if isinstance(value, str):
+            return self._control.sub(lambda match: f"{mark}{self.control_tokens.index(match[0])}{mark}", value)
+        if isinstance(value, Mapping):
+            return {key: self._escape(item, mark) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._escape(item, mark) for item in value]
+        return value
+
+    def _split(self, prompt: str, spans: Sequence[tuple[int, int]], mark: str) -> list[tuple[str, bool, bool]]:
+        """Pieces (text, is plain text, is answer), cut at marks and at the borders of answers.
+
+        Cutting at answers makes the tokens of a trained answer those that generation produces after the same prompt.
+        """
+        marked = list(re.finditer(f"{mark}([0-9]+){mark}", prompt))
+        borders = {0, len(prompt)} | {end for span in spans for end in span}
+        borders |= {position for match in marked for position in match.span()}
+        tokens = {match.start(): self.control_tokens[int(match[1])] for match in marked}
+        cuts = sorted(borders)
+        pieces = []
+        for start, end in itertools.pairwise(cuts):
+            is_answer = any(first <= start < last for first, last in spans)
+            pieces.append((tokens.get(start, prompt[start:end]), start in tokens, is_answer))
+        return pieces
+
+    def _encode_piece(self, text: str, first: bool) -> list[int]:
+        """Ids of a piece; inside a prompt it is encoded after a newline, which keeps SentencePiece from adding a space."""
+        if not first:
+            ids = self.tokenizer.encode("\n" + text, add_special_tokens=False)
+            if self._newline and ids[: len(self._newline)] == self._newline:
+                return ids[len(self._newline) :]
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _encode_plain(self, token: str) -> list[int]:
+        """Ids of a control token's characters as ordinary text: encoded in parts, so that no part is the token."""
+        for cut in range(1, len(token)):
+            ids = self._encode_piece(token[:cut], first=False) + self._encode_piece(token[cut:], first=False)
+            if not self.control_ids.intersection(ids) - {self.tokenizer.unk_token_id}:
+                return ids
+        raise PlaceholderError(
+            f"The text holds {token!r}, which this tokenizer cannot write as plain text; remove it."
+        )

@@ -1,0 +1,101 @@
+"""What media a processor accepts: size limits, where they may come from, and the errors raised when they break a rule.
+
+Limits are checked from headers, before anything is decoded. Network access is off unless a `MediaPolicy` turns it on
+for named hosts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+try:  # In a model folder on the Hub this file stands alone and the package may be absent.
+    from unimoe.modeling_unimoe.errors_unimoe import UniMoeError
+except ImportError:
+
+    class UniMoeError(ValueError):  # type: ignore[no-redef]
+        """Root of the family; catching it catches every error that unimoe raises on purpose."""
+
+
+class MediaError(UniMoeError):
+    """An image, video or audio input was refused.
+
+    Attributes: kind ("image", "video" or "audio"), where (place in the input, e.g. "message 0, content 1"), reason.
+    The message never repeats what a decoder said: decoder texts have leaked memory addresses and server replies.
+    """
+
+    def __init__(self, kind: str, reason: str, where: str = "") -> None:
+        self.kind, self.reason, self.where = kind, reason, where
+        super().__init__(f"{kind} at {where}: {reason}" if where else f"{kind}: {reason}")
+
+
+class PlaceholderError(UniMoeError):
+    """Placeholders in the text and media given do not match, or a limit would cut a medium's features."""
+
+
+class ConversationError(UniMoeError):
+    """A conversation or a chat template does not have the expected form."""
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """Upper and lower limits; a medium outside of them is refused with a `MediaError` before it is decoded.
+
+    Fields: pixels count width x height of one image or frame; seconds are those of a whole clip; `max_text_characters`
+    limits all texts of one conversation together; `max_decoded_frames` bounds the decoding work per video.
+    """
+
+    max_file_bytes: int = 1 << 30
+    max_image_pixels: int = 50_000_000
+    min_audio_samples: int = 1
+    max_audio_seconds: float = 3600.0
+    min_sampling_rate: int = 4000
+    max_sampling_rate: int = 192_000
+    max_audio_channels: int = 8
+    max_video_seconds: float = 3600.0
+    max_video_frames: int = 250_000
+    max_video_pixels: int = 36_000_000
+    max_decoded_frames: int = 1000
+    max_text_characters: int = 2_000_000
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """Where media may come from.
+
+    Fields:
+        media_root: folder that relative paths start from; when given, files outside of it (after following symbolic
+            links) are refused. None: any readable regular file.
+        allow_paths: False refuses every path, for servers that only take uploads.
+        allow_network: False (default) refuses every http(s) URL without resolving its name.
+        allowed_hosts: host names that may be contacted; matched exactly, no wildcards.
+        allow_plain_http: also allow http, not only https.
+        network_seconds, network_bytes: caps for one download; redirects are never followed.
+        limits: `MediaLimits`.
+    """
+
+    media_root: str | None = None
+    allow_paths: bool = True
+    allow_network: bool = False
+    allowed_hosts: frozenset[str] = frozenset()
+    allow_plain_http: bool = False
+    network_seconds: float = 20.0
+    network_bytes: int = 64 << 20
+    limits: MediaLimits = field(default_factory=MediaLimits)
+
+
+DEFAULT_POLICY = MediaPolicy()
+
+
+@contextmanager
+def refuse_on_failure(kind: str, where: str, reason: str) -> Iterator[None]:
+    """Turn whatever a third-party decoder raises into a `MediaError` with our own words.
+
+    Decoders raise anything on hostile input (struct.error, SyntaxError, IndexError, ...), so this is the one place
+    that catches every exception; missing packages and our own refusals pass through.
+    """
+    try:
+        yield
+    except (UniMoeError, ImportError):
+        raise
+    except Exception:
+        raise MediaError(kind, reason, where) from None

@@ -1,0 +1,402 @@
+"""The processor: messages or text with images, videos and audio in, tensors for `UniMoeForCausalLM` out.
+
+Every medium has one placeholder in the text, which is expanded to as many tokens as the medium has features:
+`<image>` and `<video>` to themselves, `<audio>` to `<audio>` for the speech branch and then `<sound>` for the sound
+branch. `mm_token_type_ids` says what every position is: 0 text, 1 image, 2 video, 3 speech, 4 sound.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from .call_options_unimoe import CALL_OPTIONS, flatten_media, is_batched, merge_options, messages_of
+from .chat_unimoe import (
+    AUDIO_TOKEN,
+    DEFAULT_CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    MEDIA_KINDS,
+    SOUND_TOKEN,
+    VICUNA_CHAT_TEMPLATE,
+    VIDEO_TOKEN,
+    ChatEncoder,
+    MediaItem,
+    prepare_tokenizer,
+    read_messages,
+)
+from .feature_extraction_unimoe import UniMoeFeatureExtractor
+from .media_inputs_unimoe import process_media, waiting_runs
+from .media_unimoe import DEFAULT_POLICY, ConversationError, PlaceholderError
+from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
+from .video_processing_unimoe import UniMoeVideoProcessor
+
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "VICUNA_CHAT_TEMPLATE", "UniMoeProcessor", "prepare_tokenizer"]
+
+PARTS = ("image_processor", "video_processor", "feature_extractor", "tokenizer")
+
+
+class _PresentParts:
+    """`get_attributes`: of the class all part names, of an instance those that it has."""
+
+    def __get__(self, instance: Any, owner: type) -> Callable[[], list[str]]:
+        names = [name for name in PARTS if instance is None or name in instance.__dict__]
+        return lambda: names
+
+
+class UniMoeProcessor(ProcessorMixin):
+    """Prepares any mix of text, images, videos and audio.
+
+    Args:
+        image_processor: any image processor that makes `pixel_values` [n, 3, H, W]; None: no images.
+        video_processor: `UniMoeVideoProcessor` or None.
+        feature_extractor: `UniMoeFeatureExtractor` or None.
+        tokenizer: required; must know the placeholder tokens used, see `prepare_tokenizer`.
+        chat_template: Jinja source; None: `DEFAULT_CHAT_TEMPLATE`.
+        image_tokens, video_tokens: features per image and per video.
+        speech_tokens, sound_tokens: features per audio window in either branch; 0: the branch does not exist.
+
+    Attributes:
+        media_policy: where media may come from and how big they may be; not saved with the processor.
+        padding_side: "left" for generation; `training_inputs` pads right unless told otherwise.
+
+    Raises:
+        PlaceholderError: a token count is impossible, or the tokenizer lacks a placeholder token.
+    """
+
+    padding_side = "left"
+    get_attributes = _PresentParts()
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        video_processor: UniMoeVideoProcessor | None = None,
+        feature_extractor: UniMoeFeatureExtractor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        image_tokens: int = 0,
+        video_tokens: int = 0,
+        speech_tokens: int = 0,
+        sound_tokens: int = 0,
+    ) -> None:
+        # Not the inherited __init__: it wants every part to be there, and real torchvision for the video one.
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"UniMoeProcessor needs a tokenizer, got {type(tokenizer).__name__}.")
+        parts = (image_processor, video_processor, feature_extractor, tokenizer)
+        for name, part in zip(PARTS, parts, strict=True):
+            if part is not None:
+                setattr(self, name, part)
+        self.chat_template = chat_template or DEFAULT_CHAT_TEMPLATE
+        self.image_tokens, self.video_tokens = image_tokens, video_tokens
+        self.speech_tokens, self.sound_tokens = speech_tokens, sound_tokens
+        self.media_policy = DEFAULT_POLICY
+        self._encoders: dict[tuple[str, int], ChatEncoder] = {}
+        self.image_token, self.video_token, self.audio_token = IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN
+        self.sound_token = SOUND_TOKEN
+        self._check_counts()
+        self.image_token_id = self._placeholder_id(IMAGE_TOKEN, image_tokens)
+        self.video_token_id = self._placeholder_id(VIDEO_TOKEN, video_tokens)
+        # Every clip has one <audio> in the text, also where only the sound branch exists.
+        self.audio_token_id = self._placeholder_id(AUDIO_TOKEN, speech_tokens + sound_tokens)
+        self.sound_token_id = self._placeholder_id(SOUND_TOKEN, sound_tokens)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Process prompts whose placeholders are already in the text, as templates write them.
+
+        The text is trusted: control tokens in it act. For text from users call `apply_chat_template`.
+
+        Args:
+            images, videos, audio: media for the placeholders, in order; flat, or one list per text.
+            text: a prompt or a list of prompts; None: only the media are processed.
+            **kwargs: padding (True), padding_side, pad_to_multiple_of, truncation, max_length, return_tensors,
+                add_special_tokens; `sampling_rate` of audio arrays; `images_kwargs`, `videos_kwargs`, `audio_kwargs`.
+
+        Raises:
+            PlaceholderError: another number of media than placeholders, or a limit that cuts a medium's features.
+            MediaError: a medium is refused.
+        """
+        options = merge_options(kwargs)
+        media = [
+            MediaItem(kind, value, sampling_rate=options.get("sampling_rate"), where=f"{kind} {index}")
+            for kind, values in zip(MEDIA_KINDS, (images, videos, audio), strict=True)
+            for index, value in enumerate(flatten_media(values, kind))
+        ]
+        if text is None and not media:
+            raise ValueError("UniMoeProcessor needs text or media, got neither.")
+        tensors, waiting = process_media(self, media, options, self.media_policy)
+        if text is None:
+            return BatchFeature(tensors)
+        samples = []
+        for index, prompt in enumerate([text] if isinstance(text, str) else text):
+            if not isinstance(prompt, str):
+                raise TypeError(f"UniMoeProcessor: text {index} is a {type(prompt).__name__}, not a string.")
+            bos = self.tokenizer.bos_token
+            special = options.get("add_special_tokens", not (bos and prompt.startswith(bos)))
+            ids = self.tokenizer.encode(prompt, add_special_tokens=special)
+            sample = expand(ids, [False] * len(ids), self._kinds, waiting, f"text {index}")
+            samples.append({name: sample[name] for name in ("input_ids", "mm_token_type_ids")})
+        check_all_used(waiting, "the texts")
+        return self._batch(samples, tensors, options)
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        media_root: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render one conversation or a list of them, and with `tokenize=True` process their media too.
+
+        Contents are strings or lists of items {"type": "text", "text": ...}, {"type": "image", "image": PIL | array |
+        bytes | path} (also under "path", "url", "base64"), likewise "video" and "audio"; audio items take
+        "sampling_rate" (for arrays) and "encoder": "speech", "sound" or "both". Control tokens in texts stay text.
+
+        Returns:
+            `tokenize=False`: the prompt(s), unescaped. Else with `return_dict` a BatchFeature with input_ids,
+            attention_mask, mm_token_type_ids [B, S] and, as far as given, pixel_values [n, 3, H, W],
+            pixel_values_videos [n, F, 3, H, W], speech_features, audio_features, audio_padding_mask (all media of the
+            batch in order); with `return_assistant_tokens_mask` also assistant_masks [B, S]. Without: the input_ids.
+
+        Raises:
+            ConversationError, MediaError, PlaceholderError: the message names conversation, message and content.
+        """
+        if kwargs.pop("load_audio_from_video", False):
+            raise ConversationError("load_audio_from_video is not supported; give the sound track as an audio item.")
+        kwargs.pop("sanitize_control_tokens", None)  # always on
+        flat = {name: kwargs.pop(name) for name in CALL_OPTIONS & set(kwargs)}
+        options = merge_options({**(processor_kwargs or {}), **flat})
+        if return_tensors not in (None, "auto"):
+            options["return_tensors"] = return_tensors
+        encoder = self._encoder(chat_template)
+        if return_assistant_tokens_mask and not encoder.marks_answers:
+            raise ConversationError(
+                "The chat template has no {% generation %} block, so answers cannot be told apart."
+            )
+        template_options = {
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **kwargs,
+        }
+        batched = is_batched(conversation)
+        conversations = [messages_of(one) for one in (conversation if batched else [conversation])]
+        if not tokenize:
+            limits = self.media_policy.limits
+            prompts = [encoder.render(read_messages(one, limits)[0], **template_options)[0] for one in conversations]
+            return prompts if batched else prompts[0]
+        samples, tensors = self._process_conversations(conversations, encoder, template_options, options, media_root)
+        for sample in samples:
+            if not return_assistant_tokens_mask:
+                del sample["assistant_masks"]
+        output = self._batch(samples, tensors, options)
+        return output if return_dict else output["input_ids"]
+
+    def training_inputs(
+        self,
+        conversations: list[list[dict[str, Any]]],
+        media_root: str | None = None,
+        padding_side: str = "right",
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str = "pt",
+        max_length: int | None = None,
+    ) -> BatchFeature:
+        """A training batch: as `apply_chat_template(..., return_dict=True)`, with `labels` [B, S].
+
+        Labels are the input ids on answers of the assistant, including the token that ends each, and -100 elsewhere.
+        `media_root` is the folder that relative paths start from and no path may leave; `max_length` cuts long texts
+        at the end and raises where that would cut a medium.
+
+        Raises:
+            ConversationError: also where a conversation has no answer to learn from.
+        """
+        options = {"padding_side": padding_side, "pad_to_multiple_of": pad_to_multiple_of, "max_length": max_length}
+        options |= {"return_tensors": return_tensors, "truncation": max_length is not None}
+        samples, tensors = self._process_conversations(conversations, self._encoder(None), {}, options, media_root)
+        labelled = [with_labels(sample, f"conversation {index}") for index, sample in enumerate(samples)]
+        return self._batch(labelled, tensors, options)
+
+    def tokenize_conversation(
+        self, messages: list[dict[str, Any]], audio_windows: list[int] | None = None
+    ) -> dict[str, list[int]]:
+        """`input_ids`, `labels` and `mm_token_type_ids` of one conversation (lists), without opening its media.
+
+        For training from cached tower states. `audio_windows` holds the number of windows per audio item; None: one
+        each. Make batches of the results with `pad_tokens`.
+        """
+        plain, media = read_messages(messages, self.media_policy.limits)
+        clips = [item for item in media if item.kind == "audio"]
+        windows = [1] * len(clips) if audio_windows is None else list(audio_windows)
+        if len(windows) != len(clips):
+            raise PlaceholderError(f"audio_windows has {len(windows)} entries for {len(clips)} audio items.")
+        encoded = self._encoder(None).encode(plain)
+        waiting = waiting_runs(self, media, iter(windows))
+        sample = expand(encoded.input_ids, encoded.answer, self._kinds, waiting, "the conversation")
+        check_all_used(waiting, "the conversation")
+        return with_labels(sample, "the conversation")
+
+    def pad_tokens(
+        self,
+        samples: Sequence[Mapping[str, Sequence[int]]],
+        padding_side: str = "right",
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> dict[str, Any]:
+        """One batch of results of `tokenize_conversation`, int64 [B, S] each, with `attention_mask`."""
+        return to_tensors(pad(samples, self._padding_id, padding_side, pad_to_multiple_of), return_tensors)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of everything this processor can give to the model."""
+        names = ["input_ids", "attention_mask", "mm_token_type_ids"]
+        for part in (getattr(self, name, None) for name in PARTS[:3]):
+            names += [] if part is None else part.model_input_names
+        return names
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """Outputs of the parts that the model does not take."""
+        return ["windows_per_clip"]
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Any = None, video_sizes: Any = None, audio_lengths: Sequence[int] | None = None, **_: Any
+    ) -> MultiModalData:
+        """Tokens per medium, for serving engines; audio_lengths in samples at the feature extractor's rate."""
+        counts: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            counts["num_image_tokens"] = [self.image_tokens] * len(image_sizes)
+            counts["num_image_patches"] = [1] * len(image_sizes)
+        if video_sizes is not None:
+            counts["num_video_tokens"] = [self.video_tokens] * len(video_sizes)
+        if audio_lengths is not None:
+            windows = [self.feature_extractor.count_windows(samples) for samples in audio_lengths]
+            counts["num_audio_tokens"] = [n * (self.speech_tokens + self.sound_tokens) for n in windows]
+        return MultiModalData(**counts)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """The parts, in the order of `PARTS`; those that were not saved are None.
+
+        Our own classes are made here rather than looked up by name, which would need them registered, and torchvision.
+        """
+        saved = processor_dict or {}
+        own = {"video_processor": UniMoeVideoProcessor, "feature_extractor": UniMoeFeatureExtractor}
+        parts = {name: cls_(**saved[name]) for name, cls_ in own.items() if saved.get(name) is not None}
+        if saved.get("image_processor") is not None:
+            parts["image_processor"] = AutoImageProcessor.from_pretrained(
+                pretrained_model_name_or_path, backend="pil", **kwargs
+            )
+        parts["tokenizer"] = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return [parts.get(name) for name in PARTS]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `processor_config.json` holds; without the tokenizer and the caches."""
+        encoders, self._encoders = self._encoders, {}
+        try:
+            return super().to_dict()
+        finally:
+            self._encoders = encoders
+
+    def _check_counts(self) -> None:
+        for name in ("image_tokens", "video_tokens", "speech_tokens", "sound_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65_536:
+                raise PlaceholderError(f"UniMoeProcessor: {name} is {value!r}; use a whole number from 0 to 65536.")
+        extractor = getattr(self, "feature_extractor", None)
+        for branch in ("speech", "sound"):
+            tokens = getattr(self, f"{branch}_tokens")
+            if extractor is not None and getattr(extractor, branch) != (tokens > 0):
+                has = "makes" if getattr(extractor, branch) else "does not make"
+                raise PlaceholderError(
+                    f"UniMoeProcessor: {branch}_tokens is {tokens}, but the feature extractor {has} {branch} features."
+                )
+
+    def _placeholder_id(self, token: str, tokens_needed: int) -> int | None:
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        is_known = token_id is not None and token_id != self.tokenizer.unk_token_id
+        if is_known and token_id in self.tokenizer.encode(token, add_special_tokens=False):
+            return token_id
+        if tokens_needed:
+            raise PlaceholderError(f"The tokenizer has no token {token}: call prepare_tokenizer(tokenizer) first.")
+        return None
+
+    @property
+    def _kinds(self) -> dict[int, str]:
+        """Placeholder id -> kind of medium; a lone `<sound>` is nothing that a text may hold."""
+        ids = (self.image_token_id, self.video_token_id, self.audio_token_id, self.sound_token_id)
+        return {i: kind for i, kind in zip(ids, (*MEDIA_KINDS, "sound"), strict=True) if i is not None}
+
+    @property
+    def _padding_id(self) -> int:
+        """Any id does: padding is masked out of attention, loss and media."""
+        tokenizer = self.tokenizer
+        return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+    def _encoder(self, template: str | None) -> ChatEncoder:
+        source = self._resolve_chat_template(template)
+        key = (source, len(self.tokenizer))
+        if key not in self._encoders:
+            self._encoders[key] = ChatEncoder(self.tokenizer, source)
+        return self._encoders[key]
+
+    def _process_conversations(
+        self,
+        conversations: Sequence[Any],
+        encoder: ChatEncoder,
+        template_options: dict[str, Any],
+        options: dict[str, Any],
+        media_root: str | None,
+    ) -> tuple[list[Sample], dict[str, Any]]:
+        """Token lists (with assistant_masks) per conversation, and the tensors of all their media."""
+        policy = self.media_policy
+        if media_root is not None:
+            policy = dataclasses.replace(policy, media_root=str(media_root))
+        read = [
+            read_messages(messages, policy.limits, f"conversation {index}, " if len(conversations) > 1 else "")
+            for index, messages in enumerate(conversations)
+        ]
+        encoded = [encoder.encode(plain, **template_options) for plain, _ in read]
+        tensors, waiting = process_media(self, [item for _, media in read for item in media], options, policy)
+        samples = []
+        for index, (chat, (_, media)) in enumerate(zip(encoded, read, strict=True)):
+            own = {kind: [waiting[kind].pop(0) for item in media if item.kind == kind] for kind in MEDIA_KINDS}
+            samples.append(expand(chat.input_ids, chat.answer, self._kinds, own, f"conversation {index}"))
+            check_all_used(own, f"conversation {index}")
+        return samples, tensors
+
+    def _batch(self, samples: list[Sample], tensors: dict[str, Any], options: dict[str, Any]) -> BatchFeature:
+        max_length = options.get("max_length")
+        if options.get("truncation") and max_length:
+            side = self.tokenizer.truncation_side
+            samples = [truncate(sample, max_length, side, f"sample {index}") for index, sample in enumerate(samples)]
+        padding = options.get("padding", True)
+        if padding in (False, "do_not_pad"):
+            batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+            batch["attention_mask"] = [[1] * len(row) for row in batch["input_ids"]]
+        else:
+            side = options.get("padding_side") or self.padding_side
+            length = max_length if padding == "max_length" and max_length else 0
+            batch = pad(samples, self._padding_id, side, options.get("pad_to_multiple_of"), length)
+        if options.get("return_mm_token_type_ids") is False:
+            del batch["mm_token_type_ids"]
+        return BatchFeature({**to_tensors(batch, options.get("return_tensors")), **tensors})

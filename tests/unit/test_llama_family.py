@@ -1,0 +1,126 @@
+"""LLaMA-family decoders give the same logits in our decoder, and look-alikes are refused with the reason."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from unimoe.conversion.llama_family import dense_from, text_config_from, why_not
+from unimoe.conversion.upcycle import upcycle_model
+from unimoe.errors import ConversionError
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "llama tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama biased": LlamaConfig(**SIZES, attention_bias=True),
+    "llama-3 rope": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "linear rope, own head size": LlamaConfig(**SIZES, rope_parameters=LINEAR, head_dim=16),
+    "mistral": MistralConfig(**SIZES, sliding_window=8),
+    "mistral without window": MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2 window on every layer": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0
+    ),
+    "qwen2 yarn": Qwen2Config(**SIZES, rope_parameters=YARN),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+}
+
+
+def source_model(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    # Norm weights and biases start as ones and zeros, which would hide a wrong mapping.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_those_of_transformers(name: str) -> None:
+    source = source_model(CONFIGS[name])
+    ours = dense_from(source)
+    sparse = upcycle_model(ours, num_experts=4, num_experts_per_tok=2, sparse_layers=[1])
+    # Longer than any sliding window and than the original context of the scaled RoPEs.
+    ids = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = source(ids).logits
+        assert (ours(ids).logits - expected).abs().max() <= 1e-5
+        assert (sparse(ids).logits - expected).abs().max() <= 1e-5
+    greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids[:1], **greedy), source.generate(ids[:1], **greedy))
+
+
+def test_sliding_window_is_read_per_family() -> None:
+    assert text_config_from(CONFIGS["mistral"]).sliding_window == 8
+    assert text_config_from(Qwen2Config(**SIZES, sliding_window=8)).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "reason"),
+    [
+        ("phi3", {}, r"fuses q, k, v or gate and up into one tensor \(Phi-3\)"),
+        ("mixtral", {}, "mixture of experts already"),
+        ("gemma", {"head_dim": 8}, "norms add one"),
+        ("gemma2", {"head_dim": 8}, "further norms"),
+        ("gpt2", {}, "GPT style"),
+        ("granite", {"residual_multiplier": 0.5}, "residual_multiplier=0.5"),
+        ("llama", {"mlp_bias": True}, "feed-forward networks have biases"),
+        ("smollm3", {}, "no_rope_layers"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "attend in different ways"),
+    ],
+)
+def test_other_architectures_are_refused_with_the_reason(model_type: str, fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConversionError, match=reason):
+        text_config_from(AutoConfig.for_model(model_type, **{**SIZES, "num_hidden_layers": 4, **fields}))
+
+
+def test_broken_checkpoints_are_refused_with_the_tensor_that_shows_it() -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in source_model(CONFIGS["llama"]).state_dict().items()}
+    assert why_not(shapes) is None
+    assert why_not({**shapes, "model.layers.0.rotary_emb.inv_freq": (4,)}) is None
+
+    missing = {name: shape for name, shape in shapes.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    assert "model.layers.1.mlp.up_proj.weight is missing" in str(why_not(missing))
+    gap = {name: shape for name, shape in shapes.items() if ".layers.1." not in name}
+    assert "numbered [0, 2]" in str(why_not(gap))
+    assert "wqkv" in str(why_not({"model.layers.0.attention.wqkv.weight": (8, 8)}))
+    assert "model.extra" in str(why_not({**shapes, "model.extra": (1,)}))
+
+    with pytest.raises(ConversionError, match=r"lm_head.weight is missing"):
+        text_config_from(CONFIGS["llama"], {n: s for n, s in shapes.items() if n != "lm_head.weight"})
+    with pytest.raises(ConversionError, match=r"q_proj.weight has shape \[8, 8\]"):
+        text_config_from(CONFIGS["llama"], {**shapes, "model.layers.2.self_attn.q_proj.weight": (8, 8)})

@@ -91,8 +91,11 @@ class MediaEncoderMixin:
     ) -> torch.Tensor:
         """States [n, T, C] of the sound tower for filter-bank windows [n, frames, mels].
 
-        audio_padding_mask is bool [n, samples], True on padding; only BEATs takes it.
+        audio_padding_mask is bool [n, samples], True on padding; only BEATs takes it. Where the sound branch has no
+        tower of its own, audio_features are log-mel windows for the speech tower.
         """
+        if self._sound_reads_speech_tower:
+            return self.encode_speech(audio_features)
         tower = self._require(self.audio_tower, "audio", "audio_config")
         kwargs = {} if audio_padding_mask is None else {"padding_mask": audio_padding_mask}
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
@@ -150,10 +153,7 @@ class MediaEncoderMixin:
         """Connected features by modality, for the media that are there."""
         media = {name: value for name, value in media.items() if value is not None}
         given = {m: {k: media[k] for k in names if k in media} for m, names in MEDIA_INPUTS.items()}
-        if "speech_features" in given["speech"]:
-            given["speech"] = {"speech_encoder_states": self.encode_speech(media["speech_features"])}
-        if self._sound_reads_speech_tower and not given["sound"] and given["speech"]:
-            given["sound"] = {"sound_encoder_states": given["speech"]["speech_encoder_states"]}
+        self._share_speech_states(given)
         get = {"image": self.get_image_features, "video": self.get_video_features}
         features = {}
         for modality, inputs in given.items():
@@ -161,6 +161,15 @@ class MediaEncoderMixin:
                 continue
             features[modality] = get.get(modality, self.get_audio_features)(**inputs).pooler_output
         return features
+
+    def _share_speech_states(self, given: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Where both audio branches read the speech tower and got the same windows, run it once."""
+        speech, sound = given["speech"].get("speech_features"), given["sound"].get("audio_features")
+        if not self._sound_reads_speech_tower or speech is None or sound is None:
+            return
+        if speech.shape == sound.shape and torch.equal(speech, sound):
+            states = self.encode_speech(speech)
+            given["speech"], given["sound"] = {"speech_encoder_states": states}, {"sound_encoder_states": states}
 
     @property
     def _sound_reads_speech_tower(self) -> bool:

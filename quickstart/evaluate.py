@@ -1,0 +1,120 @@
+"""Held-out questions, answered freely as text; an answer counts when it is exactly right."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..modeling_unimoe.losses_unimoe import expert_load
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..processing.processing_unimoe import UniMoeProcessor
+from ..trainers.collator import CachedCollator
+from ..trainers.encoder_cache import EncoderCache
+
+TASKS = ("image", "speech", "sound", "video_direction", "video_object", "text")
+MAX_ANSWER_TOKENS = 12
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out item and what the model said."""
+
+    sample: dict[str, Any]
+    text: str
+    truth: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.text.strip() == self.truth
+
+
+def truth_of(sample: dict[str, Any]) -> str:
+    return "".join(item["text"] for item in sample["messages"][-1]["content"]).strip()
+
+
+@torch.no_grad()
+def answer_samples(
+    model: UniMoeForCausalLM, processor: UniMoeProcessor, cache: EncoderCache, samples: list[dict[str, Any]]
+) -> list[Answer]:
+    """Greedy answers of the model to samples whose tower states are in the cache, in the given order."""
+    model.eval()
+    collator = CachedCollator(processor, cache)
+    by_task = defaultdict(list)
+    for index, sample in enumerate(samples):
+        by_task[sample["task"]].append(index)
+    answers: dict[int, Answer] = {}
+    for indices in by_task.values():
+        for start in range(0, len(indices), BATCH_SIZE):
+            chunk = indices[start : start + BATCH_SIZE]
+            texts = _generate(model, processor, collator, [samples[i] for i in chunk])
+            for index, text in zip(chunk, texts, strict=True):
+                answers[index] = Answer(samples[index], text, truth_of(samples[index]))
+    return [answers[index] for index in range(len(samples))]
+
+
+def accuracy_by_task(answers: list[Answer]) -> dict[str, float]:
+    """Share of exactly right answers of each task that occurs."""
+    right, total = Counter(), Counter()
+    for answer in answers:
+        right[answer.sample["task"]] += answer.is_right
+        total[answer.sample["task"]] += 1
+    return {task: right[task] / total[task] for task in TASKS if total[task]}
+
+
+def spread(samples: list[dict[str, Any]], per_task: int) -> list[dict[str, Any]]:
+    """At most `per_task` samples of each task, evenly spread over the list."""
+    chosen = []
+    for task in TASKS:
+        of_task = [sample for sample in samples if sample["task"] == task]
+        step = max(1, len(of_task) / per_task)
+        chosen += [of_task[int(i * step)] for i in range(min(per_task, len(of_task)))]
+    return chosen
+
+
+@torch.no_grad()
+def load_by_modality(
+    model: UniMoeForCausalLM, processor: UniMoeProcessor, cache: EncoderCache, samples: list[dict[str, Any]]
+) -> dict[str, list[list[float]]]:
+    """Expert load per sparse layer, [layers][experts], of the samples of each modality (all their tokens)."""
+    model.eval()
+    collator = CachedCollator(processor, cache)
+    by_modality = defaultdict(list)
+    for sample in samples:
+        by_modality[sample["modality"]].append(sample)
+    loads = {}
+    for modality, members in by_modality.items():
+        inputs = _model_inputs(collator(members[:BATCH_SIZE]))
+        outputs = model(**inputs, output_router_logits=True)
+        mask = inputs["attention_mask"].reshape(-1)
+        loads[modality] = expert_load(outputs.router_logits, model.config.text_config, attention_mask_T=mask).tolist()
+    return loads
+
+
+def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in ("sample_ids", "group", "labels")}
+
+
+def _generate(
+    model: UniMoeForCausalLM,
+    processor: UniMoeProcessor,
+    collator: CachedCollator,
+    samples: list[dict[str, Any]],
+) -> list[str]:
+    batch = collator(samples)
+    prompts, masks = [], []
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        answer_start = int((labels != -100).nonzero()[0])
+        prompts.append(ids[:answer_start][mask[:answer_start].bool()])
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), processor.tokenizer.pad_token_id)
+    masks = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = prompt
+        masks[row, width - len(prompt) :] = 1
+    states = {name: value for name, value in batch.items() if name.endswith("_encoder_states")}
+    output = model.generate(
+        input_ids=input_ids, attention_mask=masks, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, **states
+    )
+    return [text.strip() for text in processor.batch_decode(output[:, width:], skip_special_tokens=True)]

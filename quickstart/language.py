@@ -1,0 +1,53 @@
+"""The compact language model of the quickstart: its tokenizer and its size.
+
+A 135 M-parameter model cannot be taught to answer in a few CPU minutes, so the default decoder is small, and stage 0
+teaches it the English of the corpus.
+"""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ..modeling_unimoe.configuration_unimoe import UniMoeTextConfig
+
+PAD, BOS, END_OF_TURN, START_OF_TURN = "<|pad|>", "<|endoftext|>", "<|im_end|>", "<|im_start|>"
+MEDIA_TOKENS = {"image": "<image>", "video": "<video>", "audio": "<audio>", "sound": "<sound>"}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the given texts; its length is a multiple of 8 for fast matrix products."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, BOS, START_OF_TURN, END_OF_TURN, *MEDIA_TOKENS.values()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([f"<|reserved_{i}|>" for i in range(-tokenizer.get_vocab_size() % 8)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=END_OF_TURN, padding_side="left"
+    )
+
+
+def compact_text_config(tokenizer: PreTrainedTokenizerFast) -> UniMoeTextConfig:
+    """A dense decoder of about 4 M parameters."""
+    return UniMoeTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=0.04,
+        tie_word_embeddings=True,
+        num_experts=0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )

@@ -1,0 +1,140 @@
+"""The quickstart's recipe: language, then Uni-MoE's three stages, with budgets for two CPU cores."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..starter_corpus.corpus import corpus_root
+from ..trainers.recipe import ExpertConfig, LoraSettings, MoeConfig, Recipe, StageConfig
+
+# Expert e of every sparse layer starts as the FFN that learned these modalities.
+EXPERTS = {"image": ["image"], "speech": ["speech"], "sound": ["sound"], "video_text": ["video", "text"]}
+MIX = {"image": 4.0, "speech": 3.0, "sound": 1.5, "video_direction": 1.0, "video_object": 2.5, "text": 1.0}
+NOISE = {"image": 0.2, "video": 0.15, "speech": 0.1, "sound": 0.3}
+DROPOUT = {"speech": 0.05, "sound": 0.08}
+IMAGE_VARIANTS = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps of each stage, and the seconds after which a slow machine cuts a stage short (None: never)."""
+
+    language: int = 500
+    connectors: int = 500
+    expert: int = 150
+    mixed: int = 900
+    seconds: dict[str, float] | None = None
+
+    def scaled(self, factor: float, seconds: dict[str, float] | None = None) -> "Budget":
+        def scale(steps: int) -> int:
+            return max(1, round(steps * factor))
+
+        return Budget(
+            scale(self.language),
+            scale(self.connectors),
+            scale(self.expert),
+            scale(self.mixed),
+            seconds or self.seconds,
+        )
+
+    def limit(self, stage: str) -> float | None:
+        return None if self.seconds is None else self.seconds[stage]
+
+
+def quickstart_recipe(
+    start_model: Path, work: Path, seed: int, budget: Budget, *, teach_language: bool, sparse_layers: list[int]
+) -> Recipe:
+    """All stages as one `Recipe`; `teach_language` adds stage 0, for a decoder that starts from nothing."""
+    corpus = corpus_root()
+    common: dict[str, Any] = {
+        "batch_size": 32,
+        "adam_betas": [0.9, 0.98],
+        "weight_decay": 0.01,
+        "min_learning_rate_ratio": 0.03,
+        "feature_noise": NOISE,
+        "token_dropout": DROPOUT,
+        "save_every": 200,
+    }
+    stages = []
+    if teach_language:
+        stages.append(
+            StageConfig(
+                name="stage0",
+                train=["embeddings", "attention", "ffn", "norms"],
+                data=[str(corpus / "stage0.jsonl")],
+                steps=budget.language,
+                time_limit_seconds=budget.limit("stage0"),
+                learning_rate=2e-3,
+                warmup_steps=30,
+                **{**common, "batch_size": 48},
+            )
+        )
+    stages += [
+        StageConfig(
+            name="stage1",
+            train=["connectors"],
+            modalities=["image", "speech", "sound", "video"],
+            modality_weights={task: weight for task, weight in MIX.items() if task != "text"},
+            steps=budget.connectors,
+            time_limit_seconds=budget.limit("stage1"),
+            learning_rate=1.5e-3,
+            warmup_steps=20,
+            **common,
+        ),
+        StageConfig(
+            name="stage2",
+            kind="experts",
+            train=["ffn", "connectors"],
+            experts=[ExpertConfig(name, modalities) for name, modalities in EXPERTS.items()],
+            steps=budget.expert,
+            time_limit_seconds=budget.limit("stage2"),
+            learning_rate={"ffn": 1e-3, "connectors": 1e-3},
+            warmup_steps=10,
+            **common,
+        ),
+        StageConfig(
+            name="stage3",
+            kind="moe",
+            train=["router", "connectors"],
+            lora=LoraSettings(rank=16, alpha=32.0, targets=["experts", "attention"]),
+            modality_weights=MIX,
+            steps=budget.mixed,
+            time_limit_seconds=budget.limit("stage3"),
+            learning_rate={"router": 1e-3, "connectors": 1e-3, "experts": 2e-3, "attention": 2e-3},
+            warmup_steps=20,
+            label_smoothing=0.02,
+            router_aux_loss_coef=0.01,
+            router_z_loss_coef=0.0001,
+            **common,
+        ),
+    ]
+    return Recipe(
+        model=str(start_model),
+        data=[str(corpus / "train.jsonl")],
+        out=str(work / "stages"),
+        seed=seed,
+        stages=stages,
+        moe=MoeConfig(sparse_layers=sparse_layers, num_experts_per_tok=2, router_init="modality_means"),
+        cache=str(work / "tower_states"),
+        cache_variants={"image": IMAGE_VARIANTS},
+    )
+
+
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+
+def play_backwards(
+    sample: dict[str, Any], states: dict[str, list[torch.Tensor]], rng: np.random.Generator
+) -> tuple[dict[str, Any], dict[str, list[torch.Tensor]]]:
+    """Show half of the training videos backwards; a direction of motion then turns into its opposite."""
+    if "video" not in states or rng.random() < 0.5:
+        return sample, states
+    states = {**states, "video": [frames.flip(0) for frames in states["video"]]}
+    answer = sample["messages"][-1]["content"][0]["text"]
+    if sample["task"] == "video_direction":
+        turned = {"role": "assistant", "content": [{"type": "text", "text": OPPOSITE[answer]}]}
+        sample = {**sample, "messages": [*sample["messages"][:-1], turned]}
+    return sample, states

@@ -1,0 +1,304 @@
+"""Checkpoint folders, read and written one tensor at a time.
+
+A reader looks at the headers only and reads each tensor's bytes when it is asked for, so that memory holds one tensor
+and never a shard. A writer knows every shape beforehand, writes the headers first and then the tensors' pieces as they
+come. What is read may come from strangers: an index may only name plain files of its own folder, every offset is
+checked against the file, and pickled files are opened with `weights_only=True` alone.
+"""
+
+import json
+import math
+import os
+import pickle
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..errors import ConversionError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+DEFAULT_SHARD_BYTES = 4 << 30
+# What torch.load raises on pickles that are damaged, too old to be mapped, or hold code.
+_UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is: its file, and for safetensors the byte range inside it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to write: the pieces, made when they are needed, follow each other in its memory."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Callable[[], torch.Tensor], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a folder with safetensors files (or, failing these, pickled ones that hold nothing but tensors).
+
+    Raises:
+        ConversionError: there are no weights, or a file is missing, truncated, or not what its index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pickle: tuple[Path, dict[str, torch.Tensor]] | None = None
+        self.tensors = self._read_headers()
+        self.files = sorted({info.file for info in self.tensors.values()})
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of its own memory, on the CPU."""
+        info = self.tensors[name]
+        if info.file.suffix != ".safetensors":
+            return self._unpickled(info.file)[name].clone()
+        buffer = bytearray(info.num_bytes)
+        with open(info.file, "rb") as file:
+            file.seek(info.start)
+            if file.readinto(buffer) != info.num_bytes:
+                raise ConversionError(f"{info.file} ends inside {name}: fetch the file again.")
+        if not buffer:
+            return torch.empty(info.shape, dtype=info.dtype)
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(info.dtype).view(info.shape)
+
+    def _read_headers(self) -> dict[str, TensorInfo]:
+        for whole, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
+            if (self.folder / index).is_file():
+                return self._read_index(self.folder / index)
+            if (self.folder / whole).is_file():
+                return self._tensors_of(self.folder / whole)
+        raise ConversionError(
+            f"{self.folder} holds no {SAFETENSORS}, {SAFETENSORS_INDEX} or {PICKLE}. Give a folder with weights."
+        )
+
+    def _read_index(self, index: Path) -> dict[str, TensorInfo]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConversionError(f"{index} has no weight_map. Fetch the file again.")
+        wanted: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            wanted.setdefault(plain_file_name(file, index), []).append(name)
+        tensors = {}
+        for file, names in wanted.items():
+            path = self.folder / file
+            if not path.is_file():
+                raise ConversionError(f"{path} is missing, but {index.name} names it. Fetch the file.")
+            inside = self._tensors_of(path)
+            absent = sorted(set(names) - set(inside))
+            if absent:
+                raise ConversionError(f"{path} lacks {absent[0]}, which {index.name} places there. Fetch both again.")
+            tensors |= {name: inside[name] for name in names}
+        return tensors
+
+    def _tensors_of(self, path: Path) -> dict[str, TensorInfo]:
+        if path.suffix == ".safetensors":
+            return _safetensors_header(path)
+        return {name: TensorInfo(path, t.dtype, tuple(t.shape)) for name, t in self._unpickled(path).items()}
+
+    def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
+        """The content of a .bin file, mapped rather than read; the last file stays open."""
+        if self._pickle is None or self._pickle[0] != path:
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except _UNPICKLING_ERRORS as error:
+                raise ConversionError(
+                    f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). "
+                    "Pickles that hold code are never run; give the weights as safetensors."
+                ) from error
+            if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
+                raise ConversionError(f"{path} holds more than named tensors. Give the weights as safetensors.")
+            self._pickle = (path, content)
+        return self._pickle[1]
+
+
+def plain_file_name(name: Any, index: Path) -> str:
+    """The name itself if it is that of a file directly in the folder; anything else is refused."""
+    plain = isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name
+    if not plain or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
+        raise ConversionError(f"{index} points to {name!r}; only plain names of files beside it are allowed.")
+    return name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ConversionError when there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConversionError(f"{path} cannot be read as JSON ({error}). Fetch the file again.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} does not hold a JSON object. Fetch the file again.")
+    return content
+
+
+def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
+        if length > min(_MAX_HEADER_BYTES, size - 8):
+            raise ConversionError(f"{path} is no complete safetensors file ({size} bytes). Fetch it again.")
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            tensors = {name: _tensor_info(path, entry, 8 + length) for name, entry in entries.items()}
+            ends = [entry["data_offsets"][1] for entry in entries.values()]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConversionError(f"{path} has a damaged safetensors header ({error!r}). Fetch it again.") from error
+    if 8 + length + max(ends, default=0) != size:
+        raise ConversionError(
+            f"{path} has {size} bytes but its header describes {8 + length + max(ends, default=0)}: "
+            "it is truncated or damaged. Fetch it again."
+        )
+    return tensors
+
+
+def _tensor_info(path: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (start, end, *entry["shape"])):
+        raise ValueError(f"offsets {start}, {end} or shape {entry['shape']} are not natural numbers")
+    info = TensorInfo(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), data_start + start)
+    if end - start != info.num_bytes:
+        raise ValueError(f"{end - start} bytes for shape {entry['shape']} of {entry['dtype']}")
+    return info
+
+
+def write_checkpoint(
+    folder: Path,
+    outputs: Iterable[OutputTensor],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: bool = True,
+) -> list[Path]:
+    """Write safetensors shards and, when there are several, their index into an existing folder; returns the shards.
+
+    Raises:
+        ConversionError: the pieces of a tensor do not fill it.
+    """
+    shards = _split(list(outputs), max_shard_bytes)
+    names = [SAFETENSORS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    total = sum(output.num_bytes for shard in shards for output in shard)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not progress) as bar:
+        for name, shard in zip(names, shards, strict=True):
+            _write_shard(folder / name, shard, bar.update)
+    if len(shards) > 1:
+        weight_map = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [folder / name for name in names]
+
+
+def _split(outputs: list[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
+    shards: list[list[OutputTensor]] = [[]]
+    for output in outputs:
+        filled = sum(tensor.num_bytes for tensor in shards[-1])
+        if shards[-1] and filled + output.num_bytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(output)
+    return shards
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_shard(path: Path, outputs: list[OutputTensor], wrote: Callable[[int], Any]) -> None:
+    # Wide types first keeps every tensor aligned to its own size without holes, which the format forbids.
+    outputs = sorted(outputs, key=lambda output: -output.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for output in outputs:
+        entry = {"dtype": _DTYPE_NAMES[output.dtype], "shape": list(output.shape)}
+        header[output.name] = entry | {"data_offsets": [offset, offset + output.num_bytes]}
+        offset += output.num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for output in outputs:
+            written = 0
+            for piece in _bytes_of(output):
+                file.write(piece)
+                written += len(piece)
+                wrote(len(piece))
+            if written != output.num_bytes:
+                raise ConversionError(f"{output.name} got {written} bytes; its shape needs {output.num_bytes}.")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes_of(output: OutputTensor) -> Iterator[memoryview]:
+    for make in output.pieces:
+        tensor = make().detach().to("cpu", output.dtype).contiguous()
+        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+@contextmanager
+def finished_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder that becomes `target` if the block ends well, and vanishes if it does not.
+
+    Args:
+        replace: take the place of an existing folder; otherwise one that is not empty is refused.
+
+    Raises:
+        ConversionError: `target` is a file, or not empty.
+    """
+    if target.exists() and not target.is_dir():
+        raise ConversionError(f"{target} is a file; name a folder.")
+    if not replace and target.is_dir() and any(target.iterdir()):
+        raise ConversionError(f"{target} is not empty: name a new folder, or remove it first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
+        folder = Path(work) / "new"
+        folder.mkdir()
+        yield folder
+        if target.is_dir():
+            os.replace(target, Path(work) / "old")
+        os.replace(folder, target)

@@ -1,0 +1,120 @@
+"""The text of a model card: metadata that the Hub reads, what is inside, how to load it, and the numbers."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from .parameters import ParameterCount, total_and_active
+
+_TEXT_EXAMPLE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "PATH_OR_HUB_ID"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```"""
+_MEDIA_EXAMPLE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+folder = "PATH_OR_HUB_ID"
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+messages = [{"role": "user", "content": [%s, {"type": "text", "text": "QUESTION"}]}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+answer = model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```"""
+
+
+def modalities_of(config: UniMoeConfig) -> list[str]:
+    """What the model takes, in the order image, video, speech, sound, text."""
+    branches = {
+        "image": config.image_connector,
+        "video": config.image_connector or config.video_connector,
+        "speech": config.speech_connector,
+        "sound": config.sound_connector,
+    }
+    return [name for name, connector in branches.items() if connector is not None] + ["text"]
+
+
+def model_card(
+    name: str,
+    config: UniMoeConfig,
+    parameters: Mapping[str, ParameterCount],
+    *,
+    license: str | None = None,
+    base_models: list[str] | None = None,
+    sections: Mapping[str, str] | None = None,
+) -> str:
+    """A card in Markdown.
+
+    Args:
+        name: the title.
+        license: licence id of the Hub; "other" when None.
+        base_models: Hub ids of the models that this one was made from.
+        sections: heading -> Markdown text, put at the end: results, recipe, receipt, attribution.
+    """
+    modalities = modalities_of(config)
+    parts = [
+        _metadata(modalities, license, base_models or []),
+        f"# {name}",
+        f"A {_kind(config)} that takes {_listed(modalities)} and writes text, made with unimoe.",
+        "## Use\n\n" + _example(modalities),
+        "## Parameters\n\n" + parameter_table(parameters),
+        *(f"## {heading}\n\n{text.strip()}" for heading, text in (sections or {}).items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def parameter_table(parameters: Mapping[str, ParameterCount]) -> str:
+    """Parameters per role as a Markdown table."""
+    rows = ["| part | parameters | active per token |", "|---|---:|---:|"]
+    rows += [f"| {role} | {count.total:,} | {count.active:,} |" for role, count in parameters.items()]
+    everything = total_and_active(dict(parameters))
+    return "\n".join([*rows, f"| **all** | **{everything.total:,}** | **{everything.active:,}** |"])
+
+
+def _metadata(modalities: list[str], license: str | None, base_models: list[str]) -> str:
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": _pipeline_tag(modalities),
+        "license": license or "other",
+        "tags": ["unimoe", "mixture-of-experts", "custom_code"],
+    }
+    if base_models:
+        fields["base_model"] = base_models
+    # JSON values are YAML values, and quoting them keeps a strange name from becoming more metadata.
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
+
+
+def _pipeline_tag(modalities: list[str]) -> str:
+    if {"speech", "sound"} & set(modalities):
+        return "any-to-any"
+    return "image-text-to-text" if "image" in modalities else "text-generation"
+
+
+def _kind(config: UniMoeConfig) -> str:
+    text = config.text_config
+    if not text.sparse_layers:
+        return "dense model"
+    return (
+        f"Mixture-of-Experts model ({text.num_experts} experts, {text.num_experts_per_tok} per token, in "
+        f"{len(text.sparse_layers)} of {text.num_hidden_layers} layers)"
+    )
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def _example(modalities: list[str]) -> str:
+    kinds = {"image": "image", "speech": "audio", "sound": "audio"}
+    medium = next((kinds[modality] for modality in modalities if modality in kinds), None)
+    return _TEXT_EXAMPLE if medium is None else _MEDIA_EXAMPLE % f'{{"type": "{medium}", "path": "FILE"}}'

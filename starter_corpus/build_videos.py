@@ -60,7 +60,8 @@ def write_video(path: Path, frames: list[Image.Image]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        options = {"crf": "20", "preset": "veryslow", "threads": "1"}
+        # without assembler code: with it, the same frames give other bytes from time to time
+        options = {"crf": "20", "preset": "veryslow", "x264-params": "threads=1:asm=0"}
         stream = container.add_stream("libx264", rate=Fraction(FRAMES_PER_SECOND), options=options)
         stream.width = stream.height = FRAME_SIZE
         stream.pix_fmt = "yuv420p"

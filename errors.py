@@ -18,6 +18,10 @@ class CheckpointError(UniMoeError):
     """A checkpoint is incomplete, damaged or belongs to another run."""
 
 
+class TrainingError(UniMoeError):
+    """Training cannot go on, e.g. because a loss is not finite."""
+
+
 class ConversionError(UniMoeError):
     """A source model cannot be converted, or its receipt does not add up."""
 
@@ -34,5 +38,6 @@ __all__ = [
     "ModalityError",
     "PartError",
     "RecipeError",
+    "TrainingError",
     "UniMoeError",
 ]

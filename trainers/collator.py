@@ -1,0 +1,202 @@
+"""Batches for training, from media files or from cached tower states, with one interface.
+
+A batch holds what `UniMoeForCausalLM.forward` takes, padded on the left so that the answers end in the same column and
+logits are needed for the last columns only, and two entries for messages and logs: `sample_ids` and `group`. `logits_to_keep` says how many columns that are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .data import ConversationDataset, Sample, group_of
+from .encoder_cache import EncoderCache
+from .objective import IGNORED, columns_to_keep
+
+Row = tuple[list[int], list[int]]
+States = dict[str, list[torch.Tensor]]
+Augment = Callable[[Sample, States, np.random.Generator], tuple[Sample, States]]
+
+
+class TokenRows:
+    """Token ids and labels of samples; the same conversation is tokenised once."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self._rows: dict[Any, Row] = {}
+
+    def row(self, sample: Sample, audio_windows: Sequence[int] = ()) -> Row:
+        """Ids and labels of one sample; `audio_windows` per audio item."""
+        if "text" in sample:
+            key: Any = sample["text"]
+        else:
+            key = (tuple(_skeleton(message) for message in sample["messages"]), tuple(audio_windows))
+        if key not in self._rows:
+            self._rows[key] = self._tokenise(sample, list(audio_windows))
+        return self._rows[key]
+
+    def _tokenise(self, sample: Sample, audio_windows: list[int]) -> Row:
+        if "text" in sample:
+            tokenizer = self.processor.tokenizer
+            ids = tokenizer(sample["text"], split_special_tokens=True)["input_ids"]
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                ids = [*ids, tokenizer.eos_token_id]
+            return list(ids), list(ids)
+        tokens = self.processor.tokenize_conversation(sample["messages"], audio_windows=audio_windows)
+        return list(tokens["input_ids"]), list(tokens["labels"])
+
+
+class RawCollator:
+    """Batches whose media go through the model's towers.
+
+    Args:
+        pad_to_multiple_of: sequence lengths are rounded up to it: CPUs and compilers build their kernels per shape.
+    """
+
+    def __init__(self, processor: Any, pad_to_multiple_of: int = 8) -> None:
+        self.processor = processor
+        self.multiple = pad_to_multiple_of
+        self.tokens = TokenRows(processor)
+
+    def fit(self, dataset: ConversationDataset) -> None:
+        """Nothing to learn: lengths are known only once the media are open."""
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        conversations = [sample["messages"] for sample in samples if "messages" in sample]
+        inputs = dict(self.processor.training_inputs(conversations)) if conversations else {}
+        ids, labels = inputs.pop("input_ids", None), inputs.pop("labels", None)
+        mask = inputs.pop("attention_mask", None)
+        inputs.pop("mm_token_type_ids", None)
+        rows, position = [], 0
+        for sample in samples:
+            if "text" in sample:
+                rows.append(self.tokens.row(sample))
+            else:
+                kept = mask[position].bool()
+                rows.append((ids[position][kept].tolist(), labels[position][kept].tolist()))
+                position += 1
+        return _batch(samples, rows, _padding_id(self.processor), 0, self.multiple) | inputs
+
+
+class CachedCollator:
+    """Batches whose media are tower states from a cache.
+
+    Args:
+        pad_to: "longest" pads every batch to the longest sample of its group in the data set given to `fit`; a number
+            pads to a multiple of it.
+        feature_noise: standard deviation of Gaussian noise, relative to that of every channel; one figure or one per
+            "image", "video", "speech", "sound".
+        token_dropout: probability that a position of the states becomes the mean state; likewise.
+        augment: (sample, states, rng) -> (sample, states), e.g. to play a video backwards and turn its answer round;
+            `states` as `EncoderCache.states` returns them.
+
+    Noise, dropout, augmentation and the choice among cached variants happen in training only, and depend on nothing
+    but the seed that the sampler drew for the sample.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        cache: EncoderCache,
+        pad_to: Literal["longest"] | int = "longest",
+        feature_noise: float | Mapping[str, float] = 0.0,
+        token_dropout: float | Mapping[str, float] = 0.0,
+        augment: Augment | None = None,
+    ) -> None:
+        self.processor = processor
+        self.cache = cache
+        self.multiple = 8 if pad_to == "longest" else pad_to
+        self.to_longest = pad_to == "longest"
+        self.feature_noise = feature_noise
+        self.token_dropout = token_dropout
+        self.augment = augment
+        self.tokens = TokenRows(processor)
+        self.lengths: dict[str, int] = {}
+
+    def fit(self, dataset: ConversationDataset) -> None:
+        """Tokenise the data set, and remember the longest sample of every group."""
+        for sample in dataset.samples:
+            length = len(self._row(sample)[0])
+            if self.to_longest:
+                group = group_of(sample)
+                self.lengths[group] = max(self.lengths.get(group, 0), length)
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        rows: list[Row] = []
+        media: States = {}
+        for sample in samples:
+            shown, states = sample, {}
+            if "text" not in sample:
+                seed = sample.get("draw_seed")
+                states = self.cache.states(sample, 0 if seed is None else seed % 1_000_003)
+                if self.augment is not None and seed is not None:
+                    shown, states = self.augment(sample, states, np.random.default_rng(seed))
+            rows.append(self._row(shown))
+            for name, tensors in states.items():
+                media.setdefault(name, []).extend(tensors)
+        length = max(self.lengths.get(group_of(sample), 0) for sample in samples)
+        batch = _batch(samples, rows, _padding_id(self.processor), length, self.multiple)
+        seed = samples[0].get("draw_seed")
+        for name, tensors in media.items():
+            joined = torch.cat(tensors) if name in ("speech", "sound") else torch.stack(tensors)
+            batch[f"{name}_encoder_states"] = joined if seed is None else self._disturb(name, joined, seed)
+        return batch
+
+    def _row(self, sample: Sample) -> Row:
+        return self.tokens.row(sample, () if "text" in sample else self.cache.audio_windows(sample))
+
+    def _disturb(self, name: str, states: torch.Tensor, seed: int) -> torch.Tensor:
+        noise, dropout = _figure(self.feature_noise, name), _figure(self.token_dropout, name)
+        if not noise and not dropout:
+            return states
+        mean, std = self.cache.statistics(name)
+        generator = torch.Generator().manual_seed(seed)
+        states = states.float()
+        if noise:
+            states = torch.randn(states.shape, generator=generator).mul_(std * noise).add_(states)
+        if dropout:
+            dropped = torch.rand(states.shape[:-1], generator=generator) < dropout
+            states = torch.where(dropped[..., None], mean, states)
+        return states
+
+
+def _batch(
+    samples: Sequence[Sample], rows: Sequence[Row], padding_id: int, length: int, multiple: int
+) -> dict[str, Any]:
+    """Left-padded int64 tensors [B, L]; L is the longest row or `length`, rounded up to the multiple."""
+    width = max(length, *(len(ids) for ids, _ in rows))
+    width += -width % multiple
+    input_ids = np.full((len(rows), width), padding_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for index, (ids, answer) in enumerate(rows):
+        input_ids[index, width - len(ids) :] = ids
+        labels[index, width - len(ids) :] = answer
+        mask[index, width - len(ids) :] = 1
+    label_tensor = torch.from_numpy(labels)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(mask),
+        "labels": label_tensor,
+        "logits_to_keep": columns_to_keep(label_tensor),
+        "sample_ids": [sample["id"] for sample in samples],
+        "group": group_of(samples[0]),
+    }
+
+
+def _padding_id(processor: Any) -> int:
+    tokenizer = processor.tokenizer
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _figure(setting: float | Mapping[str, float], name: str) -> float:
+    return setting.get(name, 0.0) if isinstance(setting, Mapping) else setting
+
+
+def _skeleton(message: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a message's tokens depend on: everything but its media's content."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message["role"], content
+    return message["role"], *((item["type"], item.get("text"), item.get("encoder")) for item in content)

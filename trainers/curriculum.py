@@ -1,0 +1,385 @@
+"""Runs a recipe: its stages in order, each in a folder of its own, from any point where it was stopped.
+
+OUT/recipe.yaml
+OUT/<stage>/settings.json    what the stage was started with
+OUT/<stage>/plan.json        steps that were decided, and the stage's settings
+OUT/<stage>/losses.jsonl     one line per log
+OUT/<stage>/checkpoints/     gone when the stage is done
+OUT/<stage>/model/           the model after the stage (not for "experts")
+OUT/<stage>/<expert>/        "experts" only: the same, with expert.safetensors, connectors.safetensors
+OUT/<stage>/stage.json       the report
+OUT/<stage>/DONE             the stage is finished
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+from unimoe.errors import RecipeError
+from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+
+from .assembly import (
+    assemble,
+    connector_owners,
+    expert_modalities,
+    save_expert,
+    save_router_means,
+    sparse_layers,
+    trained_by,
+)
+from .checkpoints import exclusive, write_durably
+from .collator import Augment, CachedCollator, RawCollator
+from .data import ConversationDataset
+from .encoder_cache import EncoderCache
+from .recipe import ExpertConfig, Recipe, StageConfig, save_recipe
+from .sampler import ModalityBatchSampler
+from .stage import (
+    CHECKPOINTS_FOLDER,
+    OnProgress,
+    OnStageStart,
+    RunSettings,
+    StageReport,
+    run_training,
+)
+
+logger = logging.get_logger(__name__)
+
+STAGE_FILE = "stage.json"
+DONE_FILE = "DONE"
+MODEL_FOLDER = "model"
+# Settings that change nothing about what a stage computes.
+_FREE_SETTINGS = ("save_every", "keep_checkpoints", "log_every", "data")
+OnStageEnd = Callable[[StageReport, UniMoeForCausalLM, Any], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of the plan; seconds is None where the speed is unknown and there is no time limit."""
+
+    name: str
+    what: str
+    steps: int
+    batch_size: int
+    seconds: float | None
+
+
+def plan_curriculum(recipe: Recipe, seconds_per_step: Mapping[str, float] | None = None) -> list[PlanRow]:
+    """What a recipe will do, before it does it.
+
+    Args:
+        seconds_per_step: stage name -> measured or assumed seconds of one step.
+    """
+    rows = []
+    for stage in recipe.stages:
+        steps = sum(map(stage.steps_of, stage.experts)) if stage.kind == "experts" else stage.steps
+        speed = (seconds_per_step or {}).get(stage.name)
+        seconds = None if speed is None else steps * speed
+        if stage.time_limit_seconds is not None:
+            limit = stage.time_limit_seconds * max(1, len(stage.experts))
+            seconds = limit if seconds is None else min(seconds, limit)
+        what = f"trains {', '.join(stage.train)}" if stage.train else "trains"
+        if stage.lora is not None:
+            what += f"{' and' if stage.train else ''} LoRA (rank {stage.lora.rank}) on {', '.join(stage.lora.targets)}"
+        if stage.kind == "experts":
+            what = f"one expert each for {', '.join(expert.name for expert in stage.experts)}: {what}"
+        elif stage.kind == "moe":
+            what = f"assembles the experts, then {what}"
+        rows.append(PlanRow(stage.name, what, steps, stage.batch_size, seconds))
+    return rows
+
+
+def run_curriculum(
+    recipe: Recipe,
+    model: UniMoeForCausalLM | None = None,
+    processor: Any = None,
+    dataset: ConversationDataset | None = None,
+    cache: EncoderCache | None = None,
+    augment: Augment | None = None,
+    on_progress: OnProgress | None = None,
+    on_stage_start: OnStageStart | None = None,
+    on_stage_end: OnStageEnd | None = None,
+    progress_bar: bool = True,
+    training_arguments: dict[str, Any] | None = None,
+) -> list[StageReport]:
+    """Run all stages that are not done yet.
+
+    Args:
+        model, processor: where the first stage starts; loaded from `recipe.model` when None. The model is changed.
+        dataset: in place of `recipe.data`; a stage's own `data` still counts.
+        cache: states of the frozen towers, in place of `recipe.cache`; media that it lacks are encoded first.
+        augment: see `CachedCollator`.
+        on_progress: called at every log with a `Progress`.
+        on_stage_start: called with a run's name, its table of what trains and its number of steps.
+        on_stage_end: called with a stage's report, its model (in eval mode) and the processor; what it returns is kept
+            in the report. For "experts" the model is the one that the stage started from.
+        training_arguments: override `TrainingArguments` of every stage.
+
+    Returns:
+        One report per stage, also for those done earlier.
+
+    Raises:
+        RecipeError: the recipe is impossible, or a stage in `recipe.out` was made with other settings.
+        DataError, CheckpointError, TrainingError: see their makers.
+    """
+    recipe.check()
+    out = Path(recipe.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with exclusive(out):
+        save_recipe(recipe, out / "recipe.yaml")
+        run = _Curriculum(recipe, model, processor, dataset, cache, augment, on_stage_end)
+        run.settings = RunSettings(
+            processor=run.processor,
+            make_collator=run.collator,
+            seed=recipe.seed,
+            precision=recipe.precision,
+            progress_bar=progress_bar,
+            on_progress=on_progress,
+            on_start=on_stage_start,
+            training_arguments=dict(training_arguments or {}),
+        )
+        return [run.stage(stage) for stage in recipe.stages]
+
+
+def load_start_model(folder: str | Path, recipe: Recipe) -> UniMoeForCausalLM:
+    """A model in float32 with the recipe's implementations of attention and experts."""
+    return _with_implementations(UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32), recipe)
+
+
+class _Curriculum:
+    settings: RunSettings
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: UniMoeForCausalLM | None,
+        processor: Any,
+        dataset: ConversationDataset | None,
+        cache: EncoderCache | None,
+        augment: Augment | None,
+        on_stage_end: OnStageEnd | None,
+    ) -> None:
+        self.recipe = recipe
+        self.model = None if model is None else _with_implementations(model, recipe)
+        self.model_folder = Path(recipe.model)
+        self.processor = processor if processor is not None else _load_processor(recipe.model)
+        self.dataset = dataset
+        self.cache = cache
+        self.augment = augment
+        self.on_stage_end = on_stage_end
+        self.expert_folders: list[Path] = []
+
+    def stage(self, stage: StageConfig) -> StageReport:
+        """Run one stage, or take over what it left when it was done."""
+        folder = Path(self.recipe.out) / stage.name
+        report = _saved_report(folder)
+        if report is not None:
+            self._require_same(folder, stage)
+            if not (folder / DONE_FILE).is_file():
+                self._enter(Path(report.model))
+                report = self._finish(report, folder)
+            elif stage.kind != "experts":
+                self._enter(Path(report.model), load=False)
+        else:
+            report = self._run(stage, folder)
+        if stage.kind == "experts":
+            self.expert_folders = [folder / expert.name for expert in stage.experts]
+        return report
+
+    def collator(self, stage: StageConfig) -> Any:
+        if self.cache is None:
+            return RawCollator(self.processor, self.recipe.pad_to_multiple_of)
+        return CachedCollator(
+            self.processor,
+            self.cache,
+            feature_noise=stage.feature_noise,
+            token_dropout=stage.token_dropout,
+            augment=self.augment,
+        )
+
+    def _run(self, stage: StageConfig, folder: Path) -> StageReport:
+        self._enter(self.model_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._require_same(folder, stage)
+        dataset = self._data(stage)
+        if stage.kind == "experts":
+            report = self._train_experts(stage, dataset, folder)
+            return self._finish(report, folder)
+        if stage.kind == "moe":
+            self.model = _with_implementations(
+                assemble(self.model, self.recipe.moe, self.expert_folders, self.recipe.seed), self.recipe
+            )
+        self.model, report = run_training(self.model, dataset, stage, folder, self.settings)
+        self._save_model(folder / MODEL_FOLDER)
+        self.model_folder = folder / MODEL_FOLDER
+        report.model = str(self.model_folder)
+        return self._finish(report, folder)
+
+    def _train_experts(self, stage: StageConfig, dataset: ConversationDataset, folder: Path) -> StageReport:
+        layers = sparse_layers(self.model, self.recipe.moe)
+        owners = connector_owners(self.model, [(e.name, expert_modalities(dataset, e)) for e in stage.experts])
+        runs = []
+        for expert in stage.experts:
+            own = folder / expert.name
+            done = _saved_report(own) if (own / DONE_FILE).is_file() else None
+            runs.append(done or self._train_expert(stage, expert, dataset, own, layers, owners))
+        return StageReport(
+            name=stage.name,
+            kind=stage.kind,
+            steps=sum(run.steps for run in runs),
+            seconds=sum(run.seconds for run in runs),
+            trainable_parameters=sum(run.trainable_parameters for run in runs),
+            loss_first=sum(run.loss_first for run in runs) / len(runs),
+            loss_last=sum(run.loss_last for run in runs) / len(runs),
+            model=str(self.model_folder),
+            runs=runs,
+        )
+
+    def _train_expert(
+        self,
+        stage: StageConfig,
+        expert: ExpertConfig,
+        dataset: ConversationDataset,
+        folder: Path,
+        layers: list[int],
+        owners: dict[str, str],
+    ) -> StageReport:
+        """Train one copy of the FFN in place, keep it in a folder, and put the dense one back."""
+        trained = trained_by(expert.name, owners, layers)
+        own_data = dataset.select(expert.modalities)
+        stage = _stage_of_expert(stage, expert, own_data, has_connectors=expert.name in owners.values())
+        saved = {name: p.detach().clone() for name, p in self.model.named_parameters() if trained(name)}
+        name = f"{stage.name}/{expert.name}"
+        self.model, report = run_training(
+            self.model, own_data, stage, folder, self.settings, name=name, trained_names=trained
+        )
+        collator = self.collator(stage)
+        sampler = ModalityBatchSampler(own_data.groups, stage.batch_size, seed=self.recipe.seed)
+        batches = (collator([own_data[draw.index] for draw in draws]) for draws in sampler)
+        save_router_means(self.model, batches, layers, folder)
+        save_expert(self.model, folder, trained)
+        with torch.no_grad():
+            for parameter_name, parameter in self.model.named_parameters():
+                if parameter_name in saved:
+                    parameter.copy_(saved[parameter_name])
+        _write_report(report, folder)
+        _mark_done(folder)
+        return report
+
+    def _finish(self, report: StageReport, folder: Path) -> StageReport:
+        _write_report(report, folder)
+        if self.on_stage_end is not None:
+            report.evaluation = self.on_stage_end(report, self.model.eval(), self.processor)
+            _write_report(report, folder)
+        _mark_done(folder)
+        return report
+
+    def _data(self, stage: StageConfig) -> ConversationDataset:
+        if stage.data is not None:
+            dataset = ConversationDataset(stage.data, self.recipe.media_root)
+        else:
+            if self.dataset is None:
+                self.dataset = ConversationDataset(self.recipe.data, self.recipe.media_root)
+            dataset = self.dataset
+        dataset = dataset.select(stage.modalities)
+        if self.cache is None and self.recipe.cache is not None:
+            self.cache = EncoderCache(
+                self.recipe.cache, self.model, self.processor, variants=self.recipe.cache_variants
+            )
+        if self.cache is not None:
+            self.cache.build(dataset.samples, progress=self.settings.progress_bar)
+        return dataset
+
+    def _enter(self, folder: Path, load: bool = True) -> None:
+        """Make the model of a folder the current one; it is loaded when it is not in memory yet."""
+        if folder != self.model_folder:
+            self.model = None
+            self.model_folder = folder
+        if load and self.model is None:
+            self.model = load_start_model(folder, self.recipe)
+
+    def _save_model(self, folder: Path) -> None:
+        written = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(written, ignore_errors=True)
+        self.model.save_pretrained(written)
+        self.processor.save_pretrained(written)
+        if folder.exists():
+            shutil.rmtree(folder)
+        written.rename(folder)
+
+    def _require_same(self, folder: Path, stage: StageConfig) -> None:
+        """Refuse to go on from results of other settings."""
+        now = {"stage": asdict(stage), "moe": None if stage.kind == "train" else asdict(self.recipe.moe)}
+        now |= {"seed": self.recipe.seed, "precision": self.recipe.precision}
+        file = folder / "settings.json"
+        if not file.is_file():
+            write_durably(file, json.dumps(now, indent=1))
+            return
+        then = json.loads(file.read_text(encoding="utf-8"))
+        for name, old, new in _differences(then, json.loads(json.dumps(now))):
+            if name.split(".")[1:2] and name.split(".")[1] in _FREE_SETTINGS:
+                continue
+            raise RecipeError(
+                f"The stage {stage.name!r} in {folder} was started with {name} = {old!r}, the recipe now says {new!r}: "
+                "delete that folder to run it again, or choose another out."
+            )
+
+
+def _stage_of_expert(
+    stage: StageConfig, expert: ExpertConfig, dataset: ConversationDataset, has_connectors: bool
+) -> StageConfig:
+    """A stage's settings for one of its experts: no connector role without connector, weights of its own data only."""
+    wrong = sorted(set(stage.train) - {"ffn", "connectors"})
+    if wrong or stage.lora is not None:
+        raise RecipeError(
+            f"The stage {stage.name!r} of kind 'experts' trains {wrong or 'LoRA'}; it can train 'ffn' and 'connectors' "
+            "only, because nothing else of its runs goes into the sparse model."
+        )
+    train = [role for role in stage.train if role != "connectors" or has_connectors]
+    names = {name for group in dataset.groups for name in dataset.names_of(group)}
+    weights = {name: weight for name, weight in stage.modality_weights.items() if name in names}
+    return dataclasses.replace(stage, train=train, modality_weights=weights, steps=stage.steps_of(expert))
+
+
+def _with_implementations(model: UniMoeForCausalLM, recipe: Recipe) -> UniMoeForCausalLM:
+    attention = recipe.attention
+    if attention == "auto":
+        # The backward pass of CPU flash attention is slow at the short sequences of training.
+        attention = "sdpa" if torch.cuda.is_available() else "eager"
+    model.model.language_model.set_attn_implementation(attention)
+    if recipe.experts_implementation is not None and model.config.text_config.sparse_layers:
+        model.set_experts_implementation(recipe.experts_implementation)
+    return model
+
+
+def _load_processor(folder: str) -> Any:
+    from unimoe.processing.processing_unimoe import UniMoeProcessor
+
+    return UniMoeProcessor.from_pretrained(folder)
+
+
+def _saved_report(folder: Path) -> StageReport | None:
+    file = folder / STAGE_FILE
+    return StageReport.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _write_report(report: StageReport, folder: Path) -> None:
+    write_durably(folder / STAGE_FILE, json.dumps(asdict(report), indent=1, default=str))
+
+
+def _mark_done(folder: Path) -> None:
+    write_durably(folder / DONE_FILE, "")
+    shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+
+
+def _differences(then: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = [*now, *(key for key in then if key not in now)]
+        prefix = f"{name}." if name else ""
+        return [d for key in keys for d in _differences(then.get(key), now.get(key), f"{prefix}{key}")]
+    return [] if then == now else [(name, then, now)]

@@ -1,0 +1,347 @@
+"""States of the frozen towers, computed once per medium and kept on disk.
+
+Training from cached states skips the towers, which cost most of a small model's step. What is stored is exactly what
+the model's `*_encoder_states` inputs take. For "mlp" connectors with `num_tokens` the states are stored already pooled
+to that many positions: the connector pools first, and pooling twice changes nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+from transformers.utils import logging
+from unimoe.errors import DataError
+from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from unimoe.processing.media_unimoe import load_audio, load_image, open_media
+from unimoe.processing.media_video_unimoe import load_video
+
+from .data import MEDIA_KINDS, Sample, media_items, media_value
+
+logger = logging.get_logger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INDEX_FILE = "index.json"
+_ITEMS_PER_SHARD = 256
+Augment = Callable[[Any, np.random.Generator], Any]
+
+
+class EncoderCache:
+    """Tower states by medium.
+
+    Args:
+        folder: where states are kept. Every kind of medium gets a sub-folder named after everything that its states
+            depend on (tower weights, processor settings, augmentation, dtype), so stale states are never read.
+        model: its towers and connectors say what to store; it is not changed.
+        variants: kind ("image", "video", "audio") -> differently augmented copies per medium.
+        augment: kind -> function (medium, rng) -> medium, for all copies. Images are PIL images with their alpha
+            channel, videos lists of PIL frames, audio float32 arrays at the feature extractor's rate.
+        dtype: of the stored states: "float32", "bfloat16" or "float16".
+        batch_size: media per forward pass of a tower (videos: 1 with all its frames).
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: UniMoeForCausalLM,
+        processor: Any,
+        variants: Mapping[str, int] | None = None,
+        augment: Mapping[str, Augment] | None = None,
+        dtype: str = "float32",
+        batch_size: int = 16,
+    ) -> None:
+        self.folder = Path(folder)
+        self.model = model
+        self.processor = processor
+        self.augment = dict(augment or {})
+        self.dtype = DTYPES[dtype]
+        self.batch_size = batch_size
+        self.variants = {kind: (variants or {}).get(kind, 1) if kind in self.augment else 1 for kind in MEDIA_KINDS}
+        self.pooled = _pooled_lengths(model)
+        self._stores: dict[str, _Store] = {}
+        self._digests: dict[Any, str] = {}
+
+    def build(self, samples: Iterable[Sample], progress: bool = True) -> int:
+        """Compute what is missing; may be interrupted and called again.
+
+        Returns:
+            The number of states computed.
+        """
+        missing = self._missing(samples)
+        total = sum(map(len, missing.values()))
+        bar = tqdm(total=total, desc="Encoding media", unit="item", disable=not progress or not total)
+        with bar, _eval_mode(self.model):
+            for kind, items in missing.items():
+                store = self._store(kind)
+                for batch in _batches(items, 1 if kind == "video" else self.batch_size):
+                    media = [self._open(kind, value, key) for key, value in batch]
+                    for (key, _), states in zip(batch, self._encode(kind, media), strict=True):
+                        store.add(key, {name: tensor.to("cpu", self.dtype) for name, tensor in states.items()})
+                    bar.update(len(batch))
+                store.flush()
+        return total
+
+    def states(self, sample: Sample, variant: int = 0) -> dict[str, list[torch.Tensor]]:
+        """States of a sample's media, each in the order of its placeholders.
+
+        Returns:
+            "image": one [P, C] per image, "video": one [F, P, C] per video, "speech" and "sound": one [windows, T, C]
+            per audio item that uses the branch.
+
+        Raises:
+            DataError: a medium was not built.
+        """
+        found: dict[str, list[torch.Tensor]] = {}
+        for item in media_items(sample):
+            kind = item["type"]
+            key = self._key(media_value(item), variant % self.variants[kind])
+            states = self._store(kind).get(key)
+            if states is None:
+                raise DataError(
+                    f"Sample {sample['id']}: the {kind} {media_value(item)!r} is not in the encoder cache {self.folder}: "
+                    "call build() with this sample first."
+                )
+            wanted = item.get("encoder") or "both"
+            for name, tensor in states.items():
+                if wanted in ("both", name):
+                    found.setdefault(name, []).append(tensor)
+        return found
+
+    def audio_windows(self, sample: Sample) -> list[int]:
+        """Number of windows of every audio item of a sample."""
+        clips = [item for item in media_items(sample) if item["type"] == "audio"]
+        states = [self._store("audio").get(self._key(media_value(item), 0)) for item in clips]
+        return [len(next(iter(state.values()))) for state in states if state is not None]
+
+    def statistics(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [C] (float32) of the stored states of "image", "video", "speech" or "sound"."""
+        kind = "audio" if name in ("speech", "sound") else name
+        return self._store(kind).statistics(name)
+
+    def _missing(self, samples: Iterable[Sample]) -> dict[str, dict[str, Any]]:
+        missing: dict[str, dict[str, Any]] = {}
+        for sample in samples:
+            for item in media_items(sample):
+                kind, value = item["type"], media_value(item)
+                for variant in range(self.variants[kind]):
+                    key = self._key(value, variant)
+                    if key not in self._store(kind):
+                        missing.setdefault(kind, {})[key] = value
+        return missing
+
+    def _store(self, kind: str) -> "_Store":
+        if kind not in self._stores:
+            fingerprint = _fingerprint(
+                self.model, self.processor, kind, self.pooled, self.augment.get(kind), self.dtype
+            )
+            self._stores[kind] = _Store(self.folder / f"{kind}-{fingerprint[:16]}")
+        return self._stores[kind]
+
+    def _key(self, value: Any, variant: int) -> str:
+        name = value if isinstance(value, str) else id(value)
+        if name not in self._digests:
+            self._digests[name] = _content_digest(value)
+        return f"{self._digests[name]}-{variant}"
+
+    def _open(self, kind: str, value: Any, key: str) -> Any:
+        """A medium as its augmentation and its front-end take it."""
+        augment = self.augment.get(kind)
+        rng = np.random.default_rng(int(hashlib.sha256(key.encode()).hexdigest()[:16], 16))
+        policy = self.processor.media_policy
+        if kind == "image":
+            image = load_image(value, policy, str(value))
+            return image if augment is None else augment(_with_alpha(value, policy, image), rng)
+        if kind == "video":
+            front = self.processor.video_processor
+            medium = load_video(value, front.num_frames, front.sampling, policy, str(value))
+        else:
+            medium = load_audio(value, self.processor.feature_extractor.sampling_rate, None, policy, str(value))
+        return medium if augment is None else augment(medium, rng)
+
+    @torch.no_grad()
+    def _encode(self, kind: str, media: list[Any]) -> list[dict[str, torch.Tensor]]:
+        base, device = self.model.model, self.model.device
+        if kind == "image":
+            pixels = self.processor.image_processor(images=media, return_tensors="pt")["pixel_values"]
+            states = {"image": base.encode_image(pixels.to(device)).split(1)}
+            return [{"image": self._pool("image", item[0])} for item in states["image"]]
+        if kind == "video":
+            pixels = self.processor.video_processor(media, return_tensors="pt")["pixel_values_videos"]
+            return [{"video": self._pool("video", item)} for item in base.encode_video(pixels.to(device))]
+        features = self.processor.feature_extractor(media, return_tensors="pt")
+        windows = features.pop("windows_per_clip")
+        branches = _encode_audio(self.model, features.to(device))
+        split = {name: self._pool(name, states).split(windows) for name, states in branches.items()}
+        return [{name: clips[i] for name, clips in split.items()} for i in range(len(media))]
+
+    def _pool(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        length = self.pooled.get(name)
+        if length is None:
+            return states
+        leading = states.shape[:-2]
+        flat = states.reshape(-1, *states.shape[-2:]).float().transpose(1, 2)
+        return nn.functional.adaptive_avg_pool1d(flat, length).transpose(1, 2).reshape(*leading, length, -1)
+
+
+class _Store:
+    """Named tensors by key: safetensors shards that are only ever added, and an index that is written after them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._index: dict[str, dict[str, str]] = {}
+        self._pending: dict[str, dict[str, torch.Tensor]] = {}
+        self._loaded: dict[str, dict[str, torch.Tensor]] = {}
+        self._statistics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        with suppress(FileNotFoundError):
+            self._index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._index or key in self._pending
+
+    def add(self, key: str, states: dict[str, torch.Tensor]) -> None:
+        self._pending[key] = {name: tensor.contiguous().clone() for name, tensor in states.items()}
+        if len(self._pending) >= _ITEMS_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._pending:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shard = f"states-{len(self._index):08d}.safetensors"
+        tensors = {f"{key}/{name}": t for key, states in self._pending.items() for name, t in states.items()}
+        save_file(tensors, self.folder / shard)
+        for key, states in self._pending.items():
+            self._index[key] = dict.fromkeys(states, shard)
+        temporary = self.folder / f"{INDEX_FILE}.new"
+        temporary.write_text(json.dumps(self._index), encoding="utf-8")
+        temporary.replace(self.folder / INDEX_FILE)
+        self._loaded |= self._pending
+        self._pending = {}
+        self._statistics = {}
+
+    def get(self, key: str) -> dict[str, torch.Tensor] | None:
+        if key not in self._loaded and key in self._index:
+            self._load_shard(next(iter(self._index[key].values())))
+        return self._loaded.get(key, self._pending.get(key))
+
+    def _load_shard(self, shard: str) -> None:
+        # The tensors are views of the mapped file, so memory is used for what is read.
+        with safe_open(self.folder / shard, "pt") as file:
+            for full_name in file.keys():  # noqa: SIM118 - not a mapping
+                key, _, name = full_name.rpartition("/")
+                self._loaded.setdefault(key, {})[name] = file.get_tensor(full_name)
+
+    def statistics(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if name not in self._statistics:
+            keys = sorted(key for key, names in self._index.items() if name in names)
+            # 512 media are plenty for two moments.
+            chosen = keys[:: max(1, len(keys) // 512)]
+            flat = torch.cat([self.get(key)[name].flatten(0, -2).float() for key in chosen])
+            self._statistics[name] = flat.mean(0), flat.std(0)
+        return self._statistics[name]
+
+
+class _eval_mode:  # noqa: N801 - used like a function
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.was_training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: Any) -> None:
+        self.model.train(self.was_training)
+
+
+def _encode_audio(model: UniMoeForCausalLM, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    base, branches = model.model, {}
+    if base.speech_connector is not None:
+        branches["speech"] = base.encode_speech(features["speech_features"])
+    if base.sound_connector is not None and base.audio_tower is not None:
+        branches["sound"] = base.encode_sound(features["audio_features"], features.get("audio_padding_mask"))
+    elif base.sound_connector is not None:
+        windows = features["speech_features"] if "speech_features" in features else features["audio_features"]
+        branches["sound"] = branches["speech"] if "speech" in branches else base.encode_speech(windows)
+    return branches
+
+
+def _pooled_lengths(model: UniMoeForCausalLM) -> dict[str, int]:
+    config = model.config
+    connectors = {
+        "image": config.image_connector,
+        "video": config.video_connector or config.image_connector,
+        "speech": config.speech_connector,
+        "sound": config.sound_connector,
+    }
+    return {
+        name: connector.num_tokens
+        for name, connector in connectors.items()
+        if connector is not None and connector.type == "mlp" and connector.num_tokens is not None
+    }
+
+
+def _fingerprint(
+    model: UniMoeForCausalLM,
+    processor: Any,
+    kind: str,
+    pooled: dict[str, int],
+    augment: Augment | None,
+    dtype: torch.dtype,
+) -> str:
+    base, config, digest = model.model, model.config, hashlib.sha256()
+    towers = {"audio": [base.speech_tower, base.audio_tower]}.get(kind, [base.vision_tower])
+    parts = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+    settings = {
+        "front_end": getattr(processor, parts[kind]).to_dict(),
+        "vision": [config.vision_feature_layer, config.vision_feature_select_strategy, config.vision_token_grid],
+        "branches": [base.speech_connector is not None, base.sound_connector is not None],
+        "pooled": {name: pooled.get(name) for name in {"audio": ("speech", "sound")}.get(kind, (kind,))},
+        "augment": None if augment is None else f"{augment.__module__}.{augment.__qualname__}",
+        "dtype": str(dtype),
+    }
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for tower in (tower for tower in towers if tower is not None):
+        digest.update(json.dumps(tower.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        for name, tensor in sorted(tower.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b""
+            )
+    return digest.hexdigest()
+
+
+def _content_digest(value: Any) -> str:
+    if isinstance(value, str):
+        try:
+            content = Path(value).read_bytes()
+        except OSError as error:
+            raise DataError(f"The media file {value} cannot be read ({error.strerror}): check the path.") from error
+        return hashlib.sha256(content).hexdigest()[:32]
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()[:32]
+    array = np.asarray(value)
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:32]
+
+
+def _with_alpha(value: Any, policy: Any, image: Image.Image) -> Image.Image:
+    """The picture that `load_image` accepted, with its transparency."""
+    if isinstance(value, Image.Image):
+        return value
+    if not isinstance(value, str | bytes):
+        return image
+    with open_media(value, "image", policy) as stream, Image.open(stream) as opened:
+        return opened.convert("RGBA")
+
+
+def _batches(items: Mapping[str, Any], size: int) -> Iterator[list[tuple[str, Any]]]:
+    pairs = list(items.items())
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]

@@ -1,0 +1,58 @@
+"""LoRA on the decoder's attention, dense FFNs and fused experts, through PEFT, and back to plain weights."""
+
+from typing import Any
+
+from torch import nn
+from unimoe.errors import RecipeError
+from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+
+from .recipe import LoraSettings
+from .roles import role_of
+
+_LINEAR_TARGETS = {
+    "attention": r"self_attn\.(q|k|v|o)_proj",
+    "ffn": r"mlp\.(gate|up|down)_proj",
+}
+_EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def add_lora(model: UniMoeForCausalLM, settings: LoraSettings) -> Any:
+    """Put adapters on the roles in `settings.targets`; they train, all else is as before.
+
+    Parameters that trained before go on training: set them with `set_trainable` first.
+
+    Returns:
+        A `peft.PeftModel` around the model. `merge_lora` gives the plain model back.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings.check("lora")
+    linear = [pattern for role, pattern in _LINEAR_TARGETS.items() if role in settings.targets]
+    sparse = bool(model.config.text_config.sparse_layers)
+    if "experts" in settings.targets and not sparse:
+        raise RecipeError("lora.targets holds 'experts' but the model has none: take 'ffn', or assemble it first.")
+    fully_trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        bias="none",
+        # Connectors have attention of the same names, hence the path.
+        target_modules=rf".*language_model\.layers\.\d+\.({'|'.join(linear)})" if linear else [],
+        target_parameters=_EXPERT_PARAMETERS if "experts" in settings.targets else None,
+    )
+    for name, parameter in model.named_parameters():
+        if role_of(name) in settings.targets:
+            parameter.requires_grad_(False)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if name.removeprefix("base_model.model.") in fully_trained:
+            parameter.requires_grad_(True)
+    return adapted
+
+
+def merge_lora(model: nn.Module) -> UniMoeForCausalLM:
+    """Add the adapters to the weights and take PEFT away; a model without adapters is returned as it is."""
+    if isinstance(model, UniMoeForCausalLM):
+        return model
+    return model.merge_and_unload()

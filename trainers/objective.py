@@ -1,0 +1,72 @@
+"""The training loss: cross entropy at the answers, with label smoothing, plus the balance terms of the routers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from unimoe.modeling_unimoe.configuration_unimoe import UniMoeTextConfig
+from unimoe.modeling_unimoe.losses_unimoe import load_balancing_loss, router_z_loss
+
+IGNORED = -100
+# Columns of logits are computed in multiples of this many, so that the head sees few different shapes.
+_COLUMNS = 4
+
+
+@dataclass
+class LossParts:
+    """Scalars, float32. `total` is what is minimised; the others are its unweighted parts, 0 where there is none."""
+
+    total: torch.Tensor
+    cross_entropy: torch.Tensor
+    balance: torch.Tensor
+    z: torch.Tensor
+
+
+def columns_to_keep(labels: torch.Tensor) -> int:
+    """How many of the last positions are needed to predict every labelled token of [B, S] labels."""
+    learned = (labels != IGNORED).any(dim=0).nonzero()
+    width = labels.shape[1]
+    # The token at column c is predicted at column c - 1.
+    needed = width - max(int(learned[0]) - 1, 0) if len(learned) else 1
+    return min(width, needed + -needed % _COLUMNS)
+
+
+def training_loss(
+    outputs: Any,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    token_groups: torch.Tensor | None,
+    config: UniMoeTextConfig,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> LossParts:
+    """Loss of a forward pass without labels.
+
+    Args:
+        outputs: `logits` [B, K, V] of the last K positions, and `router_logits` (or None).
+        labels: [B, S] with S >= K, -100 where nothing is learned.
+        token_groups: routing group of every position, [B, S]; None with one group.
+        label_smoothing: share of the target that is spread evenly over the vocabulary.
+        num_items_in_batch: labelled tokens of the whole accumulated batch, by which the sum is divided; None means
+            those of this batch. Balance terms are weighted by this batch's share of them.
+    """
+    logits = outputs.logits
+    targets = labels[:, -logits.shape[1] :][:, 1:]
+    learned = targets != IGNORED
+    chosen = logits[:, :-1][learned].float()
+    items = learned.sum()
+    divisor = items.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    cross_entropy = (
+        functional.cross_entropy(chosen, targets[learned], reduction="sum", label_smoothing=label_smoothing) / divisor
+    )
+    zero = torch.zeros((), device=logits.device)
+    if not outputs.router_logits:
+        return LossParts(cross_entropy, cross_entropy.detach(), zero, zero)
+    mask = None if attention_mask is None else attention_mask.reshape(-1)
+    groups = None if token_groups is None else token_groups.reshape(-1)
+    balance = load_balancing_loss(outputs.router_logits, config, groups, mask)
+    z = router_z_loss(outputs.router_logits, mask)
+    weighted = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+    total = cross_entropy + weighted * (items / divisor)
+    return LossParts(total, cross_entropy.detach(), balance.detach(), z.detach())

@@ -1,0 +1,362 @@
+"""A recipe: what a curriculum trains, on what, in which stages. YAML on disk, dataclasses in Python, either way back.
+
+Everything that can be checked without opening a model or a data file is checked here, when a recipe is made.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from unimoe.errors import RecipeError
+
+from .recipe_values import build, require, require_choice, require_range
+from .roles import ROLES
+
+STAGE_KINDS = ("train", "experts", "moe")
+ROUTER_INITS = ("modality_means", "normal", "zeros")
+LORA_TARGETS = ("attention", "experts", "ffn")
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters (arXiv 2106.09685) of a stage; they are merged into the weights when the stage ends.
+
+    Args:
+        targets: roles that get adapters, of "attention" (q, k, v, o), "experts" (the fused tensors, `rank` per
+            expert) and "ffn" (gate, up, down of dense layers).
+        dropout: on the input of the adapters; PEFT has none for fused experts, so it must be 0 with "experts".
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["experts", "attention"])
+
+    def check(self, where: str) -> None:
+        require_range(f"{where}.rank", self.rank, 1, 65_536)
+        require(self.alpha > 0 and math.isfinite(self.alpha), f"{where}.alpha", self.alpha, "a positive number")
+        require(0 <= self.dropout < 1, f"{where}.dropout", self.dropout, "at least 0 and below 1")
+        require(bool(self.targets), f"{where}.targets", self.targets, f"a list of {LORA_TARGETS}")
+        for target in self.targets:
+            require_choice(f"{where}.targets", target, LORA_TARGETS)
+        if self.dropout and "experts" in self.targets:
+            raise RecipeError(
+                f"{where}.dropout is {self.dropout}; it must be 0 when targets holds 'experts', because adapters on "
+                "fused parameters have no input to drop."
+            )
+
+
+@dataclass
+class ExpertConfig:
+    """One run of an "experts" stage: a copy of the dense FFN that learns some modalities."""
+
+    name: str
+    modalities: list[str]
+    steps: int | None = None
+
+    def check(self, where: str) -> None:
+        _require_folder_name(f"{where}.name", self.name)
+        require(bool(self.modalities), f"{where}.modalities", self.modalities, "a list with at least one name")
+        if self.steps is not None:
+            require_range(f"{where}.steps", self.steps, 1, 1 << 40)
+
+
+@dataclass
+class MoeConfig:
+    """What the assembled model becomes; see `UniMoeTextConfig` for the fields that are named alike.
+
+    Args:
+        sparse_layers: 0-based layers that become sparse; None means every layer.
+        num_experts: None means as many as the "experts" stage trained.
+        router_init: "modality_means" points gate row e at the mean router input of expert e's modalities, "normal"
+            draws the rows, "zeros" treats every expert alike.
+        router_init_scale: for "modality_means": by how much the logit of a modality's own expert exceeds the average
+            over experts at the start.
+    """
+
+    sparse_layers: list[int] | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int = 2
+    expert_groups: dict[str, list[int]] | None = None
+    modality_groups: dict[str, str] | None = None
+    router_init: Literal["modality_means", "normal", "zeros"] = "modality_means"
+    router_init_scale: float = 1.0
+    router_jitter_noise: float = 0.0
+
+    def check(self, where: str) -> None:
+        require_choice(f"{where}.router_init", self.router_init, ROUTER_INITS)
+        if self.num_experts is not None:
+            require_range(f"{where}.num_experts", self.num_experts, 1, 4096)
+        require_range(f"{where}.num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts or 4096)
+        require(self.sparse_layers != [], f"{where}.sparse_layers", self.sparse_layers, "None or a list of layers")
+        require(
+            self.router_init != "modality_means" or self.expert_groups is None,
+            f"{where}.router_init",
+            self.router_init,
+            "'normal' or 'zeros' with expert_groups",
+        )
+        for name in ("router_init_scale", "router_jitter_noise"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"{where}.{name}", value, "finite and at least 0")
+
+
+@dataclass
+class StageConfig:
+    """One stage.
+
+    Args:
+        kind: "train" continues the previous stage's model. "experts" trains one FFN copy per entry of `experts`, each
+            from the same dense model. "moe" assembles the sparse model (`Recipe.moe`) and then trains it.
+        train: roles whose parameters are trained (see `roles.ROLES`); everything else is frozen.
+        modalities: modalities or tasks whose samples are used; empty means all.
+        data: own data files of this stage; None uses the recipe's.
+        batch_size: samples per device and forward pass.
+        learning_rate: one figure, or one per role in `train` and `lora.targets`.
+        schedule: of the learning rate after `warmup_steps`; it ends at `min_learning_rate_ratio` of its peak.
+        modality_weights: share of the batches by task or modality; without them, by the number of samples.
+        router_aux_loss_coef, router_z_loss_coef: override the model's balance terms during this stage.
+        feature_noise: standard deviation of Gaussian noise on cached tower states, relative to the states' own; one
+            figure or one per modality. Cached training only, as is token_dropout.
+        token_dropout: probability that a position of the cached tower states becomes the mean state.
+        save_every: steps between checkpoints; 0 saves none before the stage's end.
+        time_limit_seconds: measure the speed when the stage starts and cut `steps` to fit.
+        log_every: steps between progress reports.
+    """
+
+    name: str
+    kind: Literal["train", "experts", "moe"] = "train"
+    train: list[str] = field(default_factory=lambda: ["connectors"])
+    modalities: list[str] = field(default_factory=list)
+    data: list[str] | None = None
+    steps: int = 1000
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | dict[str, float] = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_learning_rate_ratio: float = 0.0
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    lora: LoraSettings | None = None
+    experts: list[ExpertConfig] = field(default_factory=list)
+    modality_weights: dict[str, float] = field(default_factory=dict)
+    router_aux_loss_coef: float | None = None
+    router_z_loss_coef: float | None = None
+    feature_noise: float | dict[str, float] = 0.0
+    token_dropout: float | dict[str, float] = 0.0
+    save_every: int = 0
+    keep_checkpoints: int = 1
+    time_limit_seconds: float | None = None
+    log_every: int = 10
+
+    def check(self, where: str) -> None:
+        _require_folder_name(f"{where}.name", self.name)
+        require_choice(f"{where}.kind", self.kind, STAGE_KINDS)
+        require_choice(f"{where}.schedule", self.schedule, SCHEDULES)
+        self._check_numbers(where)
+        self._check_roles(where)
+        for index, expert in enumerate(self.experts):
+            expert.check(f"{where}.experts[{index}]")
+        if (self.kind == "experts") != bool(self.experts):
+            raise RecipeError(
+                f"{where} is of kind {self.kind!r} with {len(self.experts)} experts: list experts in a stage of kind "
+                "'experts' and only there."
+            )
+        _require_different(f"{where}.experts", [expert.name for expert in self.experts])
+
+    def steps_of(self, expert: ExpertConfig) -> int:
+        return self.steps if expert.steps is None else expert.steps
+
+    def _check_numbers(self, where: str) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
+            require_range(f"{where}.{name}", getattr(self, name), 1, 1 << 40)
+        for name in ("warmup_steps", "save_every"):
+            require_range(f"{where}.{name}", getattr(self, name), 0, 1 << 40)
+        for name in ("weight_decay", "max_grad_norm", "router_aux_loss_coef", "router_z_loss_coef"):
+            value = getattr(self, name)
+            if value is not None:
+                require(math.isfinite(value) and value >= 0, f"{where}.{name}", value, "finite and at least 0")
+        for name in ("feature_noise", "modality_weights", "learning_rate"):
+            for key, value in _figures(f"{where}.{name}", getattr(self, name)):
+                require(math.isfinite(value) and value >= 0, key, value, "finite and at least 0")
+        for key, value in _figures(f"{where}.token_dropout", self.token_dropout):
+            require(0 <= value < 1, key, value, "at least 0 and below 1")
+        for name in ("label_smoothing", "min_learning_rate_ratio"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{where}.{name}", value, "at least 0 and below 1")
+        betas_fit = len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas)
+        require(betas_fit, f"{where}.adam_betas", self.adam_betas, "two numbers, at least 0 and below 1")
+        if self.time_limit_seconds is not None:
+            require(self.time_limit_seconds > 0, f"{where}.time_limit_seconds", self.time_limit_seconds, "above 0")
+
+    def _check_roles(self, where: str) -> None:
+        for role in self.train:
+            require_choice(f"{where}.train", role, ROLES)
+        if self.lora is not None:
+            self.lora.check(f"{where}.lora")
+            both = sorted(set(self.train) & set(self.lora.targets))
+            if both:
+                raise RecipeError(
+                    f"{where} trains {both} both fully and through LoRA: keep each role in train or in lora.targets."
+                )
+        trained = [*self.train, *(self.lora.targets if self.lora else [])]
+        require(bool(trained), f"{where}.train", self.train, f"a list of roles of {ROLES}")
+        if isinstance(self.learning_rate, dict):
+            missing = sorted(set(trained) - set(self.learning_rate))
+            unused = sorted(set(self.learning_rate) - set(trained))
+            if missing or unused:
+                raise RecipeError(
+                    f"{where}.learning_rate must name exactly the trained roles {sorted(trained)}; "
+                    f"missing: {missing}, not trained: {unused}."
+                )
+
+
+@dataclass
+class Recipe:
+    """A whole curriculum.
+
+    Args:
+        model: folder of the model that the first stage starts from, with its processor.
+        data: JSON-lines files of conversations; their media paths are relative to `media_root`, or to the file's
+            folder when that is None.
+        out: folder of the stages' results.
+        moe: needed by stages of kind "experts" and "moe".
+        precision: "bfloat16" runs the matrix products in it; weights and optimizer stay float32.
+        attention: "auto" takes "eager" on CPUs, where training with it is faster, and "sdpa" elsewhere.
+        experts_implementation: of transformers ("grouped_mm", "batched_mm", "eager"); None leaves its default.
+        cache: folder for the frozen towers' states; None runs the towers in every step.
+        cache_variants: differently augmented copies per medium, e.g. {"image": 3}; one without augmentation.
+        pad_to_multiple_of: sequence lengths are rounded up to it, because every new shape costs time.
+    """
+
+    model: str
+    data: list[str]
+    out: str
+    stages: list[StageConfig]
+    media_root: str | None = None
+    seed: int = 0
+    moe: MoeConfig | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    attention: str = "auto"
+    experts_implementation: str | None = None
+    cache: str | None = None
+    cache_variants: dict[str, int] = field(default_factory=dict)
+    pad_to_multiple_of: int = 8
+
+    def check(self, where: str = "recipe") -> None:
+        """Raise RecipeError naming field, value and what is allowed, if anything in the recipe is impossible."""
+        require_choice("precision", self.precision, PRECISIONS)
+        require_range("seed", self.seed, 0, (1 << 32) - 1)
+        require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
+        for kind, count in self.cache_variants.items():
+            require_choice("cache_variants", kind, ("image", "video", "audio"))
+            require_range(f"cache_variants.{kind}", count, 1, 1000)
+        require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
+        for index, stage in enumerate(self.stages):
+            stage.check(f"stages[{index}] ({stage.name})")
+        _require_different("stages", [stage.name for stage in self.stages])
+        self._check_assembly()
+
+    def _check_assembly(self) -> None:
+        if self.moe is not None:
+            self.moe.check("moe")
+        trained_experts: int | None = None
+        for index, stage in enumerate(self.stages):
+            where = f"stages[{index}] ({stage.name})"
+            if stage.kind != "train" and self.moe is None:
+                raise RecipeError(f"{where} is of kind {stage.kind!r} but the recipe has no moe section: add one.")
+            if stage.kind == "experts":
+                trained_experts = len(stage.experts)
+            if stage.kind != "moe":
+                continue
+            if trained_experts is None and (self.moe.num_experts is None or self.moe.router_init == "modality_means"):
+                raise RecipeError(
+                    f"{where} has no stage of kind 'experts' before it: set moe.num_experts, and moe.router_init to "
+                    "'normal' or 'zeros'."
+                )
+            if trained_experts not in (None, self.moe.num_experts or trained_experts):
+                raise RecipeError(
+                    f"moe.num_experts is {self.moe.num_experts} but {trained_experts} experts are trained before "
+                    f"{where}: make them equal or leave moe.num_experts out."
+                )
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe. Relative paths in it are relative to the recipe's folder.
+
+    Args:
+        overrides: "field=value" or "stage name.field=value"; values are YAML.
+
+    Raises:
+        RecipeError: the file is no YAML mapping, or holds unknown fields or impossible values.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"The recipe {path} cannot be read ({error.strerror}): check the path.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The recipe {path} is not valid YAML: {error}") from error
+    require(isinstance(data, dict), str(path), type(data).__name__, "a YAML mapping with model, data, out and stages")
+    for override in overrides:
+        _apply_override(data, override)
+    recipe = build(Recipe, data, "")
+    for name in ("model", "out", "media_root", "cache"):
+        if getattr(recipe, name) is not None:
+            setattr(recipe, name, _beside(path, getattr(recipe, name)))
+    recipe.data = [_beside(path, name) for name in recipe.data]
+    for stage in recipe.stages:
+        if stage.data is not None:
+            stage.data = [_beside(path, name) for name in stage.data]
+    recipe.check()
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write a recipe that `load_recipe` reads back equal, up to relative paths."""
+    text = yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True, width=110)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    target, separator, text = override.partition("=")
+    if not separator:
+        raise RecipeError(f"The override {override!r} has no '=': write field=value or stage.field=value.")
+    *parents, name = target.split(".")
+    place: Any = data
+    stages = {stage.get("name"): stage for stage in data.get("stages", []) if isinstance(stage, dict)}
+    for parent in parents:
+        if place is data and parent in stages:
+            place = stages[parent]
+        else:
+            place = place.setdefault(parent, {}) if isinstance(place, dict) else place
+        if not isinstance(place, dict):
+            raise RecipeError(f"The override {override!r} goes through {parent!r}, which is no mapping in the recipe.")
+    place[name] = yaml.safe_load(text)
+
+
+def _beside(recipe_path: Path, name: str) -> str:
+    return str((recipe_path.parent / Path(name).expanduser()).resolve())
+
+
+def _figures(where: str, value: float | dict[str, float]) -> list[tuple[str, float]]:
+    if isinstance(value, dict):
+        return [(f"{where}.{key}", figure) for key, figure in value.items()]
+    return [(where, value)]
+
+
+def _require_folder_name(where: str, name: str) -> None:
+    plain = bool(name) and name not in (".", "..") and not set(name) & set('/\\:*?"<>|.')
+    require(plain, where, name, "a name that can be a folder (no dots, slashes or wildcards)")
+
+
+def _require_different(where: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(not twice, where, twice, "different names")

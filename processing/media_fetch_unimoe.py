@@ -98,11 +98,12 @@ def _download(
     scheme: str, host: str, address: str, port: int, target: str, policy: MediaPolicy, kind: str, where: str
 ) -> bytes:
     connection = http.client.HTTPConnection(host, port)
-    watchdog = None
+    watchdog = line = None
     try:
         raw = socket.create_connection((address, port), timeout=policy.network_seconds)
         # The socket's own timeout restarts with every byte; this one does not, so a dripping server is cut off too.
-        watchdog = threading.Timer(policy.network_seconds, _shut_down, args=(raw.dup(),))
+        line = raw.dup()  # TLS takes `raw` over
+        watchdog = threading.Timer(policy.network_seconds, _shut_down, args=(line,))
         watchdog.daemon = True
         watchdog.start()
         connection.sock = (
@@ -113,13 +114,16 @@ def _download(
         if response.status != 200:
             raise MediaError(kind, f"the server answered with status {response.status}; redirects are refused", where)
         content = response.read(policy.network_bytes + 1)
-        if response.length:
-            raise MediaError(kind, f"the download is incomplete or exceeds {policy.network_bytes} bytes", where)
+        if response.length and len(content) <= policy.network_bytes:
+            raise http.client.IncompleteRead(content)
+        if not watchdog.is_alive():
+            raise TimeoutError("media download")
     except (OSError, http.client.HTTPException):
         raise MediaError(kind, f"the download failed or took over {policy.network_seconds:g} s", where) from None
     finally:
-        if watchdog is not None:
+        if watchdog is not None and line is not None:
             watchdog.cancel()
+            line.close()
         connection.close()
     if len(content) > policy.network_bytes:
         raise MediaError(kind, f"the download exceeds {policy.network_bytes} bytes", where)
@@ -127,5 +131,5 @@ def _download(
 
 
 def _shut_down(raw: socket.socket) -> None:
-    with raw, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
         raw.shutdown(socket.SHUT_RDWR)

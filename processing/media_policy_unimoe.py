@@ -54,7 +54,7 @@ class MediaLimits:
     max_video_seconds: float = 3600.0
     max_video_frames: int = 250_000
     max_video_pixels: int = 36_000_000
-    max_decoded_frames: int = 1000
+    max_decoded_frames: int = 2400
     max_text_characters: int = 2_000_000
 
 

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import stat
+import warnings
 import wave
 import zipfile
 from pathlib import Path, PurePath
@@ -103,9 +104,7 @@ def load_image(value: Any, policy: MediaPolicy = DEFAULT_POLICY, where: str = ""
         if zipfile.is_zipfile(stream):
             raise MediaError("image", "the file is also a ZIP archive", where)
         stream.seek(0)
-        reason = f"not a readable image; accepted formats are {', '.join(IMAGE_FORMATS)}"
-        with refuse_on_failure("image", where, reason):
-            image = PIL.Image.open(stream, formats=IMAGE_FORMATS)
+        image = _open_image(stream, policy, where)
         _check_pixels(image.size, policy, where)
         with refuse_on_failure("image", where, "the image is damaged or incomplete"):
             return PIL.ImageOps.exif_transpose(image).convert("RGB")
@@ -137,9 +136,8 @@ def load_audio(
         with refuse_on_failure("audio", where, "the list is not a list of numbers"):
             value = np.asarray(value, dtype=np.float32)
     if isinstance(value, np.ndarray | torch.Tensor):
-        samples = _samples_from_array(value, policy, where)
         rate = target_rate if sampling_rate is None else sampling_rate
-        check_audio(samples.shape[0], rate, samples.shape[1], policy, where)
+        samples = _samples_from_array(value, rate, policy, where)
     else:
         samples, rate = _read_audio(value, policy, where)
     if not np.isfinite(samples).all():
@@ -164,7 +162,7 @@ def resample(samples: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
 def check_audio(samples: int, rate: Any, channels: int, policy: MediaPolicy, where: str) -> None:
     """Refuse, from header figures alone, audio outside of the limits."""
     limits = policy.limits
-    if isinstance(rate, bool) or not isinstance(rate, int | np.integer | float) or rate != int(rate):
+    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not float(rate).is_integer():
         raise MediaError("audio", f"its sampling rate must be a whole number of Hz, got {rate!r}", where)
     if not limits.min_sampling_rate <= rate <= limits.max_sampling_rate:
         allowed = f"{limits.min_sampling_rate} to {limits.max_sampling_rate}"
@@ -207,6 +205,17 @@ def _open_path(path: str | bytes, kind: str, policy: MediaPolicy, where: str) ->
     return stream
 
 
+def _open_image(stream: BinaryIO, policy: MediaPolicy, where: str) -> PIL.Image.Image:
+    reason = f"not a readable image; accepted formats are {', '.join(IMAGE_FORMATS)}"
+    with refuse_on_failure("image", where, reason), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit is stricter
+        try:
+            return PIL.Image.open(stream, formats=IMAGE_FORMATS)
+        except PIL.Image.DecompressionBombError:
+            allowed = policy.limits.max_image_pixels
+            raise MediaError("image", f"it has far more pixels than the {allowed} allowed", where) from None
+
+
 def _check_pixels(size: tuple[int, int], policy: MediaPolicy, where: str) -> None:
     width, height = size
     if width < 1 or height < 1 or width * height > policy.limits.max_image_pixels:
@@ -243,25 +252,53 @@ def _to_uint8(array: np.ndarray, where: str) -> np.ndarray:
     return np.rint(array * (255.0 / top)).astype(np.uint8)
 
 
-def _samples_from_array(value: np.ndarray | torch.Tensor, policy: MediaPolicy, where: str) -> np.ndarray:
-    """[samples, channels] float32 of an audio array."""
-    array = value.detach().cpu().float().numpy() if isinstance(value, torch.Tensor) else value
-    if isinstance(value, torch.Tensor) and not value.is_floating_point():
-        array = value.detach().cpu().numpy()
-    if array.ndim == 1:
-        array = array[:, None]
-    if array.ndim != 2:
+def _samples_from_array(value: np.ndarray | torch.Tensor, rate: Any, policy: MediaPolicy, where: str) -> np.ndarray:
+    """[samples, channels] float32 of an audio array; its size is checked before anything is computed."""
+    if value.ndim not in (1, 2):
         raise MediaError(
             "audio", f"an array of shape {tuple(value.shape)} is no [samples] or [channels, samples]", where
         )
-    if array.shape[0] < array.shape[1]:
-        array = array.T
+    channels, samples = (1, len(value)) if value.ndim == 1 else sorted(value.shape)
+    if 0 in value.shape:
+        raise MediaError("audio", "it is empty", where)
+    check_audio(samples, rate, channels, policy, where)
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.is_floating_point() else value.numpy()
+    array = value[:, None] if value.ndim == 1 else (value if value.shape == (samples, channels) else value.T)
     if np.issubdtype(array.dtype, np.floating):
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused as such
             return array.astype(np.float32)
     if array.dtype in _INT_SCALE:
         return (array / _INT_SCALE[array.dtype]).astype(np.float32)
     raise MediaError("audio", f"its samples are {array.dtype}; use floats in -1..1, int16 or int32", where)
+
+
+class _ClampedSeek(io.RawIOBase):
+    """A stream for libsndfile, which seeks before the start on damaged files and then prints a traceback."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._stream.tell()}.get(whence)
+        if base is None:
+            base = self._stream.seek(0, io.SEEK_END)
+        return self._stream.seek(min(max(0, base + offset), 1 << 62))
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
 
 def _read_audio(value: Any, policy: MediaPolicy, where: str) -> tuple[np.ndarray, int]:
@@ -281,7 +318,7 @@ def _read_audio(value: Any, policy: MediaPolicy, where: str) -> tuple[np.ndarray
         except ImportError:
             return _read_wave(stream, head, policy, where)
         guard = refuse_on_failure("audio", where, "the audio file is damaged or incomplete")
-        with guard, soundfile.SoundFile(stream) as file:
+        with guard, soundfile.SoundFile(_ClampedSeek(stream)) as file:
             rate = file.samplerate
             check_audio(file.frames, rate, file.channels, policy, where)
             samples = file.read(frames=file.frames, dtype="float32", always_2d=True)

@@ -28,12 +28,13 @@ def moving_icon(icon: Image.Image, direction: str, rng: np.random.Generator) -> 
     """Draws the clip.
 
     Args:
-        icon: RGBA drawing.
+        icon: a drawing with transparency.
         direction: one of `DIRECTIONS`.
 
     Returns:
         `FRAMES` RGB pictures of `FRAME_SIZE` x `FRAME_SIZE`.
     """
+    icon = icon.convert("RGBA")
     if rng.random() < 0.5:
         icon = icon.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     side = int(rng.integers(26, 38))

@@ -9,7 +9,7 @@ embeddings [batch, tokens, output_size] out.
 """
 
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -100,7 +100,7 @@ class MlpConnector(UniMoeConnector):
         self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in pairwise(widths))
 
     def connect(self, states: torch.Tensor) -> torch.Tensor:
-        weight = self.layers[0].weight
+        weight = cast(nn.Linear, self.layers[0]).weight
         # A quantised layer stores integers and takes any float input.
         if weight.is_floating_point():
             states = states.to(weight.dtype)
@@ -122,10 +122,10 @@ class QueryDecoderConnector(UniMoeConnector):
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__(config)
         decoder_config = _whisper_decoder_config(config)
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_tokens, decoder_config.d_model))
+        self.query_tokens = nn.Parameter(torch.zeros(1, _num_queries(config), decoder_config.d_model))
         self.decoder = WhisperDecoder(decoder_config)
         # Queries replace the vocabulary: a 51865-row table that nothing reads would be saved, loaded and optimised.
-        self.decoder.embed_tokens = nn.Identity()
+        self.decoder.embed_tokens = nn.Identity()  # type: ignore[assignment]
         self.projector = nn.Linear(decoder_config.d_model, config.output_size)
 
     def connect(self, states: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ class QFormerConnector(UniMoeConnector):
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__(config)
         qformer_config = _qformer_config(config)
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_tokens, qformer_config.hidden_size))
+        self.query_tokens = nn.Parameter(torch.zeros(1, _num_queries(config), qformer_config.hidden_size))
         self.qformer = Blip2QFormerModel(qformer_config)
         self.projector = nn.Linear(qformer_config.hidden_size, config.output_size)
 
@@ -183,6 +183,14 @@ def init_connector_weights(module: nn.Module, initializer_range: float = 0.02) -
         init.normal_(module.query_tokens, mean=0.0, std=initializer_range)
 
 
+def _num_queries(config: ConnectorConfig) -> int:
+    if config.num_tokens is None:
+        raise ConfigurationError(
+            f"num_tokens is None; a {config.type!r} connector needs a number of queries (Uni-MoE: 50)."
+        )
+    return config.num_tokens
+
+
 def _whisper_decoder_config(config: ConnectorConfig) -> WhisperConfig:
     if config.decoder_config is None:
         raise ConfigurationError(
@@ -196,7 +204,7 @@ def _whisper_decoder_config(config: ConnectorConfig) -> WhisperConfig:
             f"decoder_config.d_model is {decoder.d_model} but the connector's input_size is {config.input_size}; a "
             "Whisper decoder attends to states of its own width, so make them equal."
         )
-    if config.num_tokens > decoder.max_target_positions:
+    if _num_queries(config) > decoder.max_target_positions:
         raise ConfigurationError(
             f"num_tokens is {config.num_tokens} but the decoder has {decoder.max_target_positions} positions: lower "
             "num_tokens or raise decoder_config.max_target_positions."

@@ -262,7 +262,7 @@ class UniMoeBeatsModel(PreTrainedModel):
     config: UniMoeBeatsConfig
     base_model_prefix = "beats"
     main_input_name = "input_features"
-    input_modalities = ("audio",)
+    input_modalities = ("audio",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _no_split_modules = ["UniMoeBeatsLayer"]
     _supports_sdpa = True

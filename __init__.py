@@ -1,13 +1,13 @@
 """unimoe: multimodal Mixture-of-Experts models of your own, native to Hugging Face transformers.
 
-Importing this package registers its classes with transformers' Auto classes, so that a saved folder loads without
+With this package imported, transformers' Auto classes know its classes, so that a saved folder loads without
 `trust_remote_code`. The classes themselves are imported when they are first used: `import unimoe` stays light.
 """
 
 from importlib import import_module
 from typing import Any
 
-from .registration import register_auto_classes
+from .registration import register_when_used
 
 __version__ = "0.1.0"
 
@@ -32,4 +32,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_PUBLIC[name], __name__), name)
 
 
-register_auto_classes()
+register_when_used()

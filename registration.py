@@ -1,4 +1,8 @@
-"""Makes transformers' Auto classes know ours, without importing the model code until it is needed."""
+"""Makes transformers' Auto classes know ours, as soon as anybody uses them and not before.
+
+`import unimoe` registers nothing yet and imports neither torch nor transformers, which keeps the command line quick.
+Hooks run right after the modules concerned have been imported, by whomever.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,11 +12,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from transformers import AutoConfig
-from transformers.models.auto import modeling_auto
-
-from .modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeTextConfig
-from .modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
+_CONFIGURATION = ".modeling_unimoe.configuration_unimoe"
+_BEATS_CONFIGURATION = ".modeling_unimoe.configuration_unimoe_beats"
 
 
 class LazyClass:
@@ -42,14 +43,15 @@ class AfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self._module:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             run_module = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 run_module(module)
-                self._callback(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self._callback(module)
 
             spec.loader.exec_module = exec_module
         return spec
@@ -63,29 +65,60 @@ def when_imported(module: str, callback: Callable[[ModuleType], None]) -> None:
         sys.meta_path.insert(0, AfterImport(module, callback))
 
 
-def register_auto_classes() -> None:
-    """Register configurations, models and processor. Calling it again changes nothing."""
-    for config_class in (UniMoeConfig, UniMoeTextConfig, UniMoeBeatsConfig):
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+def register_when_used() -> None:
+    """Make the Auto classes know ours, in two steps, each as soon as it can matter.
 
-    causal_lm = LazyClass(".modeling_unimoe.modeling_unimoe", "UniMoeForCausalLM")
-    model = LazyClass(".modeling_unimoe.modeling_unimoe", "UniMoeModel")
+    The configurations are registered by name when transformers' own table of them is loaded; nothing of ours is
+    imported then, as that table is loaded in the middle of other imports. The first use of a configuration imports it,
+    and only from then on can anybody hold one and look for its model or processor.
+    """
+    when_imported("transformers.models.auto.configuration_auto", _register_names)
+    when_imported(f"{__package__}{_BEATS_CONFIGURATION}", _register_beats)
+    when_imported(f"{__package__}{_CONFIGURATION}", _register_models)
+
+
+def _register_names(configuration_auto: ModuleType) -> None:
+    for model_type, config_class in {
+        "unimoe": LazyClass(_CONFIGURATION, "UniMoeConfig"),
+        "unimoe_text": LazyClass(_CONFIGURATION, "UniMoeTextConfig"),
+        "unimoe_beats": LazyClass(_BEATS_CONFIGURATION, "UniMoeBeatsConfig"),
+    }.items():
+        configuration_auto.CONFIG_MAPPING.register(model_type, config_class, exist_ok=True)
+
+
+def _register_beats(configuration: ModuleType) -> None:
+    config_class = configuration.UniMoeBeatsConfig
+    _register(config_class, LazyClass(".modeling_unimoe.modeling_unimoe_beats", "UniMoeBeatsModel"), ["MODEL_MAPPING"])
+
+
+def _register_models(configuration: ModuleType) -> None:
     text_model = LazyClass(".modeling_unimoe.modeling_unimoe_text", "UniMoeTextModel")
-    beats = LazyClass(".modeling_unimoe.modeling_unimoe_beats", "UniMoeBeatsModel")
-    # The mappings' own register(): the Auto classes' would look at the class and so import it.
-    modeling_auto.MODEL_MAPPING.register(UniMoeConfig, model, exist_ok=True)
-    modeling_auto.MODEL_MAPPING.register(UniMoeTextConfig, text_model, exist_ok=True)
-    modeling_auto.MODEL_MAPPING.register(UniMoeBeatsConfig, beats, exist_ok=True)
-    for mapping in (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    ):
-        mapping.register(UniMoeConfig, causal_lm, exist_ok=True)
+    _register(configuration.UniMoeTextConfig, text_model, ["MODEL_MAPPING"])
+    config_class = configuration.UniMoeConfig
+    _register(config_class, LazyClass(".modeling_unimoe.modeling_unimoe", "UniMoeModel"), ["MODEL_MAPPING"])
+    _register(
+        config_class,
+        LazyClass(".modeling_unimoe.modeling_unimoe", "UniMoeForCausalLM"),
+        [
+            "MODEL_FOR_CAUSAL_LM_MAPPING",
+            "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+            "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+        ],
+    )
     # transformers' processor module imports every audio and video library that is installed: leave it to its user.
-    when_imported("transformers.models.auto.processing_auto", _register_processor)
+    when_imported(
+        "transformers.models.auto.processing_auto",
+        lambda processing_auto: processing_auto.PROCESSOR_MAPPING.register(
+            config_class, LazyClass(".processing.processing_unimoe", "UniMoeProcessor"), exist_ok=True
+        ),
+    )
 
 
-def _register_processor(processing_auto: ModuleType) -> None:
-    processor = LazyClass(".processing.processing_unimoe", "UniMoeProcessor")
-    processing_auto.PROCESSOR_MAPPING.register(UniMoeConfig, processor, exist_ok=True)
+def _register(config_class: Any, model_class: LazyClass, mappings: Sequence[str]) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for mapping in mappings:
+        # The mapping's own register(): the Auto class's would look at the model class and so import it.
+        getattr(modeling_auto, mapping).register(config_class, model_class, exist_ok=True)

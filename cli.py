@@ -1,0 +1,100 @@
+"""`unimoe <command>`: finds the commands in `commands/`, parses, runs, and turns errors into one line and an exit code."""
+
+import argparse
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from . import __version__, commands
+from .errors import UniMoeError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+# The order on the help screen; commands that are not listed follow in alphabetical order.
+_ORDER = ("quickstart", "train", "convert", "chat", "inspect")
+
+_DESCRIPTION = "Makes a dense language model and frozen encoders a multimodal Mixture of Experts."
+_EXAMPLES = """\
+examples:
+  unimoe quickstart                          a small model from nothing, in minutes
+  unimoe chat quickstart-out/model           talk to it; --image cat.png shows it one
+  unimoe train recipe.yaml                   a curriculum of your own
+  unimoe COMMAND --help                      the options of one command
+"""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Lists the commands with their help on the same line, without a heading line of their own."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        # argparse forgets the indentation of sub-commands when it measures the first column.
+        self._action_max_length = 14
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every module of `unimoe.commands`; each offers add_parser(subparsers) and run(args)."""
+    parser = argparse.ArgumentParser(
+        prog="unimoe", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"unimoe {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in _command_names():
+        module = import_module(f"{commands.__name__}.{name}")
+        known = set(subparsers.choices)
+        module.add_parser(subparsers)
+        for added in set(subparsers.choices) - known:
+            subparser = subparsers.choices[added]
+            if subparser.get_default("run") is None:
+                subparser.set_defaults(run=module.run)
+    _add_debug_option(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0, 2 for errors that the user can mend, 130 after Ctrl-C.
+
+    Errors outside the UniMoeError family are bugs and keep their traceback, as every error does with --debug.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except UniMoeError as error:
+        if args.debug:
+            traceback.print_exc()
+        else:
+            print(f"unimoe: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("\nunimoe: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`unimoe ... | head`); Python's flush at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _command_names() -> list[str]:
+    names = {module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")}
+    return [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
+
+
+def _add_debug_option(parser: argparse.ArgumentParser, default: object = False) -> None:
+    """Accept --debug at every level of sub-commands, before or after their names."""
+    parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in set(action.choices.values()):
+                _add_debug_option(subparser, default=argparse.SUPPRESS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

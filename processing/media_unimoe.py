@@ -107,6 +107,8 @@ def load_image(value: Any, policy: MediaPolicy = DEFAULT_POLICY, where: str = ""
         image = _open_image(stream, policy, where)
         _check_pixels(image.size, policy, where)
         with refuse_on_failure("image", where, "the image is damaged or incomplete"):
+            if "transparency" in image.info:  # a palette with alpha: straight to RGB would lose it with a warning
+                image = image.convert("RGBA")
             return PIL.ImageOps.exif_transpose(image).convert("RGB")
 
 

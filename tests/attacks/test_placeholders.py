@@ -67,7 +67,7 @@ def test_text_of_users_changes_no_structure(processor: UniMoeProcessor, text: st
     assert len(structure(processor, torch.tensor(learned))) == 1  # the token that ends the answer
 
 
-@pytest.mark.parametrize("text", [t for t in NASTY if t.isascii()])
+@pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
 def test_text_of_users_stays_readable(text: str) -> None:
     processor = tiny_media.processor("image speech sound")
     sample = processor.tokenize_conversation(

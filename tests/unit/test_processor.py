@@ -163,6 +163,23 @@ def test_generation_sees_the_tokens_that_training_saw(processor: UniMoeProcessor
                 assert full["labels"][len(prompt) - 1] == -100
 
 
+def test_answers_get_no_extra_space() -> None:
+    """SentencePiece-like tokenizers put a space before every text that is encoded alone."""
+    tokenizer = tiny_media.tokenizer(metaspace=True)
+    sample = tiny_media.processor(tokenizer=tokenizer).tokenize_conversation(MIXED[1])
+    whole = tokenizer.encode("assistant\nMe<|im_end|>", add_special_tokens=False)
+    learned = [i for i in sample["labels"] if i >= 0]
+    assert learned == whole[-len(learned) :]
+    assert tokenizer.decode(learned) == "Me<|im_end|>"
+
+
+def test_media_in_answers_are_not_learned(processor: UniMoeProcessor) -> None:
+    shown = {"role": "assistant", "content": [an_image(), {"type": "text", "text": "A cat"}]}
+    batch = processor.training_inputs([[user("Show one."), shown]])
+    assert processor.decode(batch["labels"][batch["labels"] != -100]) == "A cat<|im_end|>"
+    assert (batch["mm_token_type_ids"] == IMAGE).sum() == 4
+
+
 def test_conversations_tokenise_the_same_without_their_media(processor: UniMoeProcessor) -> None:
     batch = processor.training_inputs(MIXED, pad_to_multiple_of=8)
     bare = [

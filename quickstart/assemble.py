@@ -9,7 +9,8 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
-    PreTrainedTokenizerFast,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
@@ -20,9 +21,10 @@ from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
-from .language import MEDIA_TOKENS
+from .language import MEDIA_TOKENS, Decoder
 
 WHISPER_POSITIONS_PER_SECOND = 50
+WHISPER_PROMPT = ["<|startoftranscript|>", "<|notimestamps|>"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class Shape:
     """How many embeddings the media become.
 
     Args:
+        image_size: pixels that pictures and frames are resized to; the towers take any size.
         grid: an image is grid x grid embeddings, and so is every frame of a video.
         frames: frames sampled from each video.
         window_seconds: length of one audio window; longer clips become several windows.
         speech_tokens, sound_tokens: embeddings per audio window of the two branches.
     """
 
+    image_size: int | None = 128
     grid: int = 2
     frames: int = 8
     window_seconds: int = 3
@@ -44,27 +48,26 @@ class Shape:
 
 
 def assemble_dense(
-    text_config: UniMoeTextConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    vision_folder: Path,
-    speech_folder: Path,
-    shape: Shape,
+    decoder: Decoder, vision_folder: Path, speech_folder: Path, shape: Shape
 ) -> tuple[UniMoeForCausalLM, UniMoeProcessor]:
-    """A dense model with pretrained towers, fresh connectors and a freshly initialised decoder, and its processor.
+    """A dense model of a decoder, pretrained towers and fresh connectors, and its processor.
 
     Images and video frames go through the vision tower; audio goes through the Whisper encoder, whose states feed two
     connectors: a query decoder that starts as Whisper's own decoder (speech) and a small pooled MLP (sound).
     """
     whisper = WhisperForConditionalGeneration.from_pretrained(speech_folder, dtype=torch.float32)
     vision = AutoModel.from_pretrained(vision_folder, dtype=torch.float32)
-    config = _model_config(text_config, tokenizer, vision, whisper, shape)
+    text_config = decoder.model.config.text_config
+    config = _model_config(text_config, decoder.tokenizer, vision, whisper, shape)
     model = UniMoeForCausalLM(config)
+    model.model.language_model.load_state_dict(decoder.model.model.language_model.state_dict())
+    model.lm_head.load_state_dict(decoder.model.lm_head.state_dict())
     model.model.vision_tower.load_state_dict(vision.state_dict())
     _load_whisper(model, whisper, shape)
     model.generation_config.suppress_tokens = [i for i in config.placeholder_ids.values() if i is not None]
-    model.generation_config.eos_token_id = text_config.eos_token_id
+    model.generation_config.eos_token_id = decoder.tokenizer.eos_token_id
     model.generation_config.pad_token_id = text_config.pad_token_id
-    return model.eval(), _make_processor(tokenizer, vision_folder, speech_folder, shape)
+    return model.eval(), _make_processor(decoder.tokenizer, vision_folder, speech_folder, shape)
 
 
 def connector_start_scale(model: UniMoeForCausalLM) -> float:
@@ -79,7 +82,7 @@ def connector_start_scale(model: UniMoeForCausalLM) -> float:
 
 def _model_config(
     text_config: UniMoeTextConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     vision: torch.nn.Module,
     whisper: WhisperForConditionalGeneration,
     shape: Shape,
@@ -144,17 +147,19 @@ def _load_whisper(model: UniMoeForCausalLM, whisper: WhisperForConditionalGenera
         return
     decoder = {k: v for k, v in whisper.model.decoder.state_dict().items() if not k.startswith("embed_tokens.")}
     connector.decoder.load_state_dict(decoder)
-    generation = whisper.generation_config
-    prompt = [generation.decoder_start_token_id, generation.no_timestamps_token_id]
+    prompt = AutoTokenizer.from_pretrained(whisper.config._name_or_path).convert_tokens_to_ids(WHISPER_PROMPT)
     with torch.no_grad():
         embeddings = whisper.model.decoder.embed_tokens.weight[prompt]
         connector.query_tokens[0, : len(prompt)] = embeddings[: connector.query_tokens.shape[1]]
 
 
 def _make_processor(
-    tokenizer: PreTrainedTokenizerFast, vision_folder: Path, speech_folder: Path, shape: Shape
+    tokenizer: PreTrainedTokenizerBase, vision_folder: Path, speech_folder: Path, shape: Shape
 ) -> UniMoeProcessor:
     image_processor = AutoImageProcessor.from_pretrained(vision_folder, backend="pil")
+    if shape.image_size is not None:
+        image_processor.size = {"height": shape.image_size, "width": shape.image_size}
+        image_processor.do_center_crop = False
     whisper_features = WhisperFeatureExtractor.from_pretrained(speech_folder)
     return UniMoeProcessor(
         image_processor=image_processor,

@@ -1,18 +1,57 @@
-"""The compact language model of the quickstart: its tokenizer and its size.
+"""The decoder of the quickstart and its tokenizer: a compact one made here, or a pretrained one.
 
 A 135 M-parameter model cannot be taught to answer in a few CPU minutes, so the default decoder is small, and stage 0
 teaches it the English of the corpus.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..modeling_unimoe.configuration_unimoe import UniMoeTextConfig
+from ..conversion.llama_family import dense_from
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeTextConfig
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..processing.processing_unimoe import prepare_tokenizer
+from ..starter_corpus.corpus import load_samples
 
 PAD, BOS, END_OF_TURN, START_OF_TURN = "<|pad|>", "<|endoftext|>", "<|im_end|>", "<|im_start|>"
 MEDIA_TOKENS = {"image": "<image>", "video": "<video>", "audio": "<audio>", "sound": "<sound>"}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A dense text-only model, and the tokenizer that knows the media tokens."""
+
+    model: UniMoeForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+
+
+def compact_decoder() -> Decoder:
+    """A freshly initialised decoder of about 4 M parameters with a tokenizer of the corpus's words."""
+    tokenizer = train_tokenizer(_corpus_texts())
+    return Decoder(UniMoeForCausalLM(UniMoeConfig(text_config=compact_text_config(tokenizer))), tokenizer)
+
+
+def pretrained_decoder(folder: Path) -> Decoder:
+    """A LLaMA-family model from its folder, its vocabulary grown by the media tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prepare_tokenizer(tokenizer)
+    model = dense_from(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
+    return Decoder(model, tokenizer)
+
+
+def _corpus_texts() -> Iterable[str]:
+    for sample in [*load_samples("stage0"), *load_samples("train")]:
+        if "text" in sample:
+            yield sample["text"]
+        for message in sample.get("messages", []):
+            yield from (item["text"] for item in message["content"] if item["type"] == "text")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:

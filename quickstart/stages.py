@@ -16,6 +16,16 @@ MIX = {"image": 4.0, "speech": 3.0, "sound": 1.5, "video_direction": 1.0, "video
 NOISE = {"image": 0.2, "video": 0.15, "speech": 0.1, "sound": 0.3}
 DROPOUT = {"speech": 0.05, "sound": 0.08}
 IMAGE_VARIANTS = 4
+EXPERTS_PER_TOKEN = 2
+COMMON: dict[str, Any] = {
+    "batch_size": 32,
+    "adam_betas": [0.9, 0.98],
+    "weight_decay": 0.01,
+    "min_learning_rate_ratio": 0.03,
+    "feature_noise": NOISE,
+    "token_dropout": DROPOUT,
+    "save_every": 200,
+}
 
 
 @dataclass(frozen=True)
@@ -44,82 +54,87 @@ class Budget:
         return None if self.seconds is None else self.seconds[stage]
 
 
-def quickstart_recipe(
-    start_model: Path, work: Path, seed: int, budget: Budget, *, teach_language: bool, sparse_layers: list[int]
-) -> Recipe:
-    """All stages as one `Recipe`; `teach_language` adds stage 0, for a decoder that starts from nothing."""
-    corpus = corpus_root()
-    common: dict[str, Any] = {
-        "batch_size": 32,
-        "adam_betas": [0.9, 0.98],
-        "weight_decay": 0.01,
-        "min_learning_rate_ratio": 0.03,
-        "feature_noise": NOISE,
-        "token_dropout": DROPOUT,
-        "save_every": 200,
-    }
-    stages = []
-    if teach_language:
-        stages.append(
-            StageConfig(
-                name="stage0",
-                train=["embeddings", "attention", "ffn", "norms"],
-                data=[str(corpus / "stage0.jsonl")],
-                steps=budget.language,
-                time_limit_seconds=budget.limit("stage0"),
-                learning_rate=2e-3,
-                warmup_steps=30,
-                **{**common, "batch_size": 48},
-            )
-        )
-    stages += [
-        StageConfig(
-            name="stage1",
-            train=["connectors"],
-            modalities=["image", "speech", "sound", "video"],
-            modality_weights={task: weight for task, weight in MIX.items() if task != "text"},
-            steps=budget.connectors,
-            time_limit_seconds=budget.limit("stage1"),
-            learning_rate=1.5e-3,
-            warmup_steps=20,
-            **common,
-        ),
-        StageConfig(
-            name="stage2",
-            kind="experts",
-            train=["ffn", "connectors"],
-            experts=[ExpertConfig(name, modalities) for name, modalities in EXPERTS.items()],
-            steps=budget.expert,
-            time_limit_seconds=budget.limit("stage2"),
-            learning_rate={"ffn": 1e-3, "connectors": 1e-3},
-            warmup_steps=10,
-            **common,
-        ),
-        StageConfig(
-            name="stage3",
-            kind="moe",
-            train=["router", "connectors"],
-            lora=LoraSettings(rank=16, alpha=32.0, targets=["experts", "attention"]),
-            modality_weights=MIX,
-            steps=budget.mixed,
-            time_limit_seconds=budget.limit("stage3"),
-            learning_rate={"router": 1e-3, "connectors": 1e-3, "experts": 2e-3, "attention": 2e-3},
-            warmup_steps=20,
-            label_smoothing=0.02,
-            router_aux_loss_coef=0.01,
-            router_z_loss_coef=0.0001,
-            **common,
-        ),
-    ]
+def sparse_layers(num_layers: int) -> list[int]:
+    """Every second layer is sparse."""
+    return list(range(1, num_layers, 2))
+
+
+def language_recipe(start: Path, work: Path, seed: int, budget: Budget) -> Recipe:
+    """Stage 0: a decoder that starts from nothing learns the corpus's English."""
+    stage = StageConfig(
+        name="stage0",
+        train=["embeddings", "attention", "ffn", "norms"],
+        steps=budget.language,
+        time_limit_seconds=budget.limit("stage0"),
+        learning_rate=2e-3,
+        warmup_steps=30,
+        **{**COMMON, "batch_size": 48},
+    )
+    data = [str(corpus_root() / "stage0.jsonl")]
+    return Recipe(model=str(start), data=data, out=str(work / "language"), seed=seed, stages=[stage])
+
+
+def multimodal_recipe(start: Path, work: Path, seed: int, budget: Budget, num_layers: int) -> Recipe:
+    """Uni-MoE's three stages (arXiv 2405.11273, section 3.4): connectors, one expert per modality, the mixture."""
     return Recipe(
-        model=str(start_model),
-        data=[str(corpus / "train.jsonl")],
+        model=str(start),
+        data=[str(corpus_root() / "train.jsonl")],
         out=str(work / "stages"),
         seed=seed,
-        stages=stages,
-        moe=MoeConfig(sparse_layers=sparse_layers, num_experts_per_tok=2, router_init="modality_means"),
+        stages=[_stage1(budget), _stage2(budget), _stage3(budget)],
+        moe=MoeConfig(
+            sparse_layers=sparse_layers(num_layers),
+            num_experts_per_tok=EXPERTS_PER_TOKEN,
+            router_init="modality_means",
+        ),
         cache=str(work / "tower_states"),
         cache_variants={"image": IMAGE_VARIANTS},
+    )
+
+
+def _stage1(budget: Budget) -> StageConfig:
+    return StageConfig(
+        name="stage1",
+        train=["connectors"],
+        modalities=["image", "speech", "sound", "video"],
+        modality_weights={task: weight for task, weight in MIX.items() if task != "text"},
+        steps=budget.connectors,
+        time_limit_seconds=budget.limit("stage1"),
+        learning_rate=1.5e-3,
+        warmup_steps=20,
+        **COMMON,
+    )
+
+
+def _stage2(budget: Budget) -> StageConfig:
+    return StageConfig(
+        name="stage2",
+        kind="experts",
+        train=["ffn", "connectors"],
+        experts=[ExpertConfig(name, modalities) for name, modalities in EXPERTS.items()],
+        steps=budget.expert,
+        time_limit_seconds=budget.limit("stage2"),
+        learning_rate={"ffn": 1e-3, "connectors": 1e-3},
+        warmup_steps=10,
+        **COMMON,
+    )
+
+
+def _stage3(budget: Budget) -> StageConfig:
+    return StageConfig(
+        name="stage3",
+        kind="moe",
+        train=["router", "connectors"],
+        lora=LoraSettings(rank=16, alpha=32.0, targets=["experts", "attention"]),
+        modality_weights=MIX,
+        steps=budget.mixed,
+        time_limit_seconds=budget.limit("stage3"),
+        learning_rate={"router": 1e-3, "connectors": 1e-3, "experts": 2e-3, "attention": 2e-3},
+        warmup_steps=20,
+        label_smoothing=0.02,
+        router_aux_loss_coef=0.01,
+        router_z_loss_coef=0.0001,
+        **COMMON,
     )
 
 

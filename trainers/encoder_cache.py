@@ -313,7 +313,7 @@ def _fingerprint(
         for name, tensor in sorted(tower.state_dict().items()):
             digest.update(name.encode())
             digest.update(
-                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b""
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.dim() else b""
             )
     return digest.hexdigest()
 

@@ -1,0 +1,137 @@
+"""The quickstart from parts to report. Every step leaves its result in a folder, so that a killed run goes on."""
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..processing.processing_unimoe import UniMoeProcessor
+from ..starter_corpus.corpus import corpus_root, verify
+from ..trainers.assembly import assemble
+from ..trainers.curriculum import load_start_model, run_curriculum
+from ..trainers.data import ConversationDataset
+from ..trainers.encoder_cache import EncoderCache
+from ..trainers.recipe import Recipe
+from ..trainers.stage import StageReport
+from .baselines import heldout_baselines
+from .evaluate import accuracy_by_task, answer_samples, load_by_modality, spread
+from .fresh_process import answer_in_fresh_process
+from .parts import Part
+from .prepare import assemble_start, encode_media, find_parts, prepare_dense
+from .results import example_rows, print_accuracy, save_model_folder, stage_metrics, write_results
+from .run import Quickstart
+from .stages import EXPERTS, language_recipe, multimodal_recipe, play_backwards
+
+INTERIM_SAMPLES_PER_TASK = 50
+# What the accuracy after a stage is called in the report.
+MOMENTS = {"stage0": "after stage 0", "stage1": "after stage 1", "stage2": "before stage 3"}
+
+
+def run_quickstart(run: Quickstart) -> dict[str, Any]:
+    """Do everything; returns the content of metrics.json."""
+    run.work.mkdir(parents=True, exist_ok=True)
+    with run.counted_attempt():
+        torch.manual_seed(run.seed)
+        parts = find_parts(run)
+        run.say(f"Corpus: {verify()} files checked in {corpus_root()}")
+        heldout = run.heldout_samples()
+        model, processor = assemble_start(run, parts)
+        caches = encode_media(run, model, processor, heldout)
+        trained = _Training(run, processor, *caches, heldout)
+        reports = trained.language() if run.language_model is None else []
+        dense = prepare_dense(run, Path(reports[-1].model) if reports else run.work / "start", processor)
+        reports += trained.multimodal(dense, model.config.text_config.num_hidden_layers)
+        return _finish(run, trained, reports, parts)
+
+
+class _Training:
+    """The trained stages and the accuracy after each."""
+
+    def __init__(
+        self,
+        run: Quickstart,
+        processor: UniMoeProcessor,
+        train_cache: EncoderCache,
+        test_cache: EncoderCache,
+        heldout: list[dict[str, Any]],
+    ) -> None:
+        self.run, self.processor = run, processor
+        self.train_cache, self.test_cache = train_cache, test_cache
+        self.heldout = heldout
+        self.accuracy: dict[str, dict[str, float]] = {}
+        self.recipe: Recipe | None = None
+
+    def language(self) -> list[StageReport]:
+        self.recipe = language_recipe(self.run.work / "start", self.run.work, self.run.seed, self.run.budget)
+        return self._run(self.recipe, ConversationDataset(self.recipe.data))
+
+    def multimodal(self, dense: Path, num_layers: int) -> list[StageReport]:
+        self.recipe = multimodal_recipe(dense, self.run.work, self.run.seed, self.run.budget, num_layers)
+        return self._run(self.recipe, ConversationDataset.from_samples(self.run.training_samples()))
+
+    def _run(self, recipe: Recipe, dataset: ConversationDataset) -> list[StageReport]:
+        reports = run_curriculum(
+            recipe,
+            processor=self.processor,
+            dataset=dataset,
+            cache=self.train_cache,
+            augment=play_backwards,
+            on_stage_start=self._announce,
+            on_stage_end=self._after_stage,
+        )
+        for report in reports:
+            if report.name in MOMENTS:
+                self.accuracy[MOMENTS[report.name]] = report.evaluation["accuracy"]
+        return reports
+
+    def _announce(self, name: str, table: list[Any], steps: int) -> None:
+        trained = ", ".join(f"{row.trainable:,} {row.role}" for row in table if row.trainable)
+        self.run.say(f"{name}: {steps} steps; trains {trained} parameters")
+
+    def _after_stage(self, report: StageReport, model: UniMoeForCausalLM, _: Any) -> dict[str, Any] | None:
+        self.run.say(
+            f"{report.name}: loss {report.loss_first:.2f} -> {report.loss_last:.2f} in {report.seconds:.0f} s"
+        )
+        if report.name not in MOMENTS:
+            return None
+        if report.kind == "experts":
+            folders = [Path(self.recipe.out) / report.name / name for name in EXPERTS]
+            model = assemble(load_start_model(report.model, self.recipe), self.recipe.moe, folders, self.recipe.seed)
+        samples = spread(self.heldout, INTERIM_SAMPLES_PER_TASK)
+        accuracy = accuracy_by_task(answer_samples(model, self.processor, self.test_cache, samples))
+        shown = ", ".join(f"{task} {100 * value:.0f} %" for task, value in accuracy.items())
+        self.run.say(f"  held out {MOMENTS[report.name]}: {shown}")
+        return {"accuracy": accuracy}
+
+
+def _finish(run: Quickstart, trained: _Training, reports: list[StageReport], parts: list[Part]) -> dict[str, Any]:
+    """Evaluate the final model, save it with its numbers, and let it answer in a process without this package."""
+    run.say("The final model answers all held-out questions, freely, as text")
+    model = load_start_model(reports[-1].model, trained.recipe)
+    answers = answer_samples(model, trained.processor, trained.test_cache, trained.heldout)
+    accuracy = accuracy_by_task(answers)
+    baselines = heldout_baselines(run.training_samples(), trained.heldout, trained.train_cache, trained.test_cache)
+    router_load = load_by_modality(model, trained.processor, trained.test_cache, trained.heldout)
+    metrics = {
+        "seconds": run.total_seconds,
+        "seed": run.seed,
+        "stages": [stage_metrics(report) for report in reports],
+        "heldout": {task: {"accuracy": accuracy[task], **row} for task, row in baselines.items()},
+        "accuracy_by_stage": trained.accuracy,
+        "upcycling": json.loads((run.work / "upcycling.json").read_text(encoding="utf-8")),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    save_model_folder(run, model, trained.processor, metrics, router_load, parts)
+    examples = example_rows(answers)
+    said = answer_in_fresh_process(run.out / "model", examples)
+    metrics["seconds"] = run.total_seconds
+    write_results(run, metrics, reports, router_load, examples, parts)
+    print_accuracy(metrics)
+    for example, text in zip(examples, said, strict=True):
+        verdict = "right" if text == example["truth"] else f"it is: {example['truth']}"
+        run.say(f"  {example['task']:15s} {example['question']} -> {text} ({verdict})")
+    run.say(f"Model: {run.out / 'model'}; look at {run.out / 'report.html'}")
+    return metrics

@@ -1,0 +1,150 @@
+"""What a run leaves: DIR/model, DIR/metrics.json, DIR/report.html, and the table on screen."""
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..conversion.hub import save_bundle
+from ..conversion.model_card import model_card
+from ..conversion.parameters import count_parameters
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..processing.processing_unimoe import UniMoeProcessor
+from ..trainers.stage import StageReport
+from .evaluate import TASKS, Answer
+from .parts import Part
+from .report import write_report
+from .run import Quickstart
+from .stages import EXPERTS, sparse_layers
+
+LIMITS = (
+    "The default decoder has about 4 M parameters and knows only the corpus's English. --preset smollm2 runs the same "
+    "stages on a pretrained 135 M model, which takes hours instead of minutes on a CPU.",
+    "No pretrained BEATs comes as a package, so sounds go through the Whisper encoder and a connector of their own. A "
+    "BEATs tower with its Q-Former is a matter of configuration.",
+    "Towers are frozen and run once per medium: only pictures are seen in several random compositions.",
+    "Audio windows are 3 seconds long instead of 30, because the corpus's clips are short.",
+)
+STAGE_FIELDS = ("name", "seconds", "steps", "trainable_parameters", "loss_first", "loss_last")
+
+
+def stage_metrics(report: StageReport) -> dict[str, Any]:
+    fields = asdict(report)
+    return {name: fields[name] for name in STAGE_FIELDS}
+
+
+def example_rows(answers: list[Answer]) -> list[dict[str, Any]]:
+    """The first held-out item of every task, with its messages, its answer and a picture to show."""
+    rows = []
+    for task in TASKS:
+        answer = next((answer for answer in answers if answer.sample["task"] == task), None)
+        if answer is None:
+            continue
+        content = answer.sample["messages"][0]["content"]
+        picture = next((item["path"] for item in content if item["type"] == "image"), None)
+        rows.append(
+            {
+                "task": task,
+                "messages": answer.sample["messages"],
+                "question": next(item["text"] for item in content if item["type"] == "text"),
+                "answer": answer.text,
+                "truth": answer.truth,
+                "picture": picture,
+            }
+        )
+    return rows
+
+
+def save_model_folder(
+    run: Quickstart,
+    model: UniMoeForCausalLM,
+    processor: UniMoeProcessor,
+    metrics: dict[str, Any],
+    router_load: dict[str, list[list[float]]],
+    parts: list[Part],
+) -> None:
+    """The folder that `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` loads."""
+    card = model_card(
+        "unimoe quickstart",
+        model.config,
+        count_parameters(model.config),
+        sections={"Held-out accuracy": _accuracy_markdown(metrics), "Parts": _parts_markdown(parts)},
+    )
+    folder = run.out / "model"
+    save_bundle(model, processor, folder, card)
+    layers = sparse_layers(model.config.text_config.num_hidden_layers)
+    record = {"layers": layers, "experts": list(EXPERTS), "modalities": router_load}
+    (folder / "router_load.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def write_results(
+    run: Quickstart,
+    metrics: dict[str, Any],
+    reports: list[StageReport],
+    router_load: dict[str, list[list[float]]],
+    examples: list[dict[str, Any]],
+    parts: list[Part],
+) -> None:
+    """metrics.json and report.html."""
+    (run.out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    details = {
+        "loss_curves": _loss_curves(run, reports),
+        "expert_load": router_load,
+        "sparse_layers": sparse_layers(2 * len(next(iter(router_load.values())))),
+        "experts": list(EXPERTS),
+        "parts": [(part.name, part.licence, part.source, part.digest[:16]) for part in parts],
+        "accuracy_by_stage": metrics["accuracy_by_stage"],
+        "examples": examples,
+        "limits": LIMITS,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+    }
+    write_report(run.out, metrics, details)
+
+
+def print_accuracy(metrics: dict[str, Any]) -> None:
+    """The table that a newcomer sees at the end."""
+    moments = list(metrics["accuracy_by_stage"])
+    header = ["task", "n", "chance", "majority", "probe", *moments, "final"]
+    lines = [header]
+    for task, row in metrics["heldout"].items():
+        probe = _percent(row["probe_accuracy"])
+        if "pixel_probe_accuracy" in row:
+            probe += f" (pixels {_percent(row['pixel_probe_accuracy'])})"
+        trail = [_percent(metrics["accuracy_by_stage"][moment].get(task)) for moment in moments]
+        baselines = [_percent(row["chance"]), _percent(row["majority"]), probe]
+        lines.append([task, str(row["n"]), *baselines, *trail, _percent(row["accuracy"])])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    print()
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    print(f"\n{metrics['seconds'] / 60:.1f} minutes, peak memory {metrics['peak_memory_bytes'] / 2**30:.1f} GiB\n")
+
+
+def _loss_curves(run: Quickstart, reports: list[StageReport]) -> dict[str, list[tuple[int, float]]]:
+    curves = {}
+    for report in reports:
+        root = run.work / ("language" if report.name == "stage0" else "stages") / report.name
+        runs = [(inner.name, root / inner.name.split("/")[-1]) for inner in report.runs] or [(report.name, root)]
+        for name, folder in runs:
+            rows = [json.loads(line) for line in (folder / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
+            curves[name] = [(row["step"], row["ce_loss"]) for row in rows]
+    return curves
+
+
+def _accuracy_markdown(metrics: dict[str, Any]) -> str:
+    rows = ["| task | n | majority | linear probe | model |", "|---|---|---|---|---|"]
+    for task, row in metrics["heldout"].items():
+        figures = (_percent(row["majority"]), _percent(row["probe_accuracy"]), _percent(row["accuracy"]))
+        rows.append(f"| {task} | {row['n']} | {' | '.join(figures)} |")
+    return "\n".join([*rows, "", "Exact answers, generated freely as text, on things the model has never seen."])
+
+
+def _parts_markdown(parts: list[Part]) -> str:
+    return "\n".join(f"- {part.name} ({part.licence}), {part.source}, sha256 {part.digest}" for part in parts)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"

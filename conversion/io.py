@@ -98,16 +98,20 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """A tensor of its own memory, on the CPU."""
         info = self.tensors[name]
+        return self.read_flat(name, 0, math.prod(info.shape)).view(info.shape)
+
+    def read_flat(self, name: str, start: int, count: int) -> torch.Tensor:
+        """`count` values of a tensor from the `start`-th on, in row-major order."""
+        info = self.tensors[name]
         if info.file.suffix != ".safetensors":
-            return self._unpickled(info.file)[name].clone()
-        buffer = bytearray(info.num_bytes)
-        with open(info.file, "rb") as file:
-            file.seek(info.start)
-            if file.readinto(buffer) != info.num_bytes:
+            return self._unpickled(info.file)[name].reshape(-1)[start : start + count].clone()
+        flat = torch.empty(count, dtype=info.dtype)
+        buffer = memoryview(flat.view(torch.uint8).numpy())
+        with open(info.file, "rb", buffering=0) as file:
+            file.seek(info.start + start * info.dtype.itemsize)
+            if file.readinto(buffer) != len(buffer):
                 raise ConversionError(f"{info.file} ends inside {name}: fetch the file again.")
-        if not buffer:
-            return torch.empty(info.shape, dtype=info.dtype)
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(info.dtype).view(info.shape)
+        return flat
 
     def _read_headers(self) -> dict[str, TensorInfo]:
         for whole, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):

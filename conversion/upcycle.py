@@ -30,8 +30,9 @@ class Sparsity:
     """What the dense decoder becomes; field names are those of `UniMoeTextConfig`.
 
     Args:
-        router_init: "normal" draws gate rows with the configuration's `initializer_range`, "zeros" scores every
-            expert alike, so that the first tokens all go to the same k experts.
+        router_init: "normal" draws gate rows with the configuration's `initializer_range`. "zeros" sends all tokens to
+            the same k experts with equal weights: with copied FFNs not even rounding changes, but nothing spreads
+            the tokens until training moves the router.
         routing: further `UniMoeTextConfig` fields, e.g. {"router_aux_loss_coef": 0.01}.
         seed: of the gate rows; layer i draws from a generator of its own.
     """

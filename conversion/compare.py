@@ -1,0 +1,207 @@
+"""Runs a source model and its conversion on the same prompts, one after the other, so that only one is in memory."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..errors import ConversionError
+from ..modeling_unimoe.configuration_unimoe import MODALITIES, UniMoeConfig
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from .parameters import count_parameters, total_and_active
+from .receipt import Comparison, Continuation
+from .sources import Source
+
+_TEXTS = (
+    "The capital of France is",
+    "Plants turn light into sugar. In the leaves of a tree, water and",
+    "def fibonacci(n):\n    if n < 2:\n        return",
+)
+_RANDOM_LENGTH = 48
+_NEW_TOKENS = 24
+_CONTINUED_PROMPTS = 2
+# Weights, and as much again for what loading and running them takes.
+_BYTES_PER_PARAMETER = 4 * 1.25
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Inputs of one forward pass, and the text that they came from ("" for random ones)."""
+
+    inputs: dict[str, torch.Tensor]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    logits: list[torch.Tensor]
+    continuations: list[torch.Tensor]
+
+
+def compare_models(source: Source, config: UniMoeConfig, folder: Path, dtype: torch.dtype | None) -> Comparison | str:
+    """Compare the model in `folder` with its source, or say why that cannot be done here.
+
+    Both run in float32 on the weights as they were written: where `dtype` rounds them, the source's are rounded too,
+    so that a difference is one of the conversion. Prompts are texts if the source has a tokenizer, random tokens, and
+    for models with towers random embeddings of every modality.
+
+    Raises:
+        ConversionError: the tokenizer of `folder` is not the source's.
+    """
+    needed = total_and_active(count_parameters(config)).total * _BYTES_PER_PARAMETER
+    available = psutil.virtual_memory().available
+    if needed > available:
+        return f"running it takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
+    tokenizer = _tokenizer(source.folder)
+    prompts = _prompts(config, tokenizer)
+    _check_tokenizer(tokenizer, folder)
+    rounding = None
+    with _quiet():
+        expected = _run(lambda: _load_source(source, dtype), prompts)
+        if dtype is not None and dtype.itemsize < source.dtype.itemsize:
+            rounding = _difference(_run(lambda: _load_source(source, None), prompts, continued=0), expected)
+        converted = UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        each_expert = _each_expert_difference(converted.eval(), prompts[0], expected.logits[0])
+        result = _run(lambda: converted, prompts)
+    return Comparison(
+        prompts=len(prompts),
+        positions=sum(logits.shape[1] for logits in result.logits),
+        max_abs_logit_difference=_difference(expected, result),
+        each_expert_difference=each_expert,
+        max_abs_logit=max(float(logits.abs().max()) for logits in expected.logits),
+        continuations=[
+            _continuation(prompt, one, other, tokenizer)
+            for prompt, one, other in zip(prompts, expected.continuations, result.continuations, strict=False)
+        ],
+        rounding_difference=rounding,
+    )
+
+
+def _load_source(source: Source, dtype: torch.dtype | None) -> PreTrainedModel:
+    model_class = UniMoeForCausalLM if source.kind == "unimoe" else AutoModelForCausalLM
+    model = model_class.from_pretrained(source.folder, dtype=torch.float32)
+    if dtype is not None and dtype != torch.float32:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+    return model
+
+
+@torch.no_grad()
+def _run(load: Callable[[], PreTrainedModel], prompts: list[_Prompt], continued: int = _CONTINUED_PROMPTS) -> _Outcome:
+    model = load().eval()
+    logits = [model(**prompt.inputs, use_cache=False).logits for prompt in prompts]
+    continuable = [prompt for prompt in prompts if "input_ids" in prompt.inputs][:continued]
+    continuations = [
+        model.generate(
+            **prompt.inputs,
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+        )[0, prompt.inputs["input_ids"].shape[1] :]
+        for prompt in continuable
+    ]
+    del model
+    gc.collect()
+    return _Outcome(logits, continuations)
+
+
+@torch.no_grad()
+def _each_expert_difference(model: UniMoeForCausalLM, prompt: _Prompt, expected: torch.Tensor) -> float:
+    """Largest difference from the expected logits when k experts at a time do all the work, with equal weights."""
+    text = model.config.text_config
+    groups, k = [group.experts for group in text.router_groups], text.num_experts_per_tok
+    routers = [model.model.language_model.layers[layer].mlp.gate for layer in text.sparse_layers]
+    differences = []
+    for first in range(0, max(map(len, groups)), k):
+        chosen_GK = torch.tensor([[experts[(first + i) % len(experts)] for i in range(k)] for experts in groups])
+        handles = [router.register_forward_hook(_always(chosen_GK)) for router in routers]
+        logits = model(**prompt.inputs, use_cache=False).logits
+        differences.append((logits - expected).abs().max())
+        for handle in handles:
+            handle.remove()
+    return float(torch.stack(differences).max())
+
+
+def _always(chosen_GK: torch.Tensor) -> Callable[[torch.nn.Module, tuple, tuple], tuple]:
+    """A router's forward hook that sends the tokens of group g to the experts `chosen_GK[g]`."""
+
+    def route(_router: torch.nn.Module, inputs: tuple, outputs: tuple) -> tuple:
+        logits_TR, weights_TK, index_TK = outputs
+        group_T = inputs[1] if len(inputs) > 1 else None
+        chosen_TK = chosen_GK[:1].expand_as(index_TK) if group_T is None else chosen_GK[group_T]
+        return logits_TR, torch.full_like(weights_TK, 1 / chosen_GK.shape[1]), chosen_TK.contiguous()
+
+    return route
+
+
+def _difference(one: _Outcome, other: _Outcome) -> float:
+    gaps = [(a - b).abs().max() for a, b in zip(one.logits, other.logits, strict=True)]
+    return float(torch.stack(gaps).max())
+
+
+def _continuation(
+    prompt: _Prompt, expected: torch.Tensor, result: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None
+) -> Continuation:
+    text = tokenizer.decode(result) if tokenizer is not None else " ".join(map(str, result.tolist()))
+    return Continuation(prompt.text or "random tokens", len(result), torch.equal(expected, result), str(text))
+
+
+def _prompts(config: UniMoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[_Prompt]:
+    generator = torch.Generator().manual_seed(0)
+    text = config.text_config
+    prompts = []
+    if tokenizer is not None:
+        encoded = [(one, torch.tensor([tokenizer.encode(one)])) for one in _TEXTS]
+        prompts += [_Prompt({"input_ids": ids}, one) for one, ids in encoded if ids.max() < text.vocab_size]
+    plain = torch.ones(text.vocab_size, dtype=torch.bool)
+    placeholders = [i for i in config.placeholder_ids.values() if i is not None and i < text.vocab_size]
+    plain[placeholders] = False
+    length = min(_RANDOM_LENGTH, text.max_position_embeddings - _NEW_TOKENS)
+    choice = torch.randint(int(plain.sum()), (1, max(length, 1)), generator=generator)
+    prompts.append(_Prompt({"input_ids": plain.nonzero()[:, 0][choice]}))
+    if placeholders:
+        embeddings = torch.randn(1, max(length, 1), text.hidden_size, generator=generator) * text.initializer_range
+        modality_ids = torch.arange(embeddings.shape[1])[None] % len(MODALITIES)
+        prompts.append(_Prompt({"inputs_embeds": embeddings, "mm_token_type_ids": modality_ids}))
+    return prompts
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer; None where it has none, or one whose library is missing."""
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ImportError, OSError, ValueError):
+        return None
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    if tokenizer is None:
+        return
+    copy = _tokenizer(folder)
+    if copy is None or any(copy.encode(text) != tokenizer.encode(text) for text in _TEXTS):
+        raise ConversionError(
+            "The tokenizer does not read back the same in the new folder; its class was taken from the source's model "
+            "type. Save it in the source folder with AutoTokenizer...save_pretrained, then convert again."
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

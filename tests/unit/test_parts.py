@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,6 +201,20 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, t
     assert parts.default_cache_dir() == tmp_path
     monkeypatch.delenv("UNIMOE_CACHE")
     assert parts.default_cache_dir().parts[-3:] == (".cache", "unimoe", "parts")
+
+
+def test_leftovers_of_a_killed_conversion_are_removed(world) -> None:
+    abandoned = world.cache / "converted" / ".tower-killed" / "target"
+    _write_model_folder(abandoned)
+    assert _resolve(world).folder.name == "tower"
+    assert [path.name for path in (world.cache / "converted").iterdir()] == ["tower"]
+
+
+def test_two_processes_at_once_convert_only_once(world) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: resolve_part(ROLE, cache_dir=world.cache, progress=False), range(4)))
+    assert found == [found[0]] * 4
+    assert world.calls.count("convert") == 1
 
 
 # --- damaged caches --------------------------------------------------------------------------------------------------

@@ -175,6 +175,19 @@ def _read_medium(item: Mapping[str, Any], where: str) -> MediaItem:
     return MediaItem(kind, value, encoder, item.get("sampling_rate"), where)
 
 
+def choose_template(own: str | dict[str, str], wanted: str | None) -> str:
+    """The Jinja source to use: `wanted` is the name of one of a processor's own templates, or source, or None.
+
+    Raises:
+        ConversationError: there are several and none is the default.
+    """
+    templates = own if isinstance(own, dict) else {"default": own}
+    source = templates.get(wanted or "default", wanted)
+    if source is None:
+        raise ConversationError(f"No chat template is the default; name one of {sorted(templates)}.")
+    return source
+
+
 class ChatEncoder:
     """Renders conversations with a template and encodes them, safe against control tokens in the texts.
 
@@ -194,7 +207,7 @@ class ChatEncoder:
         control = {token for token, special in added.items() if token.strip() and (special or token in template)}
         control |= set(tokenizer.all_special_tokens) | set(MEDIA_TOKENS)
         self.control_tokens = sorted(control, key=lambda token: (-len(token), token))  # the longest match wins
-        self.control_ids = set(tokenizer.convert_tokens_to_ids(self.control_tokens))
+        self.control_ids = {tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens}
         self._control = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
         self._newline = tokenizer.encode("\n", add_special_tokens=False)
 
@@ -207,12 +220,13 @@ class ChatEncoder:
         options = {**self.tokenizer.special_tokens_map, **options}
         track = self.marks_answers and not options.get("continue_final_message")
         try:
-            prompts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=track, **options
             )
         except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
             raise ConversationError(f"The chat template cannot show this conversation: {str(error)[:300]}") from None
-        return prompts[0], [tuple(span) for span in spans[0]] if track else []
+        prompts, spans = rendered
+        return prompts[0], [(first, last) for first, last in spans[0]] if track else []
 
     def encode(self, messages: list[dict[str, Any]], **options: Any) -> EncodedChat:
         """Render and encode; texts of the messages (and `tools`, `documents`) become plain text whatever they hold."""
@@ -230,7 +244,7 @@ class ChatEncoder:
         return encoded
 
     def _unused_mark(self, data: Any) -> str:
-        used = set()
+        used: set[str] = set()
 
         def collect(value: Any) -> None:
             if isinstance(value, str):

@@ -172,7 +172,7 @@ def _check_video(width: int, height: int, seconds: float, policy: MediaPolicy, w
 
 def _presentation_times(container: Any, track: Any, policy: MediaPolicy, where: str) -> list[int]:
     """Time stamps of all frames in the order shown, from packet headers alone (works for variable frame rates)."""
-    times = []
+    times: list[int] = []
     for packet in container.demux(track):
         if packet.size == 0:
             continue

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
@@ -24,11 +24,12 @@ from .chat_unimoe import (
     VIDEO_TOKEN,
     ChatEncoder,
     MediaItem,
+    choose_template,
     prepare_tokenizer,
     read_messages,
 )
 from .feature_extraction_unimoe import UniMoeFeatureExtractor
-from .media_inputs_unimoe import process_media, waiting_runs
+from .media_inputs_unimoe import load_image_processor, process_media, waiting_runs
 from .media_unimoe import DEFAULT_POLICY, ConversationError, PlaceholderError
 from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
 from .video_processing_unimoe import UniMoeVideoProcessor
@@ -54,7 +55,7 @@ class UniMoeProcessor(ProcessorMixin):
         video_processor: `UniMoeVideoProcessor` or None.
         feature_extractor: `UniMoeFeatureExtractor` or None.
         tokenizer: required; must know the placeholder tokens used, see `prepare_tokenizer`.
-        chat_template: Jinja source; None: `DEFAULT_CHAT_TEMPLATE`.
+        chat_template: Jinja source, or several by name; None: `DEFAULT_CHAT_TEMPLATE`.
         image_tokens, video_tokens: features per image and per video.
         speech_tokens, sound_tokens: features per audio window in either branch; 0: the branch does not exist.
 
@@ -75,7 +76,7 @@ class UniMoeProcessor(ProcessorMixin):
         video_processor: UniMoeVideoProcessor | None = None,
         feature_extractor: UniMoeFeatureExtractor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         image_tokens: int = 0,
         video_tokens: int = 0,
         speech_tokens: int = 0,
@@ -187,9 +188,7 @@ class UniMoeProcessor(ProcessorMixin):
             options["return_tensors"] = return_tensors
         encoder = self._encoder(chat_template)
         if return_assistant_tokens_mask and not encoder.marks_answers:
-            raise ConversationError(
-                "The chat template has no {% generation %} block, so answers cannot be told apart."
-            )
+            raise ConversationError("The chat template has no {% generation %} block to tell answers apart.")
         template_options = {
             "tools": tools,
             "documents": documents,
@@ -204,9 +203,8 @@ class UniMoeProcessor(ProcessorMixin):
             prompts = [encoder.render(read_messages(one, limits)[0], **template_options)[0] for one in conversations]
             return prompts if batched else prompts[0]
         samples, tensors = self._process_conversations(conversations, encoder, template_options, options, media_root)
-        for sample in samples:
-            if not return_assistant_tokens_mask:
-                del sample["assistant_masks"]
+        if not return_assistant_tokens_mask:
+            samples = [{k: v for k, v in sample.items() if k != "assistant_masks"} for sample in samples]
         output = self._batch(samples, tensors, options)
         return output if return_dict else output["input_ids"]
 
@@ -303,9 +301,8 @@ class UniMoeProcessor(ProcessorMixin):
         own = {"video_processor": UniMoeVideoProcessor, "feature_extractor": UniMoeFeatureExtractor}
         parts = {name: cls_(**saved[name]) for name, cls_ in own.items() if saved.get(name) is not None}
         if saved.get("image_processor") is not None:
-            parts["image_processor"] = AutoImageProcessor.from_pretrained(
-                pretrained_model_name_or_path, backend="pil", **kwargs
-            )
+            pictures = load_image_processor(saved["image_processor"], pretrained_model_name_or_path, **kwargs)
+            parts["image_processor"] = pictures
         parts["tokenizer"] = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return [parts.get(name) for name in PARTS]
 
@@ -325,11 +322,10 @@ class UniMoeProcessor(ProcessorMixin):
         extractor = getattr(self, "feature_extractor", None)
         for branch in ("speech", "sound"):
             tokens = getattr(self, f"{branch}_tokens")
-            if extractor is not None and getattr(extractor, branch) != (tokens > 0):
-                has = "makes" if getattr(extractor, branch) else "does not make"
-                raise PlaceholderError(
-                    f"UniMoeProcessor: {branch}_tokens is {tokens}, but the feature extractor {has} {branch} features."
-                )
+            made = extractor is not None and getattr(extractor, branch)
+            if extractor is not None and made != (tokens > 0):
+                has = f"the feature extractor {'makes' if made else 'does not make'} {branch} features"
+                raise PlaceholderError(f"UniMoeProcessor: {branch}_tokens is {tokens}, but {has}.")
 
     def _placeholder_id(self, token: str, tokens_needed: int) -> int | None:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
@@ -353,9 +349,11 @@ class UniMoeProcessor(ProcessorMixin):
         return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
     def _encoder(self, template: str | None) -> ChatEncoder:
-        source = self._resolve_chat_template(template)
+        source = choose_template(self.chat_template, template)
         key = (source, len(self.tokenizer))
         if key not in self._encoders:
+            if len(self._encoders) >= 8:  # templates may come with every call
+                self._encoders.clear()
             self._encoders[key] = ChatEncoder(self.tokenizer, source)
         return self._encoders[key]
 

@@ -25,7 +25,7 @@ except ImportError:  # an older transformers, whose only video base class needs 
     class VideoProcessorMixin(BaseImageProcessor):  # type: ignore[no-redef]
         """The little of transformers' mixin that is used here."""
 
-        def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
+        def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
             return self.preprocess(videos, **kwargs)
 
         def to_dict(self) -> dict[str, Any]:
@@ -65,12 +65,14 @@ class UniMoeVideoProcessor(VideoProcessorMixin, PilBackend):
     frames from the first to the last, "unimoe" follows Uni-MoE (frame i * floor(total / num_frames)).
     """
 
-    valid_kwargs = UniMoeVideoKwargs
+    valid_kwargs = UniMoeVideoKwargs  # type: ignore[assignment]
     model_input_names = ["pixel_values_videos"]
     do_convert_rgb = True
     do_resize = True
-    size = {"height": 224, "width": 224}
+    size: Any = {"height": 224, "width": 224}
     resample = PILImageResampling.BICUBIC
+    do_center_crop = False
+    crop_size: Any = None
     do_rescale = True
     do_normalize = True
     image_mean = IMAGENET_STANDARD_MEAN
@@ -88,7 +90,7 @@ class UniMoeVideoProcessor(VideoProcessorMixin, PilBackend):
     @classmethod
     def from_image_processor(cls, image_processor: Any, **kwargs: Any) -> "UniMoeVideoProcessor":
         """A video processor whose frames get the same pixels as images do; kwargs as in the constructor."""
-        settings = {name: getattr(image_processor, name, None) for name in _PIXEL_SETTINGS}
+        settings: dict[str, Any] = {name: getattr(image_processor, name, None) for name in _PIXEL_SETTINGS}
         settings = {name: value for name, value in settings.items() if value is not None}
         # An absent setting of the image processor must not fall back to a default of this class.
         for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad"):

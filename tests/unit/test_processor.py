@@ -436,3 +436,14 @@ def test_constructor_refuses_what_cannot_work() -> None:
         UniMoeProcessor()
     with pytest.raises(TypeError, match="unknown options"):
         tiny_media.processor("")(text="a", max_lenght=3)
+
+
+def test_several_named_templates(tmp_path: Path) -> None:
+    templates = {"default": "{% for m in messages %}d{% endfor %}", "loud": "{% for m in messages %}L{% endfor %}"}
+    made = tiny_media.processor("", chat_template=templates)
+    made.save_pretrained(tmp_path)
+    for one in (made, UniMoeProcessor.from_pretrained(tmp_path)):
+        assert one.apply_chat_template([user("a")]) == "d"
+        assert one.apply_chat_template([user("a")], "loud") == "L"
+    with pytest.raises(ConversationError, match=r"name one of \['loud'\]"):
+        tiny_media.processor("", chat_template={"loud": "L"}).apply_chat_template([user("a")])

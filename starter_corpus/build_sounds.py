@@ -15,7 +15,8 @@ from unimoe.starter_corpus.soundfont import read_notes
 
 QUESTION = "What sound is this?"
 SECONDS = 3.0
-NOTE_SECONDS = 1.6
+SUSTAIN_SECONDS = 1.6  # a shorter note is prolonged to this
+NOTE_SECONDS = 2.0
 HELDOUT_SHARE = 0.3
 MOST_PER_CLASS = 26
 SAME_RECORDING_CORRELATION = 0.8
@@ -170,7 +171,7 @@ def _read_fluid(package: Path, folder: Path) -> dict[str, Waveform]:
     notes = read_notes(folder / "usr/share/sounds/sf2/FluidR3_GM.sf2")
     wanted = [re.compile(sound_class.fluid) for sound_class in SOUND_CLASSES if sound_class.fluid]
     return {
-        name: to_corpus_rate(note.sustained(NOTE_SECONDS)[: round(2 * NOTE_SECONDS * note.rate)], note.rate)
+        name: to_corpus_rate(note.sustained(SUSTAIN_SECONDS)[: round(NOTE_SECONDS * note.rate)], note.rate)
         for name, note in notes.items()
         if any(pattern.fullmatch(name) for pattern in wanted)
     }

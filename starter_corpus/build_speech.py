@@ -31,7 +31,7 @@ SENTENCE_TEMPLATES = (
 )
 SOURCE_OF_ENGINE = {"flite": "flite", "espeak": "espeak-ng", "hibari": "hibari"}
 TRAIN_ESPEAK_WORDS = 5
-TRAIN_ESPEAK_SENTENCES = 2
+TRAIN_ESPEAK_SENTENCES = 3
 
 
 def sentence_about(concept: Concept, template: int) -> str:
@@ -52,7 +52,7 @@ def plan_speech(concept: Concept, number: int) -> Iterator[tuple[str, str, str]]
     for voice in (*recorded, NEURAL_VOICE, *chosen[:TRAIN_ESPEAK_WORDS], *heldout, unseen[0]):
         yield voice, "word", concept.word
     sentence_voices = (
-        recorded[number % 3],
+        *recorded,
         NEURAL_VOICE,
         *chosen[TRAIN_ESPEAK_WORDS : TRAIN_ESPEAK_WORDS + TRAIN_ESPEAK_SENTENCES],
         heldout[number % 2],

@@ -1,7 +1,6 @@
 """Builds the videos: an icon that moves over a background, eight frames of 64 pixels each, as h264 in mp4.
 
-Start place, size, speed and background are random and the start and end places of opposite directions have the same
-distribution, so that no single frame tells the direction.
+Start place, size, speed, mirroring and background are random, so that a single frame says little about the direction.
 """
 
 from fractions import Fraction
@@ -20,6 +19,10 @@ FRAMES_PER_SECOND = 8
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 DIRECTION_QUESTION = "Which way does it move?"
 OBJECT_QUESTION = "What moves in the video?"
+# In units of the room that the icon has: short paths around widely scattered middles (partly outside the picture), so
+# that the place in one frame says little about the direction. Longer paths inside the picture would give it away.
+MIDDLE_OF_PATH = (-0.2, 1.2)
+PATH_LENGTH = (0.5, 0.75)
 TRAIN_CLIPS = 420
 HELDOUT_CLIPS = 120
 
@@ -41,13 +44,13 @@ def moving_icon(icon: Image.Image, direction: str, rng: np.random.Generator) -> 
     icon = icon.resize((side, side), Image.Resampling.BILINEAR)
     background = random_background(rng, FRAME_SIZE, avoid_brightness=mean_brightness(icon))
     room = FRAME_SIZE - side
-    distance = float(rng.uniform(0.6, 1.0)) * room
-    low = float(rng.uniform(0, room - distance))
+    middle = float(rng.uniform(*MIDDLE_OF_PATH)) * room
+    distance = float(rng.uniform(*PATH_LENGTH)) * room
     across = float(rng.uniform(0, room))
     x_step, y_step = DIRECTIONS[direction]
-    ramp = np.linspace(0, 1, FRAMES) if x_step + y_step > 0 else np.linspace(1, 0, FRAMES)
+    ramp = np.linspace(-0.5, 0.5, FRAMES) * (x_step + y_step)
     frames = []
-    for position in low + distance * ramp:
+    for position in middle + distance * ramp:
         place = (round(position), round(across)) if x_step else (round(across), round(position))
         frame = background.copy()
         frame.paste(icon, place, icon)

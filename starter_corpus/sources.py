@@ -150,7 +150,7 @@ SOURCES: tuple[Source, ...] = (
         licence="program-output",
         author="Carnegie Mellon University (engine and voices under CMU's BSD-like licence)",
         url="http://cmuflite.org",
-        taken="words and sentences spoken by the voices kal, kal16, rms, slt and awb",
+        taken="words and sentences spoken by the voices kal16, rms, slt and awb",
     ),
     Source(
         key="libflite1",

@@ -13,7 +13,7 @@ import numpy as np
 from unimoe.errors import DataError
 from unimoe.starter_corpus.audio_files import Waveform, to_corpus_rate
 
-FLITE_TRAIN_VOICES = ("kal", "kal16", "rms")
+FLITE_TRAIN_VOICES = ("kal16", "rms")
 FLITE_HELDOUT_VOICES = ("slt", "awb")  # two other speakers
 NEURAL_VOICE = "hibari-heart"
 ESPEAK_ACCENTS = ("en-us", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-us-nyc")

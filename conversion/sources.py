@@ -95,7 +95,7 @@ def open_source(name: str) -> Source:
     Raises:
         ConversionError: it is not there, damaged, or no dense model that we can read; the message says why.
     """
-    folder = _resolve(name)
+    folder = resolve_folder(name, _HUB_PATTERNS)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ConversionError(f"{folder} has no config.json: give a Hugging Face model folder.")
@@ -115,7 +115,12 @@ def expected_tensors(config: UniMoeConfig) -> dict[str, torch.Tensor]:
     return state
 
 
-def _resolve(name: str) -> Path:
+def resolve_folder(name: str, hub_patterns: tuple[str, ...]) -> Path:
+    """The folder itself, or a snapshot of the files that match the patterns of a model on the Hub.
+
+    Raises:
+        ConversionError: there is no such folder, and no such model that can be had.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -125,7 +130,7 @@ def _resolve(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=list(hub_patterns), ignore_patterns=["*/*"]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ConversionError(
             f"{name!r} is no folder and cannot be had from the Hub ({str(error).splitlines()[0]}). "

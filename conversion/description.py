@@ -1,0 +1,175 @@
+"""What is inside a model folder, read from its configuration and the headers of its weights."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConversionError
+from ..modeling_unimoe.configuration_unimoe import MODALITIES, UniMoeConfig, UniMoeConnectorConfig
+from .io import Checkpoint, read_json
+from .model_card import modalities_of
+from .parameters import ParameterCount, count_parameters, total_and_active
+from .sources import expected_tensors, resolve_folder
+
+ROUTER_LOAD_FILE = "router_load.json"
+
+
+@dataclass(frozen=True)
+class RouterLoad:
+    """Share of each modality's tokens that every expert received: modality -> [sparse layers][experts]."""
+
+    layers: list[int]
+    experts: list[str]
+    modalities: dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The stored tensors. `problems` says where they do not fit the configuration."""
+
+    files: int
+    num_bytes: int
+    dtypes: dict[str, int]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What `unimoe inspect` shows. `towers` and `connectors` map a branch to a line about it."""
+
+    name: str
+    modalities: list[str]
+    towers: dict[str, str]
+    connectors: dict[str, str]
+    num_layers: int
+    sparse_layers: list[int]
+    num_experts: int
+    num_experts_per_tok: int
+    groups: dict[str, dict[str, list]]
+    routing: dict[str, Any]
+    parameters: dict[str, ParameterCount]
+    total: ParameterCount
+    weights: Weights | None
+    router_load: RouterLoad | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def describe_model(name: str) -> ModelDescription:
+    """Describe a folder, or a model on the Hub; no weights are read.
+
+    Raises:
+        ConversionError: there is no model of ours, or its files are damaged.
+    """
+    folder = resolve_folder(name, ("*.json", "*.safetensors"))
+    config = _config_of(folder)
+    text = config.text_config
+    parameters = count_parameters(config)
+    return ModelDescription(
+        name=name,
+        modalities=modalities_of(config),
+        towers=_towers(config),
+        connectors=_connectors(config),
+        num_layers=text.num_hidden_layers,
+        sparse_layers=sorted(text.sparse_layers),
+        num_experts=text.num_experts,
+        num_experts_per_tok=text.num_experts_per_tok,
+        groups={g.name: {"experts": list(g.experts), "modalities": list(g.modalities)} for g in text.router_groups},
+        routing={
+            "scoring": text.router_scoring,
+            "norm_topk_prob": text.norm_topk_prob,
+            "router_jitter_noise": text.router_jitter_noise,
+            "router_aux_loss_coef": text.router_aux_loss_coef,
+            "router_z_loss_coef": text.router_z_loss_coef,
+        },
+        parameters=parameters,
+        total=total_and_active(parameters),
+        weights=_weights(folder, config),
+        router_load=_router_load(folder / ROUTER_LOAD_FILE, config),
+    )
+
+
+def _config_of(folder: Path) -> UniMoeConfig:
+    path = folder / "config.json"
+    model_type = read_json(path).get("model_type") if path.is_file() else None
+    if model_type is None:
+        raise ConversionError(f"{folder} has no config.json with a model_type: give a model folder.")
+    if model_type != UniMoeConfig.model_type:
+        raise ConversionError(
+            f"{folder} holds a {model_type!r} model, not one of ours. `unimoe convert upcycle` makes one of it."
+        )
+    return UniMoeConfig.from_pretrained(folder)
+
+
+def _towers(config: UniMoeConfig) -> dict[str, str]:
+    towers = {"vision": config.vision_config, "speech": config.speech_config, "sound": config.audio_config}
+    lines = {}
+    for name, tower in towers.items():
+        if tower is not None:
+            width = getattr(tower, "hidden_size", None) or getattr(tower, "d_model", None)
+            facts = [tower.model_type, width and f"width {width}", "frozen" if config.freeze_towers else "trained"]
+            lines[name] = ", ".join(fact for fact in facts if fact)
+    return lines
+
+
+def _connectors(config: UniMoeConfig) -> dict[str, str]:
+    connectors = {
+        "image": config.image_connector,
+        "video": config.video_connector,
+        "speech": config.speech_connector,
+        "sound": config.sound_connector,
+    }
+    lines = {name: _connector(connector) for name, connector in connectors.items() if connector is not None}
+    if "image" in lines and "video" not in lines:
+        lines["video"] = "the image connector"
+    return lines
+
+
+def _connector(connector: UniMoeConnectorConfig) -> str:
+    kind = f"mlp of {connector.depth} layers" if connector.type == "mlp" else connector.type.replace("_", " ")
+    tokens = "one token per position" if connector.num_tokens is None else f"{connector.num_tokens} tokens"
+    return f"{kind}, {connector.input_size} -> {connector.output_size}, {tokens}"
+
+
+def _weights(folder: Path, config: UniMoeConfig) -> Weights | None:
+    if not any(folder.glob("*.safetensors")):
+        return None
+    checkpoint = Checkpoint(folder)
+    dtypes: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        name = str(info.dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + math.prod(info.shape)
+    expected = {key: tuple(tensor.shape) for key, tensor in expected_tensors(config).items()}
+    missing = sorted(set(expected) - set(checkpoint.tensors))
+    differing = sorted(key for key, info in checkpoint.tensors.items() if expected.get(key, info.shape) != info.shape)
+    problems = [f"{key} is missing" for key in missing] + [f"{key} has another shape" for key in differing]
+    return Weights(len(checkpoint.files), sum(f.stat().st_size for f in checkpoint.files), dtypes, problems)
+
+
+def _router_load(path: Path, config: UniMoeConfig) -> RouterLoad | None:
+    """The recorded load. A file that does not fit the model is an error: its numbers would be read as this model's."""
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    layers, modalities = record.get("layers"), record.get("modalities")
+    experts = record.get("experts", [str(i) for i in range(config.text_config.num_experts)])
+    fits = isinstance(modalities, dict) and isinstance(layers, list) and len(experts) == config.text_config.num_experts
+    if not fits or not all(_is_table(table, len(layers), len(experts)) for table in modalities.values()):
+        raise ConversionError(
+            f"{path} is no table of {config.text_config.num_experts} experts per layer and modality. Remove it, or "
+            'write {"layers": [...], "modalities": {name: [[share per expert] per layer]}}.'
+        )
+    known = [name for name in MODALITIES if name in modalities]
+    ordered = {name: modalities[name] for name in [*known, *(set(modalities) - set(known))]}
+    return RouterLoad([int(layer) for layer in layers], [str(expert) for expert in experts], ordered)
+
+
+def _is_table(table: Any, rows: int, columns: int) -> bool:
+    return (
+        isinstance(table, list)
+        and len(table) == rows
+        and all(isinstance(row, list) and len(row) == columns for row in table)
+        and all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for row in table for x in row)
+    )

@@ -139,13 +139,16 @@ class UniMoeTextConfig(PreTrainedConfig):
             self.moe_intermediate_size = self.intermediate_size
         if self.sparse_layers is None:
             self.sparse_layers = list(range(self.num_hidden_layers)) if self.num_experts else []
+        if self.expert_groups is not None:
+            # Gate rows follow the order of the groups, and a saved configuration comes back sorted by name.
+            self.expert_groups = dict(sorted(self.expert_groups.items()))
         self._check_sizes()
         self._check_routing()
         super().__post_init__(**kwargs)
 
     @property
     def router_groups(self) -> list[RouterGroup]:
-        """The routing groups in gate-row order; one group "all" when `expert_groups` is None."""
+        """The routing groups in gate-row order, by name; one group "all" when `expert_groups` is None."""
         if self.expert_groups is None:
             return [RouterGroup("all", tuple(range(self.num_experts)), MODALITIES)]
         members: dict[str, list[str]] = {name: [] for name in self.expert_groups}

@@ -27,6 +27,8 @@ def build_tower(config: PreTrainedConfig | None) -> PreTrainedModel | None:
     """The encoder of a tower configuration; of a Whisper model only its encoder."""
     if config is None:
         return None
+    # A choice of experts implementation reaches every part of the configuration; an encoder without experts refuses it.
+    config._experts_implementation = None
     if config.model_type == "whisper":
         return WhisperEncoder(config)
     if config.model_type == "unimoe_beats":
@@ -157,9 +159,8 @@ class MediaEncoderMixin:
         get = {"image": self.get_image_features, "video": self.get_video_features}
         features = {}
         for modality, inputs in given.items():
-            if not inputs or (modality == "speech" and self.speech_connector is None):
-                continue
-            features[modality] = get.get(modality, self.get_audio_features)(**inputs).pooler_output
+            if inputs:
+                features[modality] = get.get(modality, self.get_audio_features)(**inputs).pooler_output
         return features
 
     def _share_speech_states(self, given: dict[str, dict[str, torch.Tensor]]) -> None:

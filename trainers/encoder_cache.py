@@ -8,15 +8,12 @@ to that many positions: the connector pools first, and pooling twice changes not
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging
@@ -26,12 +23,11 @@ from unimoe.processing.media_unimoe import load_audio, load_image, open_media
 from unimoe.processing.media_video_unimoe import load_video
 
 from .data import MEDIA_KINDS, Sample, media_items, media_value
+from .tensor_store import TensorStore
 
 logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INDEX_FILE = "index.json"
-_ITEMS_PER_SHARD = 256
 Augment = Callable[[Any, np.random.Generator], Any]
 
 
@@ -67,7 +63,7 @@ class EncoderCache:
         self.batch_size = batch_size
         self.variants = {kind: (variants or {}).get(kind, 1) if kind in self.augment else 1 for kind in MEDIA_KINDS}
         self.pooled = _pooled_lengths(model)
-        self._stores: dict[str, _Store] = {}
+        self._stores: dict[str, TensorStore] = {}
         self._digests: dict[Any, str] = {}
 
     def build(self, samples: Iterable[Sample], progress: bool = True) -> int:
@@ -138,12 +134,12 @@ class EncoderCache:
                         missing.setdefault(kind, {})[key] = value
         return missing
 
-    def _store(self, kind: str) -> "_Store":
+    def _store(self, kind: str) -> TensorStore:
         if kind not in self._stores:
             fingerprint = _fingerprint(
                 self.model, self.processor, kind, self.pooled, self.augment.get(kind), self.dtype
             )
-            self._stores[kind] = _Store(self.folder / f"{kind}-{fingerprint[:16]}")
+            self._stores[kind] = TensorStore(self.folder / f"{kind}-{fingerprint[:16]}")
         return self._stores[kind]
 
     def _key(self, value: Any, variant: int) -> str:
@@ -190,64 +186,6 @@ class EncoderCache:
         leading = states.shape[:-2]
         flat = states.reshape(-1, *states.shape[-2:]).float().transpose(1, 2)
         return nn.functional.adaptive_avg_pool1d(flat, length).transpose(1, 2).reshape(*leading, length, -1)
-
-
-class _Store:
-    """Named tensors by key: safetensors shards that are only ever added, and an index that is written after them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._index: dict[str, dict[str, str]] = {}
-        self._pending: dict[str, dict[str, torch.Tensor]] = {}
-        self._loaded: dict[str, dict[str, torch.Tensor]] = {}
-        self._statistics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        with suppress(FileNotFoundError):
-            self._index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._index or key in self._pending
-
-    def add(self, key: str, states: dict[str, torch.Tensor]) -> None:
-        self._pending[key] = {name: tensor.contiguous().clone() for name, tensor in states.items()}
-        if len(self._pending) >= _ITEMS_PER_SHARD:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._pending:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        shard = f"states-{len(self._index):08d}.safetensors"
-        tensors = {f"{key}/{name}": t for key, states in self._pending.items() for name, t in states.items()}
-        save_file(tensors, self.folder / shard)
-        for key, states in self._pending.items():
-            self._index[key] = dict.fromkeys(states, shard)
-        temporary = self.folder / f"{INDEX_FILE}.new"
-        temporary.write_text(json.dumps(self._index), encoding="utf-8")
-        temporary.replace(self.folder / INDEX_FILE)
-        self._loaded |= self._pending
-        self._pending = {}
-        self._statistics = {}
-
-    def get(self, key: str) -> dict[str, torch.Tensor] | None:
-        if key not in self._loaded and key in self._index:
-            self._load_shard(next(iter(self._index[key].values())))
-        return self._loaded.get(key, self._pending.get(key))
-
-    def _load_shard(self, shard: str) -> None:
-        # The tensors are views of the mapped file, so memory is used for what is read.
-        with safe_open(self.folder / shard, "pt") as file:
-            for full_name in file.keys():  # noqa: SIM118 - not a mapping
-                key, _, name = full_name.rpartition("/")
-                self._loaded.setdefault(key, {})[name] = file.get_tensor(full_name)
-
-    def statistics(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if name not in self._statistics:
-            keys = sorted(key for key, names in self._index.items() if name in names)
-            # 512 media are plenty for two moments.
-            chosen = keys[:: max(1, len(keys) // 512)]
-            flat = torch.cat([self.get(key)[name].flatten(0, -2).float() for key in chosen])
-            self._statistics[name] = flat.mean(0), flat.std(0)
-        return self._statistics[name]
 
 
 class _eval_mode:  # noqa: N801 - used like a function
@@ -313,7 +251,9 @@ def _fingerprint(
         for name, tensor in sorted(tower.state_dict().items()):
             digest.update(name.encode())
             digest.update(
-                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.dim() else b""
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                if tensor.dim()
+                else b""
             )
     return digest.hexdigest()
 

@@ -261,6 +261,10 @@ class Recipe:
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):
             stage.check(f"stages[{index}] ({stage.name})")
+            if self.cache is not None and "towers" in stage.train:
+                raise RecipeError(
+                    f"stages[{index}] ({stage.name}) trains the towers, whose states the cache holds: leave cache out."
+                )
         _require_different("stages", [stage.name for stage in self.stages])
         self._check_assembly()
 

@@ -1,7 +1,7 @@
 """`transformers.Trainer` for Uni-MoE: modality batches, learning rates by role, exact resume, losses apart."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -329,12 +329,12 @@ class QuietProgress(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
 
 
-class _with_floor:  # noqa: N801 - a schedule function that keeps its own settings
+def _with_floor(schedule: Callable[[int], float], floor: float, warmup_steps: int) -> Callable[[int], float]:
     """Squeezes a schedule that ends at 0 so that it ends at the floor; the warm-up stays as it is."""
 
-    def __init__(self, schedule: Any, floor: float, warmup_steps: int) -> None:
-        self.schedule, self.floor, self.warmup_steps = schedule, floor, warmup_steps
+    # A plain function, because LambdaLR saves the attributes of any other callable, which resuming then refuses.
+    def factor(step: int) -> float:
+        value = schedule(step)
+        return value if step < warmup_steps else floor + (1.0 - floor) * value
 
-    def __call__(self, step: int) -> float:
-        factor = self.schedule(step)
-        return factor if step < self.warmup_steps else self.floor + (1.0 - self.floor) * factor
+    return factor

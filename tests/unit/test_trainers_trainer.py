@@ -1,0 +1,309 @@
+"""The Trainer: exact resume, whole checkpoints, losses apart, and stopping at the first loss that is not finite."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_training
+import torch
+from transformers import TrainingArguments
+from unimoe import UniMoeForCausalLM
+from unimoe.errors import CheckpointError, RecipeError, TrainingError
+from unimoe.trainers.checkpoints import COMPLETE_FILE, complete_checkpoints, newest_checkpoint, rotate, seal
+from unimoe.trainers.collator import CachedCollator
+from unimoe.trainers.data import ConversationDataset
+from unimoe.trainers.encoder_cache import EncoderCache
+from unimoe.trainers.lora import add_lora, merge_lora
+from unimoe.trainers.recipe import LoraSettings
+from unimoe.trainers.roles import role_of, set_trainable
+from unimoe.trainers.speed import seconds_per_step
+from unimoe.trainers.trainer import TRAINED_FILE, UniMoeTrainer
+
+ROLES = ["router", "experts", "connectors", "attention"]
+
+
+class Bench:
+    """A processor, data and cached states that trainers of one test file share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.processor = tiny_training.processor()
+        self.dataset = ConversationDataset.from_samples(tiny_training.samples(folder, 4), media_root=folder)
+        self.cache = EncoderCache(folder / "cache", self.model(), self.processor)
+        self.cache.build(self.dataset.samples, progress=False)
+
+    def model(self) -> UniMoeForCausalLM:
+        return tiny_training.model(
+            self.processor, sparse=True, attention_dropout=0.1, router_aux_loss_coef=0.01, router_z_loss_coef=0.01
+        )
+
+    def trainer(self, folder: Path, model: Any, steps: int, augment: Any = None, **options: Any) -> UniMoeTrainer:
+        own = {name: options.pop(name) for name in list(options) if name in ("learning_rates", "modality_weights")}
+        arguments = {
+            "output_dir": str(folder),
+            "max_steps": steps,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 2,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+        }
+        collator = CachedCollator(self.processor, self.cache, feature_noise=0.1, token_dropout=0.1, augment=augment)
+        collator.fit(self.dataset)
+        return UniMoeTrainer(
+            model,
+            TrainingArguments(**{**arguments, **options}),
+            train_dataset=self.dataset,
+            data_collator=collator,
+            processing_class=self.processor,
+            label_smoothing=0.05,
+            min_learning_rate_ratio=0.1,
+            **own,
+        )
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
+
+
+def plain(bench: Bench) -> Any:
+    model = bench.model()
+    set_trainable(model, ROLES)
+    return model
+
+
+def with_lora(bench: Bench) -> Any:
+    model = bench.model()
+    set_trainable(model, ["router", "connectors"])
+    torch.manual_seed(0)
+    return add_lora(model, LoraSettings(rank=2))
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in merge_lora(model).state_dict().items()}
+
+
+def losses(trainer: UniMoeTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("make", [plain, with_lora])
+def test_a_resumed_run_is_bit_equal(bench: Bench, tmp_path: Path, make: Callable[[Bench], Any]) -> None:
+    whole = bench.trainer(tmp_path / "whole", make(bench), 8)
+    whole.train()
+    expected = weights(whole.model)
+    start = weights(make(bench))
+    for role in ("router", "experts", "connectors", "attention"):
+        changed = [name for name in expected if role_of(name) == role and not torch.equal(expected[name], start[name])]
+        assert changed, f"nothing of {role} was trained"
+
+    stopped = bench.trainer(tmp_path / "parts", make(bench), 8, save_strategy="steps", save_steps=4)
+    stopped.train()
+    # What was learned after step 4 must come from the resumed run.
+    last = tmp_path / "parts" / "checkpoint-8"
+    (last / COMPLETE_FILE).unlink()
+    resumed = bench.trainer(tmp_path / "parts", make(bench), 8)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    got = weights(resumed.model)
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+
+
+def test_a_checkpoint_of_a_plain_model_is_a_model_folder(bench: Bench, tmp_path: Path) -> None:
+    trainer = bench.trainer(tmp_path, plain(bench), 1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    checkpoint = newest_checkpoint(tmp_path)
+    loaded = UniMoeForCausalLM.from_pretrained(checkpoint)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert (checkpoint / "processor_config.json").is_file()
+
+
+def test_losses_are_logged_apart_and_add_up(bench: Bench, tmp_path: Path) -> None:
+    trainer = bench.trainer(tmp_path, plain(bench), 4, logging_steps=2, gradient_accumulation_steps=2)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        assert entry["loss"] == pytest.approx(
+            entry["ce_loss"] + 0.01 * entry["aux_loss"] + 0.01 * entry["z_loss"], rel=1e-4
+        )
+        assert 0.9 < entry["aux_loss"] < 4
+
+
+def test_accumulation_changes_nothing(bench: Bench, tmp_path: Path) -> None:
+    results = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        # Without the balance terms: they are means per micro batch, and the balance itself is not linear in the tokens.
+        model = tiny_training.model(bench.processor, sparse=True, router_aux_loss_coef=0.0)
+        set_trainable(model, ["attention", "experts", "router"])
+        options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        trainer = bench.trainer(
+            tmp_path,
+            model,
+            1,
+            warmup_steps=0,
+            modality_weights={"text": 1, "image": 0, "speech": 0, "sound": 0},
+            **options,
+        )
+        trainer.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        trainer.train()
+        results.append(weights(model))
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-6)
+
+
+def test_roles_have_their_own_learning_rates(bench: Bench, tmp_path: Path) -> None:
+    trainer = bench.trainer(
+        tmp_path, plain(bench), 10, learning_rates={"router": 0.5, "experts": 0.25}, weight_decay=0.1
+    )
+    trainer.create_optimizer_and_scheduler(10)
+    groups = {
+        (group["role"], group["weight_decay"] > 0): group["initial_lr"] for group in trainer.optimizer.param_groups
+    }
+    assert groups[("router", True)] == 0.5
+    assert groups[("experts", True)] == 0.25
+    assert groups[("attention", True)] == 1e-3
+    assert groups[("connectors", False)] == 1e-3  # biases and norms do not decay
+    factors = [trainer.lr_scheduler.lr_lambdas[0](step) for step in range(11)]
+    assert factors[0] == 0.0
+    assert factors[2] == 1.0
+    assert factors[10] == pytest.approx(0.1)
+
+
+def test_a_loss_that_is_not_finite_stops_in_the_same_step(bench: Bench, tmp_path: Path) -> None:
+    def poison(sample: Any, states: Any, rng: Any) -> Any:
+        if sample["id"] == "image-2":
+            states = {"image": [tensor * float("nan") for tensor in states["image"]]}
+        return sample, states
+
+    model = plain(bench)
+    trainer = bench.trainer(
+        tmp_path, model, 8, augment=poison, modality_weights={"image": 1, "text": 3, "speech": 0, "sound": 0}
+    )
+    seen: list[dict[str, torch.Tensor]] = []
+    check = trainer._get_grad_norm
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(weights(model))
+        return check(*args, **kwargs)
+
+    trainer._get_grad_norm = watched
+    # Of every four steps one is of images, and each holds all four of them.
+    bad_step = list(trainer.train_sampler().schedule()).index("image") + 1
+    with pytest.raises(TrainingError, match=rf"loss is not finite at step {bad_step} on rank 0.*image-2"):
+        trainer.train()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in seen[-1].items())
+
+
+def test_batches_that_train_nothing_are_an_error(bench: Bench, tmp_path: Path) -> None:
+    model = bench.model()
+    set_trainable(model, ["connectors"])
+    with pytest.raises(RecipeError, match=r"takes part in batches of 'text'.*leave these samples"):
+        bench.trainer(tmp_path, model, 8).train()
+
+
+def test_measuring_the_speed_leaves_no_trace(bench: Bench, tmp_path: Path) -> None:
+    model = plain(bench)
+    trainer = bench.trainer(tmp_path, model, 4)
+    before, random_state = weights(model), torch.random.get_rng_state()
+    assert 0 < seconds_per_step(trainer) < 5
+    assert torch.equal(random_state, torch.random.get_rng_state())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    trainer.train()
+    untouched = bench.trainer(tmp_path, plain(bench), 4)
+    untouched.train()
+    assert losses(trainer) == losses(untouched)
+
+
+def saved(folder: Path, step: int, files: int = 2) -> Path:
+    written = folder / ".saving" / f"checkpoint-{step}"
+    written.mkdir(parents=True)
+    for index in range(files):
+        (written / f"{index}.bin").write_bytes(bytes([step]) * 1000)
+    seal(written, folder / written.name)
+    return folder / written.name
+
+
+def test_a_partial_checkpoint_is_ignored_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert newest_checkpoint(tmp_path / "nothing") is None
+    good, partial = saved(tmp_path, 4), saved(tmp_path, 10)
+    assert newest_checkpoint(tmp_path) == partial
+    (partial / COMPLETE_FILE).unlink()
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    try:
+        assert newest_checkpoint(tmp_path) == good
+    finally:
+        logging.disable_propagation()
+    assert f"{partial} is incomplete" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["delete", "shorten", "change"])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
+    checkpoint = saved(tmp_path, 4)
+    file = checkpoint / "1.bin"
+    if damage == "delete":
+        file.unlink()
+    else:
+        file.write_bytes(b"x" * (999 if damage == "shorten" else 1000))
+    with pytest.raises(CheckpointError, match=r"1\.bin of the checkpoint .*checkpoint-4"):
+        newest_checkpoint(tmp_path)
+
+
+def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (2, 4, 10):
+        saved(tmp_path, step)
+    rotate(tmp_path, 2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-10"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_while_saving_never_costs_more_than_one_checkpoint(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for round_number in range(15):
+        folder = tmp_path / str(round_number)
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            for step in range(1, 200):
+                saved(folder, step, files=3)
+                os.write(write_end, bytes([step]))
+                rotate(folder, 1)
+            os._exit(0)
+        os.read(read_end, 1)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(write_end)
+        reported = max(os.read(read_end, 1000) or b"\x01")
+        os.close(read_end)
+        newest = newest_checkpoint(folder)
+        assert newest is not None
+        assert int(newest.name.rpartition("-")[2]) >= reported
+
+
+def test_adapters_of_another_run_are_refused(bench: Bench, tmp_path: Path) -> None:
+    trainer = bench.trainer(tmp_path, with_lora(bench), 1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert (newest_checkpoint(tmp_path) / TRAINED_FILE).is_file()
+    assert json.loads((newest_checkpoint(tmp_path) / COMPLETE_FILE).read_text())[TRAINED_FILE]
+    other = bench.model()
+    set_trainable(other, ["router"])
+    adapted = add_lora(other, LoraSettings(rank=2))
+    with pytest.raises(CheckpointError, match="holds other trained parameters than this run"):
+        bench.trainer(tmp_path, adapted, 2).train(resume_from_checkpoint=True)

@@ -4,6 +4,7 @@ Those of the Hub-bound files are defined beside the code that raises them, becau
 """
 
 from .modeling_unimoe.errors_unimoe import ConfigurationError, ModalityError, UniMoeError
+from .processing.media_policy_unimoe import ConversationError, MediaError, PlaceholderError
 
 
 class DataError(UniMoeError):
@@ -33,10 +34,13 @@ class PartError(UniMoeError):
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
+    "ConversationError",
     "ConversionError",
     "DataError",
+    "MediaError",
     "ModalityError",
     "PartError",
+    "PlaceholderError",
     "RecipeError",
     "TrainingError",
     "UniMoeError",

@@ -447,3 +447,11 @@ def test_several_named_templates(tmp_path: Path) -> None:
         assert one.apply_chat_template([user("a")], "loud") == "L"
     with pytest.raises(ConversationError, match=r"name one of \['loud'\]"):
         tiny_media.processor("", chat_template={"loud": "L"}).apply_chat_template([user("a")])
+
+
+def test_one_family_of_errors() -> None:
+    from unimoe import errors
+
+    for kind in (MediaError, PlaceholderError, ConversationError):
+        assert getattr(errors, kind.__name__) is kind
+        assert issubclass(kind, errors.UniMoeError)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchvision_available
 
 from .configuration_unimoe import MODALITIES, UniMoeConfig
 from .connectors_unimoe import init_connector_weights
@@ -70,6 +70,10 @@ class UniMoePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # Connected features are scattered into the text by position, which a static graph cannot capture.
     _can_compile_fullgraph = False
+
+    def __init__(self, config: UniMoeConfig) -> None:
+        super().__init__(config)
+        self.input_modalities = _input_modalities(config)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -333,6 +337,17 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **media}
+
+
+def _input_modalities(config: UniMoeConfig) -> tuple[str, ...]:
+    """What this very model takes, in the words of transformers.
+
+    Its one reader there, the any-to-any pipeline, refuses to start without torchvision where images are named. Ours
+    need none, nor do text and audio: without torchvision they stay unnamed, and the pipeline takes all of them.
+    """
+    sees = (config.image_connector is not None or config.video_connector is not None) and is_torchvision_available()
+    hears = config.speech_connector is not None or config.sound_connector is not None
+    return (("image", "video") if sees else ()) + (("audio",) if hears else ()) + ("text",)
 
 
 def _merge(

@@ -232,6 +232,7 @@ def _build_trainer(
         "save_total_limit": stage.keep_checkpoints,
         "seed": settings.seed,
         "bf16": settings.precision == "bfloat16",
+        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused on machines without accelerator
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,

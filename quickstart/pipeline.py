@@ -65,11 +65,13 @@ class _Training:
         self.recipe: Recipe | None = None
 
     def language(self) -> list[StageReport]:
-        self.recipe = language_recipe(self.run.work / "start", self.run.work, self.run.seed, self.run.budget)
+        run = self.run
+        self.recipe = language_recipe(run.work / "start", run.work, run.seed, run.budget, run.precision())
         return self._run(self.recipe, ConversationDataset(self.recipe.data))
 
     def multimodal(self, dense: Path, num_layers: int) -> list[StageReport]:
-        self.recipe = multimodal_recipe(dense, self.run.work, self.run.seed, self.run.budget, num_layers)
+        run = self.run
+        self.recipe = multimodal_recipe(dense, run.work, run.seed, run.budget, num_layers, run.precision())
         return self._run(self.recipe, ConversationDataset.from_samples(self.run.training_samples()))
 
     def _run(self, recipe: Recipe, dataset: ConversationDataset) -> list[StageReport]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..starter_corpus.corpus import load_samples
 from .evaluate import spread
-from .stages import Budget
+from .stages import Budget, faster_precision
 
 ATTEMPTS_FILE = "attempts.json"
+PRECISION_FILE = "precision.txt"
 
 
 @dataclass
@@ -61,6 +62,13 @@ class Quickstart:
     def _earlier_attempts(self) -> list[float]:
         file = self.work / ATTEMPTS_FILE
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+    def precision(self) -> str:
+        """Precision of the matrix products in training: measured once, kept for attempts that go on."""
+        file = self.work / PRECISION_FILE
+        if not file.is_file():
+            file.write_text(faster_precision(), encoding="utf-8")
+        return file.read_text(encoding="utf-8")
 
     def say(self, text: str) -> None:
         print(f"[{self.seconds:5.0f} s] {text}", flush=True)

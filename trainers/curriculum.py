@@ -14,7 +14,8 @@ OUT/<stage>/DONE             the stage is finished
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def run_curriculum(
     recipe.check()
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
-    with exclusive(out):
+    with exclusive(out), _no_foreign_bars():
         save_recipe(recipe, out / "recipe.yaml")
         run = _Curriculum(recipe, model, processor, dataset, cache, augment, on_stage_end)
         run.settings = RunSettings(
@@ -355,6 +356,18 @@ def _with_implementations(model: UniMoeForCausalLM, recipe: Recipe) -> UniMoeFor
     if recipe.experts_implementation is not None and model.config.text_config.sparse_layers:
         model.set_experts_implementation(recipe.experts_implementation)
     return model
+
+
+@contextmanager
+def _no_foreign_bars() -> Iterator[None]:
+    """Keep transformers' bars for every file that it reads or writes off the screen; ours say more."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _load_processor(folder: str) -> Any:

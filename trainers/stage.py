@@ -18,7 +18,7 @@ from .data import ConversationDataset
 from .lora import add_lora, merge_lora
 from .recipe import StageConfig
 from .roles import TrainableRow, count_trainable, set_trainable, trainable_table
-from .speed import seconds_per_step
+from .speed import seconds_per_checkpoint, seconds_per_step
 from .trainer import UniMoeTrainer
 
 logger = logging.get_logger(__name__)
@@ -268,7 +268,10 @@ def _decide_steps(
     plan: dict[str, Any] = {"steps": wanted, "stage": asdict(stage)}
     if stage.time_limit_seconds is not None:
         started = time.perf_counter()
-        per_step = seconds_per_step(trainer_for(wanted))
+        trainer = trainer_for(wanted)
+        per_step = seconds_per_step(trainer)
+        if stage.save_every:
+            per_step += seconds_per_checkpoint(trainer, folder / "speed") / stage.save_every
         left = stage.time_limit_seconds * (1 - _TIME_RESERVE) - (time.perf_counter() - started)
         plan |= {"steps": max(1, min(wanted, int(left / per_step))), "measured_seconds_per_step": per_step}
         if plan["steps"] < wanted:

@@ -17,13 +17,13 @@ EXIT_INTERRUPTED = 130
 # The order on the help screen; commands that are not listed follow in alphabetical order.
 _ORDER = ("quickstart", "train", "convert", "chat", "inspect")
 
-_DESCRIPTION = "Makes a dense language model and frozen encoders a multimodal Mixture of Experts."
+_DESCRIPTION = "Makes a multimodal Mixture of Experts of a dense language model and encoders."
 _EXAMPLES = """\
 examples:
-  unimoe quickstart                          a small model from nothing, in minutes
-  unimoe chat quickstart-out/model           talk to it; --image cat.png shows it one
-  unimoe train recipe.yaml                   a curriculum of your own
-  unimoe COMMAND --help                      the options of one command
+  unimoe quickstart                     a small model from nothing, in minutes
+  unimoe chat quickstart-out/model      talk to it; --image F shows it one
+  unimoe train recipe.yaml              a curriculum of your own
+  unimoe COMMAND --help                 the options of one command
 """
 
 

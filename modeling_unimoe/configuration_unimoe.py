@@ -16,6 +16,15 @@ from .errors_unimoe import ConfigurationError
 # "speech" is audio that went through the speech tower, "sound" audio that went through the sound branch.
 MODALITIES = ("text", "image", "video", "speech", "sound")
 
+# Which class is in which file of a folder that carries this code; `config.json` of such a folder holds it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_unimoe.UniMoeConfig",
+    "AutoModel": "modeling_unimoe.UniMoeModel",
+    "AutoModelForCausalLM": "modeling_unimoe.UniMoeForCausalLM",
+    "AutoModelForImageTextToText": "modeling_unimoe.UniMoeForCausalLM",
+    "AutoModelForMultimodalLM": "modeling_unimoe.UniMoeForCausalLM",
+}
+
 # A configuration comes from strangers: these caps keep a hostile one from asking for a terabyte.
 MAX_EXPERTS = 4096
 MAX_LAYERS = 1024
@@ -197,6 +206,8 @@ class UniMoeTextConfig(PreTrainedConfig):
             )
         if self.sliding_window is not None:
             _require_range(owner, "sliding_window", self.sliding_window, 1, 1 << 31)
+        if self.pad_token_id is not None:
+            _require_range(owner, "pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
         for field in ("initializer_range", "rms_norm_eps", "attention_dropout"):
             _require_range(owner, field, getattr(self, field), 0, 1)
 
@@ -409,4 +420,4 @@ def _build_sub_config(field: str, config_class: type, value: dict[str, Any]) -> 
 # `transformers serve` decides by this table whether a model takes more than text; Auto classes do not fill it.
 modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("unimoe", "UniMoeForCausalLM")
 
-__all__ = ["MODALITIES", "RouterGroup", "UniMoeConfig", "UniMoeConnectorConfig", "UniMoeTextConfig"]
+__all__ = ["AUTO_MAP", "MODALITIES", "RouterGroup", "UniMoeConfig", "UniMoeConnectorConfig", "UniMoeTextConfig"]

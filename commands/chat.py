@@ -1,0 +1,185 @@
+"""`unimoe chat`: talk to a model, show it pictures and videos, play it sounds."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from ..errors import CheckpointError, UniMoeError
+
+_EPILOG = """\
+while chatting:
+  /image FILE, /audio FILE, /video FILE   attach to the next message (again for several)
+  /reset                                  forget the conversation
+  /quit                                   leave (so does the end of the input)
+
+examples:
+  unimoe chat quickstart-out/model
+  unimoe chat quickstart-out/model --image cat.png --once "What is in the picture?"
+  echo "Hello!" | unimoe chat quickstart-out/model
+"""
+_MEDIA_KINDS = ("image", "audio", "video")
+# Answers a conversation; hands over the text piece by piece while it appears, and returns all of it.
+Answer = Callable[[list[dict[str, Any]], Callable[[str], None]], str]
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "chat",
+        help="talk to a model",
+        description="Talk to a model. Answers appear word by word; the whole conversation is remembered.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a unimoe model")
+    for kind in _MEDIA_KINDS:
+        parser.add_argument(
+            f"--{kind}",
+            metavar="FILE",
+            action="append",
+            default=[],
+            help=f"{kind} for the first message (again for several)",
+        )
+    parser.add_argument("--once", metavar="TEXT", help="answer this one message and stop")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest word (default); 1: sample"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer one message, the lines of a pipe, or a person."""
+    if args.max_new_tokens < 1:
+        raise UniMoeError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1.")
+    if not 0 <= args.temperature < float("inf"):
+        raise UniMoeError(f"--temperature is {args.temperature}; it must be 0 or a positive number.")
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        options["temperature"] = args.temperature
+    conversation = Conversation(load_answerer(args.model, args.device, options))
+    for kind in _MEDIA_KINDS:
+        for file in getattr(args, kind):
+            conversation.attach(kind, file)
+    if args.once is not None:
+        conversation.say(args.once)
+    elif sys.stdin.isatty():
+        talk(conversation)
+    else:
+        for line in sys.stdin:
+            if not handle_line(conversation, line.strip()):
+                break
+    return 0
+
+
+class Conversation:
+    """The messages so far and the media that wait for the next one."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.messages: list[dict[str, Any]] = []
+        self.waiting: list[dict[str, str]] = []
+
+    def attach(self, kind: str, file: str) -> None:
+        self.waiting.append({"type": kind, "path": file})
+
+    def reset(self) -> None:
+        self.messages, self.waiting = [], []
+
+    def say(self, text: str) -> None:
+        """Print the answer to a message as it comes. After an error or Ctrl-C the message counts as not said."""
+        question = {"role": "user", "content": [*self.waiting, {"type": "text", "text": text}]}
+        self.waiting = []
+        answer = self._answer([*self.messages, question], _show)
+        print(flush=True)
+        self.messages += [question, {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}]
+
+
+def talk(conversation: Conversation) -> None:
+    """A person at the keyboard: mistakes are reported and the conversation goes on; Ctrl-C stops an answer."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives input() its line editing)
+    print("Type a message; /image FILE, /audio FILE or /video FILE attach; /reset, /quit.")
+    going_on = True
+    while going_on:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        try:
+            going_on = handle_line(conversation, line)
+        except UniMoeError as error:
+            print(f"unimoe: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+
+
+def handle_line(conversation: Conversation, line: str) -> bool:
+    """Do what one line says; False when it says to leave.
+
+    Raises:
+        UniMoeError: the command is unknown, or a medium cannot be used.
+    """
+    command, _, argument = line.partition(" ")
+    if command == "/quit":
+        return False
+    if command == "/reset":
+        conversation.reset()
+    elif command.removeprefix("/") in _MEDIA_KINDS and command.startswith("/"):
+        if not argument.strip():
+            raise UniMoeError(f"{command} needs a file: {command} FILE.")
+        conversation.attach(command.removeprefix("/"), argument.strip())
+    elif command.startswith("/"):
+        raise UniMoeError(f"{command} is no command; there are /image, /audio, /video, /reset and /quit.")
+    elif line:
+        conversation.say(line)
+    return True
+
+
+def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Answer:
+    """Load a model and its processor; the result generates with the given options.
+
+    Raises:
+        CheckpointError: there is no such folder or Hub repository, or it holds another kind of model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, TextStreamer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model_type = AutoConfig.from_pretrained(name).model_type
+        if model_type != "unimoe":
+            raise CheckpointError(
+                f"{name} is a {model_type} model; chat takes unimoe models: `unimoe convert upcycle` makes one of it."
+            )
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be loaded: {error}") from error
+    model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    class Pieces(TextStreamer):
+        """Hands finished words to `show`."""
+
+        def __init__(self, show: Callable[[str], None]) -> None:
+            super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.show = show
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.show(text)
+
+    def answer(messages: list[dict[str, Any]], show: Callable[[str], None]) -> str:
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(model.device)
+        output = model.generate(**inputs, **options, streamer=Pieces(show))
+        return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return answer
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)

@@ -1,0 +1,314 @@
+"""The command line: quick help, clear errors, and a chat that streams, remembers and works in a pipe."""
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_media
+from unimoe import UniMoeForCausalLM, cli
+from unimoe.commands import chat
+from unimoe.errors import CheckpointError, UniMoeError
+
+UNIMOE = [sys.executable, "-m", "unimoe.cli"]
+
+
+def unimoe(*args: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*UNIMOE, *args], input=stdin, capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+# --- the frame -------------------------------------------------------------------------------------------------------
+
+
+def test_help_fits_one_screen() -> None:
+    done = unimoe("--help", COLUMNS="80")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    for command in ("quickstart", "train", "convert", "chat", "inspect"):
+        assert any(line.split()[:1] == [command] for line in lines), command
+
+
+@pytest.mark.parametrize("command", ["quickstart", "train", "convert", "chat", "inspect"])
+def test_help_of_every_command(command: str) -> None:
+    # In place: what a process costs is measured elsewhere.
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys\nfrom unimoe import cli\ncli.build_parser().format_help()\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_version() -> None:
+    import unimoe as package
+
+    assert unimoe("--version").stdout.strip() == f"unimoe {package.__version__}"
+
+
+def test_unknown_command_names_the_known_ones() -> None:
+    done = unimoe("quickstrat")
+    assert done.returncode == 2
+    assert "quickstart" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Failing:
+    """A command module in place of the real ones."""
+
+    def __init__(self, error: BaseException | None, code: int | None = None) -> None:
+        self.error, self.code = error, code
+
+    def add_parser(self, subparsers: Any) -> None:
+        subparsers.add_parser("work", help="fails").add_argument("--times", type=int)
+
+    def run(self, args: argparse.Namespace) -> int | None:
+        if self.error is not None:
+            raise self.error
+        return self.code
+
+
+def run_failing(monkeypatch: pytest.MonkeyPatch, command: Failing, *args: str) -> int:
+    monkeypatch.setattr(cli, "_command_names", lambda: ["work"])
+    monkeypatch.setattr(cli, "import_module", lambda name: command)
+    return cli.main(["work", *args])
+
+
+def test_own_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    error = CheckpointError("model/ has no\nweights: train it.")
+    assert run_failing(monkeypatch, Failing(error)) == 2
+    assert capsys.readouterr().err == "unimoe: model/ has no weights: train it.\n"
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    monkeypatch.setattr(cli, "_command_names", lambda: ["work"])
+    monkeypatch.setattr(cli, "import_module", lambda name: Failing(CheckpointError("no weights")))
+    assert cli.main(["--debug", "work"] if place == "before" else ["work", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_errors_are_bugs_and_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyError):
+        run_failing(monkeypatch, Failing(KeyError("bug")))
+
+
+def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_failing(monkeypatch, Failing(KeyboardInterrupt())) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_exit_codes_of_commands_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_failing(monkeypatch, Failing(None, 3)) == 3
+    assert run_failing(monkeypatch, Failing(None)) == 0
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """`unimoe ... | head -1`"""
+    script = (
+        "import sys\nfrom unimoe import cli\n"
+        "class Talk:\n"
+        "    def add_parser(self, s): s.add_parser('work')\n"
+        "    def run(self, a):\n"
+        "        for _ in range(100000): print('word ' * 20)\n"
+        "cli._command_names = lambda: ['work']\ncli.import_module = lambda name: Talk()\nsys.exit(cli.main(['work']))"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    assert writer.stdout.readline().startswith("word")
+    writer.stdout.close()
+    assert writer.wait(timeout=60) == 0
+    assert writer.stderr.read() == ""
+    writer.stderr.close()
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that can be shown everything; it talks nonsense."""
+    path = tmp_path_factory.mktemp("model")
+    processor = tiny_media.processor(video_tokens=4)
+    tokenizer = processor.tokenizer
+    ids = {
+        "image_token_id": processor.image_token_id,
+        "video_token_id": processor.video_token_id,
+        "audio_token_id": processor.audio_token_id,
+        "sound_token_id": processor.sound_token_id,
+    }
+    speech = tiny.speech_config()
+    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    model = tiny.model(text={**text, "max_position_embeddings": 2048}, speech_config=speech, **ids)
+    model.generation_config.suppress_tokens = list(ids.values())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    (path / "cat.png").write_bytes(tiny_media.encoded_picture())
+    (path / "meow.wav").write_bytes(tiny_media.wav(tiny_media.sound()))
+    (path / "cat.mp4").write_bytes(tiny_media.video())
+    return path
+
+
+def run_chat(folder: Path, capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert cli.main(["chat", str(folder), "--max-new-tokens", "8", *args]) == 0
+    return capsys.readouterr().out
+
+
+def expected_answer(folder: Path, messages: list[dict[str, Any]]) -> str:
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    model = UniMoeForCausalLM.from_pretrained(folder)
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = {"role": "user", "content": [{"type": "text", "text": "Who sings?"}]}
+    assert run_chat(folder, capsys, "--once", "Who sings?") == expected_answer(folder, [question]) + "\n"
+
+
+@pytest.mark.parametrize(("option", "file"), [("--image", "cat.png"), ("--audio", "meow.wav"), ("--video", "cat.mp4")])
+def test_media_go_with_the_first_message(
+    folder: Path, capsys: pytest.CaptureFixture[str], option: str, file: str
+) -> None:
+    kind, path = option[2:], str(folder / file)
+    content = [{"type": kind, "path": path}, {"type": "text", "text": "What is it?"}]
+    answer = run_chat(folder, capsys, option, path, "--once", "What is it?")
+    assert answer == expected_answer(folder, [{"role": "user", "content": content}]) + "\n"
+
+
+def test_a_pipe_gets_one_answer_per_line_and_nothing_else(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = f"Hello\n\n/image {folder / 'cat.png'}\nWhat is it?\n/quit\nnever read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    hello = {"role": "user", "content": [{"type": "text", "text": "Hello"}]}
+    first = expected_answer(folder, [hello])
+    picture = [{"type": "image", "path": str(folder / "cat.png")}, {"type": "text", "text": "What is it?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": first.strip()}]}
+    second = expected_answer(folder, [hello, answer, {"role": "user", "content": picture}])
+    assert run_chat(folder, capsys) == f"{first}\n{second}\n"
+
+
+def test_bad_options_and_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    cases = [
+        ([str(tmp_path / "nothing"), "--once", "Hi"], "nothing"),
+        ([str(tmp_path / "llama"), "--once", "Hi"], "llama model"),
+        ([str(folder), "--once", "Hi", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        ([str(folder), "--once", "Hi", "--temperature", "-1"], "--temperature is -1.0"),
+        ([str(folder), "--once", "Hi", "--image", str(folder / "meow.wav")], "image"),
+        ([str(folder), "--once", "Hi", "--image", str(folder / "missing.png")], "image"),
+        ([str(folder), "--once", "Hi", "--image", "https://example.com/cat.png"], "image"),
+    ]
+    for args, said in cases:
+        assert cli.main(["chat", *args]) == 2, args
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("unimoe: ")
+        assert said in error
+
+
+class Script:
+    """Answers in place of a model and records what it was asked."""
+
+    def __init__(self, *answers: str | BaseException) -> None:
+        self.answers, self.asked = list(answers), []
+
+    def __call__(self, messages: list[dict[str, Any]], show: Any) -> str:
+        self.asked.append(messages)
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        for word in answer.split():
+            show(word + " ")
+        return answer
+
+
+def texts(messages: list[dict[str, Any]]) -> list[str]:
+    return [item["text"] for message in messages for item in message["content"] if item["type"] == "text"]
+
+
+def test_the_conversation_is_remembered_until_reset() -> None:
+    script = Script("a", "b", "c")
+    conversation = chat.Conversation(script)
+    for line in ("one", "two", "/reset", "three"):
+        chat.handle_line(conversation, line)
+    assert [texts(messages) for messages in script.asked] == [["one"], ["one", "a", "two"], ["three"]]
+
+
+def test_attached_media_go_with_one_message_only() -> None:
+    script = Script("a", "b")
+    conversation = chat.Conversation(script)
+    for line in ("/image cat.png", "/audio my file.wav", "one", "two"):
+        chat.handle_line(conversation, line)
+    media = [[i["path"] for i in m["content"] if i["type"] != "text"] for m in script.asked[1] if m["role"] == "user"]
+    assert media == [["cat.png", "my file.wav"], []]
+
+
+def test_a_refused_message_is_not_remembered() -> None:
+    script = Script(UniMoeError("image: broken"), "b")
+    conversation = chat.Conversation(script)
+    conversation.attach("image", "broken.png")
+    with pytest.raises(UniMoeError, match="broken"):
+        conversation.say("one")
+    conversation.say("two")
+    assert texts(script.asked[1]) == ["two"]
+    assert script.asked[1][0]["content"][0]["type"] == "text"
+
+
+def test_a_person_sees_mistakes_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["/picture x", "/image", "one", "two", "three", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    script = Script(UniMoeError("image: broken"), KeyboardInterrupt(), "done")
+    chat.talk(chat.Conversation(script))
+    shown = capsys.readouterr()
+    assert "/picture is no command" in shown.err
+    assert "/image needs a file" in shown.err
+    assert "image: broken" in shown.err
+    assert "(stopped)" in shown.out
+    assert "done" in shown.out
+
+
+def test_end_of_input_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    chat.talk(chat.Conversation(Script()))
+
+
+def test_pieces_are_shown_while_the_answer_is_made(folder: Path) -> None:
+    answer = chat.load_answerer(str(folder), "cpu", {"max_new_tokens": 12, "do_sample": False})
+    pieces: list[str] = []
+    question = {"role": "user", "content": [{"type": "text", "text": "A b c"}]}
+    text = answer([question], pieces.append)
+    assert len(pieces) > 1
+    assert "".join(pieces) == text

@@ -1,0 +1,189 @@
+"""Bad configurations are refused with the field, the value and what is allowed; good ones survive JSON."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import tiny
+import twins
+from transformers import AutoConfig, PreTrainedConfig
+from unimoe import UniMoeConfig, UniMoeConnectorConfig, UniMoeTextConfig
+from unimoe.errors import ConfigurationError
+
+GROUPS = tiny.MOIIE_GROUPS["expert_groups"]
+TEXT_MISTAKES = [
+    ({"num_experts": -3}, ["num_experts", "-3", "between 0 and 4096"]),
+    ({"num_experts": 5000}, ["num_experts", "5000", "4096"]),
+    ({"num_experts_per_tok": 8}, ["num_experts_per_tok", "8", "between 1 and 4"]),
+    ({"num_experts_per_tok": 0}, ["num_experts_per_tok", "0", "between 1 and 4"]),
+    ({**tiny.MOIIE_GROUPS, "num_experts_per_tok": 4}, ["num_experts_per_tok", "4", "between 1 and 3"]),
+    ({"sparse_layers": [0, 3]}, ["sparse_layers", "[0, 3]", "between 0 and 2"]),
+    ({"sparse_layers": [-1]}, ["sparse_layers", "[-1]", "between 0 and 2"]),
+    ({"sparse_layers": [1, 1]}, ["sparse_layers", "[1, 1]", "different"]),
+    ({"num_experts": 0, "sparse_layers": [1]}, ["sparse_layers", "[1]", "num_experts is 0"]),
+    ({"expert_groups": {"all": [0, 1, 2, 9]}}, ["expert_groups", "[0, 1, 2, 9]", "between 0 and 3"]),
+    ({"expert_groups": {"all": []}}, ["expert_groups", "[]", "between 0 and 3"]),
+    ({"expert_groups": {"all": [0, 0, 1]}}, ["expert_groups", "[0, 0, 1]", "different"]),
+    ({"expert_groups": GROUPS}, ["modality_groups", "'text'", "language", "vision"]),
+    (
+        {**tiny.MOIIE_GROUPS, "modality_groups": {**tiny.MOIIE_GROUPS["modality_groups"], "image": "seeing"}},
+        ["modality_groups", "'image'", "'seeing'", "language"],
+    ),
+    (
+        {**tiny.MOIIE_GROUPS, "expert_groups": {"vision": [0, 1], "language": [1, 2]}},
+        ["expert_groups", "[3]"],
+    ),
+    ({"router_aux_loss_coef": math.nan}, ["router_aux_loss_coef", "nan", "finite"]),
+    ({"router_aux_loss_coef": -0.1}, ["router_aux_loss_coef", "-0.1", ">= 0"]),
+    ({"router_z_loss_coef": math.inf}, ["router_z_loss_coef", "inf", "finite"]),
+    ({"router_jitter_noise": -1.0}, ["router_jitter_noise", "-1.0", ">= 0"]),
+    ({"hidden_size": 0}, ["hidden_size", "0", "between 1 and 65536"]),
+    ({"num_attention_heads": 0}, ["num_attention_heads", "0", "between 1 and 4096"]),
+    ({"num_key_value_heads": 0}, ["num_key_value_heads", "0", "between 1 and 4096"]),
+    ({"num_key_value_heads": 3}, ["num_attention_heads", "4", "multiple", "3"]),
+    ({"head_dim": 0}, ["head_dim", "0", "between 1"]),
+    ({"sliding_window": 0}, ["sliding_window", "0", "between 1"]),
+    ({"attention_dropout": 1.5}, ["attention_dropout", "1.5", "between 0 and 1"]),
+    ({"rms_norm_eps": -1e-6}, ["rms_norm_eps", "-1e-06", "between 0 and 1"]),
+    ({"initializer_range": math.nan}, ["initializer_range", "nan", "between 0 and 1"]),
+    ({"pad_token_id": 96}, ["pad_token_id", "96", "between 0 and 95"]),
+    ({"pad_token_id": -1}, ["pad_token_id", "-1", "between 0 and 95"]),
+]
+# What would ask for terabytes, or for years, from a configuration file of a few bytes.
+HOSTILE_SIZES = [
+    {"hidden_size": 1 << 30},
+    {"vocab_size": 1 << 40},
+    {"intermediate_size": 1 << 40},
+    {"moe_intermediate_size": 1 << 40},
+    {"num_hidden_layers": 10**9},
+    {"num_attention_heads": 1 << 20},
+    {"num_experts": 10**9},
+    {"head_dim": 1 << 40},
+    {"max_position_embeddings": 1 << 60},
+]
+
+
+def ids(cases: list[Any]) -> list[str]:
+    fields = [case[0] if isinstance(case, tuple) else case for case in cases]
+    return [f"{'-'.join(case)}={list(case.values())[-1]}"[:60] for case in fields]
+
+
+@pytest.mark.parametrize(("fields", "said"), TEXT_MISTAKES, ids=ids(TEXT_MISTAKES))
+def test_text_mistakes_are_explained(fields: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        tiny.text_config(**fields)
+    for part in said:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("fields", HOSTILE_SIZES, ids=ids(HOSTILE_SIZES))
+def test_hostile_sizes_are_refused(fields: dict[str, Any]) -> None:
+    (field,) = fields
+    with pytest.raises(ConfigurationError, match=field):
+        tiny.text_config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"num_experts": "four"}, "num_experts"),
+        ({"hidden_size": 32.5}, "hidden_size"),
+        ({"router_scoring": "top-p"}, "router_scoring"),
+        ({"expert_groups": [0, 1]}, "expert_groups"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob"),
+    ],
+    ids=["word for number", "half a unit", "unknown scoring", "list for groups", "word for switch"],
+)
+def test_wrong_types_name_the_field(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(Exception, match=field) as error:
+        tiny.text_config(**fields)
+    assert str(fields[field]) in str(error.value)
+
+
+MODEL_MISTAKES = [
+    ({"vision_config": None}, ["image_connector", "vision_config"]),
+    ({"image_connector": None}, ["vision_config", "image_connector"]),
+    ({"speech_config": None}, ["speech_connector", "speech_config"]),
+    ({"sound_connector": None}, ["audio_config", "sound_connector"]),
+    ({"image_connector": tiny.connector(output_size=40)}, ["image_connector.output_size", "40", "32"]),
+    ({"image_token_id": None}, ["image_token_id", "None"]),
+    ({"audio_token_id": None}, ["audio_token_id", "None"]),
+    ({"sound_token_id": None}, ["sound_token_id", "None"]),
+    ({"video_token_id": tiny.IMAGE}, ["placeholder ids", "92", "different"]),
+    ({"image_token_id": -1}, ["placeholder ids", "-1", ">= 0"]),
+    ({"vision_token_grid": 0}, ["vision_token_grid", "0", "between 1 and 256"]),
+    ({"video_num_frames": 0}, ["video_num_frames", "0", "between 1 and 4096"]),
+    ({"speech_config": {"d_model": 8}}, ["speech_config", "model_type"]),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), MODEL_MISTAKES, ids=ids(MODEL_MISTAKES))
+def test_model_mistakes_are_explained(fields: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        tiny.config(**fields)
+    for part in said:
+        assert part in str(error.value)
+
+
+CONNECTOR_MISTAKES = [
+    ({"input_size": 0}, ["input_size", "0", "between 1 and 65536"]),
+    ({"output_size": 1 << 30}, ["output_size", "65536"]),
+    ({"depth": 0}, ["depth", "0", "between 1 and 16"]),
+    ({"num_tokens": 0}, ["num_tokens", "0", "between 1 and 65536"]),
+    ({"type": "qformer"}, ["num_tokens", "None", "qformer"]),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), CONNECTOR_MISTAKES, ids=ids(CONNECTOR_MISTAKES))
+def test_connector_mistakes_are_explained(fields: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        UniMoeConnectorConfig(**fields)
+    for part in said:
+        assert part in str(error.value)
+
+
+def plain(config: PreTrainedConfig) -> dict[str, Any]:
+    """All fields, as JSON holds them; not where the configuration came from."""
+    return {**json.loads(config.to_json_string(use_diff=False)), "_name_or_path": ""}
+
+
+@pytest.mark.parametrize("name", twins.TWINS)
+def test_json_round_trip(name: str, tmp_path: Any) -> None:
+    config = twins.TWINS[name]().config
+    config.save_pretrained(tmp_path)
+    for loaded in (
+        UniMoeConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        UniMoeConfig(**json.loads(config.to_json_string(use_diff=False))),
+    ):
+        assert type(loaded) is UniMoeConfig
+        assert plain(loaded) == plain(config)
+        for field in UniMoeConfig.sub_configs:
+            assert type(getattr(loaded, field)) is type(getattr(config, field))
+        assert loaded.text_config.router_groups == config.text_config.router_groups
+
+
+def test_text_config_alone_round_trip(tmp_path: Any) -> None:
+    config = tiny.text_config(**tiny.MOIIE_GROUPS, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    config.save_pretrained(tmp_path)
+    assert plain(UniMoeTextConfig.from_pretrained(tmp_path)) == plain(config)
+
+
+def test_defaults_are_filled_in() -> None:
+    config = UniMoeTextConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=3, intermediate_size=96)
+    assert (config.num_key_value_heads, config.head_dim, config.moe_intermediate_size) == (4, 16, 96)
+    assert config.sparse_layers == [0, 1, 2]
+    assert config.num_local_experts == config.num_experts
+    assert [group.experts for group in config.router_groups] == [(0, 1, 2, 3)]
+    assert UniMoeTextConfig(num_experts=0).sparse_layers == []
+
+
+def test_plans_name_modules_that_exist() -> None:
+    model = tiny.model(text={"use_qk_norm": True}).model.language_model
+    names = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    config = model.config
+    for plan in (config.base_model_tp_plan, config.base_model_ep_plan, config.base_model_pp_plan):
+        for pattern in plan:
+            layers = range(config.num_hidden_layers)
+            assert any(pattern.replace("*", str(layer)) in names for layer in layers), pattern

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe import AUTO_MAP, UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .io import finished_folder, read_json
 from .model_card import model_card
@@ -17,14 +17,6 @@ from .parameters import count_parameters
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CODE_FOLDERS = ("modeling_unimoe", "processing")
-_MODEL = "modeling_unimoe.UniMoeForCausalLM"
-CONFIG_AUTO_MAP = {
-    "AutoConfig": "configuration_unimoe.UniMoeConfig",
-    "AutoModel": "modeling_unimoe.UniMoeModel",
-    "AutoModelForCausalLM": _MODEL,
-    "AutoModelForImageTextToText": _MODEL,
-    "AutoModelForMultimodalLM": _MODEL,
-}
 PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_unimoe.UniMoeProcessor"}
 
 
@@ -55,7 +47,7 @@ def save_bundle(
 def complete_bundle(folder: Path, card: str | None = None) -> None:
     """Add the code, the `auto_map` entries and the card to a folder that holds configurations."""
     write_code(folder)
-    _set_auto_map(folder / "config.json", CONFIG_AUTO_MAP)
+    _set_auto_map(folder / "config.json", AUTO_MAP)
     _set_auto_map(folder / "processor_config.json", PROCESSOR_AUTO_MAP)
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_torchvision_available
 
-from .configuration_unimoe import MODALITIES, UniMoeConfig
+from .configuration_unimoe import AUTO_MAP, MODALITIES, UniMoeConfig
 from .connectors_unimoe import init_connector_weights
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin
 from .errors_unimoe import ModalityError
@@ -87,6 +87,17 @@ class UniMoePreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model.freeze_towers()
         return loaded
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """As in transformers; the code goes along, so that the repository loads where unimoe is not installed."""
+        self.config.auto_map = dict(AUTO_MAP)
+        cls = type(self)
+        before = cls._auto_class
+        cls._auto_class = next(name for name, where in AUTO_MAP.items() if where.endswith(f".{cls.__name__}"))
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            cls._auto_class = before
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

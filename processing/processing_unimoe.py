@@ -306,6 +306,14 @@ class UniMoeProcessor(ProcessorMixin):
         parts["tokenizer"] = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return [parts.get(name) for name in PARTS]
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """As in transformers; the code goes along, so that the repository loads where unimoe is not installed."""
+        before, UniMoeProcessor._auto_class = UniMoeProcessor._auto_class, "AutoProcessor"
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            UniMoeProcessor._auto_class = before
+
     def to_dict(self) -> dict[str, Any]:
         """What `processor_config.json` holds; without the tokenizer and the caches."""
         encoders, self._encoders = self._encoders, {}

@@ -53,7 +53,7 @@ class AfterImport(MetaPathFinder):
                     sys.meta_path.remove(self)
                     self._callback(module)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

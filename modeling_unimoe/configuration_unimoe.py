@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -32,6 +32,12 @@ MAX_HIDDEN_SIZE = 65_536
 MAX_INTERMEDIATE_SIZE = 1 << 20
 MAX_VOCAB_SIZE = 1 << 24
 MAX_HEADS = 4096
+
+# Sub-configurations may be given as dicts; once the object exists they are configurations, or None where optional.
+if TYPE_CHECKING:
+    SubConfig = Any
+else:
+    SubConfig = dict | PreTrainedConfig | None
 
 
 def _require_range(owner: str, field: str, value: float, low: float, high: float) -> None:
@@ -92,7 +98,7 @@ class UniMoeTextConfig(PreTrainedConfig):
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
-    base_model_ep_plan = {
+    base_model_ep_plan: ClassVar[dict[str, Any]] = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -321,14 +327,14 @@ class UniMoeConfig(PreTrainedConfig):
         "sound_connector": UniMoeConnectorConfig,
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    speech_config: dict | PreTrainedConfig | None = None
-    audio_config: dict | PreTrainedConfig | None = None
-    image_connector: dict | PreTrainedConfig | None = None
-    video_connector: dict | PreTrainedConfig | None = None
-    speech_connector: dict | PreTrainedConfig | None = None
-    sound_connector: dict | PreTrainedConfig | None = None
+    text_config: SubConfig = None
+    vision_config: SubConfig = None
+    speech_config: SubConfig = None
+    audio_config: SubConfig = None
+    image_connector: SubConfig = None
+    video_connector: SubConfig = None
+    speech_connector: SubConfig = None
+    sound_connector: SubConfig = None
     image_token_id: int | None = None
     video_token_id: int | None = None
     audio_token_id: int | None = None

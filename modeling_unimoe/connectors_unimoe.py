@@ -43,7 +43,7 @@ _NO_VOCABULARY = {
 class ConnectorConfig(Protocol):
     """The fields that a connector reads; `UniMoeConnectorConfig` has them."""
 
-    type: str
+    type: Any
     input_size: int
     output_size: int
     depth: int

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
@@ -23,7 +23,7 @@ MEDIA_INPUTS = {
 }
 
 
-def build_tower(config: PreTrainedConfig | None) -> PreTrainedModel | None:
+def build_tower(config: Any) -> PreTrainedModel | None:
     """The encoder of a tower configuration; of a Whisper model only its encoder."""
     if config is None:
         return None

@@ -34,7 +34,7 @@ class UniMoeModelOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
-    mm_token_type_ids: torch.LongTensor | None = None
+    mm_token_type_ids: torch.Tensor | None = None
 
 
 @dataclass
@@ -46,11 +46,11 @@ class UniMoeCausalLMOutputWithPast(ModelOutput):
     logits: [B, S, vocab]; router_logits: one [B * S, gate rows] tensor per sparse layer.
     """
 
-    loss: torch.FloatTensor | None = None
-    ce_loss: torch.FloatTensor | None = None
-    aux_loss: torch.FloatTensor | None = None
-    z_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -60,7 +60,7 @@ class UniMoeCausalLMOutputWithPast(ModelOutput):
 class UniMoePreTrainedModel(PreTrainedModel):
     config: UniMoeConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "audio", "text")
+    input_modalities: Any = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["UniMoeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -85,7 +85,7 @@ class UniMoePreTrainedModel(PreTrainedModel):
         """As in transformers; frozen towers come back frozen, which loading alone does not preserve."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.base_model.freeze_towers()
+        model.base_model.freeze_towers()  # type: ignore[operator]
         return loaded
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
@@ -93,7 +93,8 @@ class UniMoePreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         cls = type(self)
         before = cls._auto_class
-        cls._auto_class = next(name for name, where in AUTO_MAP.items() if where.endswith(f".{cls.__name__}"))
+        own = (name for name, where in AUTO_MAP.items() if where.endswith(f".{cls.__name__}"))
+        cls._auto_class = next(own)  # type: ignore[assignment]
         try:
             return super().push_to_hub(*args, **kwargs)
         finally:
@@ -117,10 +118,10 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.language_model.embed_tokens = value
 
-    def modality_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+    def modality_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Modality id of every position, from its placeholder token; int64, shape of input_ids."""
         ids = torch.zeros_like(input_ids)
         for modality, token_id in self.config.placeholder_ids.items():
@@ -134,8 +135,8 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         pixel_values_videos: torch.FloatTensor | None = None,
         speech_features: torch.FloatTensor | None = None,
@@ -192,7 +193,7 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
             mm_token_type_ids=mm_token_type_ids,
         )
 
-    def _embed(self, input_ids: torch.LongTensor, mm_token_type_ids: torch.LongTensor) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor) -> torch.Tensor:
         # Placeholders are replaced anyway, and their ids may lie outside the embedding table.
         return self.get_input_embeddings()(input_ids.masked_fill(mm_token_type_ids > 0, 0))
 
@@ -202,7 +203,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: UniMoeConfig) -> None:
         super().__init__(config)
@@ -235,8 +236,8 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         pixel_values_videos: torch.FloatTensor | None = None,
         speech_features: torch.FloatTensor | None = None,

@@ -47,6 +47,8 @@ class UniMoeRMSNorm(nn.Module):
 class UniMoeRotaryEmbedding(nn.Module):
     """Cosines and sines of rotary position embeddings, any of transformers' RoPE variants."""
 
+    inv_freq: torch.Tensor
+
     def __init__(self, config: UniMoeTextConfig) -> None:
         super().__init__()
         self.config = config
@@ -87,7 +89,7 @@ def apply_rotary_pos_emb(
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "UniMoeAttention",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -251,7 +253,7 @@ class UniMoeDecoderLayer(GradientCheckpointingLayer):
 class UniMoeTextPreTrainedModel(PreTrainedModel):
     config: UniMoeTextConfig
     base_model_prefix = "model"
-    input_modalities = ("text",)
+    input_modalities: Any = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["UniMoeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -283,6 +285,8 @@ class UniMoeTextPreTrainedModel(PreTrainedModel):
 class UniMoeTextModel(UniMoeTextPreTrainedModel):
     """Embeddings, decoder layers and final norm; dense or sparse by `config.sparse_layers`."""
 
+    group_of_modality: torch.Tensor
+
     def __init__(self, config: UniMoeTextConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -299,10 +303,10 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:

@@ -25,6 +25,9 @@ from .configuration_unimoe import UniMoeTextConfig
 class UniMoeRouter(nn.Module):
     """The gate of one sparse layer."""
 
+    row_group_R: torch.Tensor
+    row_expert_R: torch.Tensor
+
     def __init__(self, config: UniMoeTextConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok

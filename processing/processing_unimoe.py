@@ -308,7 +308,8 @@ class UniMoeProcessor(ProcessorMixin):
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
         """As in transformers; the code goes along, so that the repository loads where unimoe is not installed."""
-        before, UniMoeProcessor._auto_class = UniMoeProcessor._auto_class, "AutoProcessor"
+        before = UniMoeProcessor._auto_class
+        UniMoeProcessor._auto_class = "AutoProcessor"  # type: ignore[assignment]
         try:
             return super().push_to_hub(*args, **kwargs)
         finally:

@@ -72,7 +72,7 @@ def assemble_dense(
 
 def connector_start_scale(model: UniMoeForCausalLM) -> float:
     """Make connected features start at the scale of word embeddings; returns that scale (root mean square)."""
-    rms = model.get_input_embeddings().weight.detach().float().square().mean().sqrt()
+    rms = model.model.language_model.embed_tokens.weight.detach().float().square().mean().sqrt()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("_connector.output_norm.weight"):
@@ -96,7 +96,7 @@ def _model_config(
         return {"output_size": hidden, "output_norm": True, **fields}
 
     def token_id(name: str) -> int:
-        return tokenizer.convert_tokens_to_ids(MEDIA_TOKENS[name])
+        return int(tokenizer.convert_tokens_to_ids(MEDIA_TOKENS[name]))  # type: ignore[arg-type]
 
     return UniMoeConfig(
         text_config=text_config,
@@ -150,7 +150,7 @@ def _load_whisper(model: UniMoeForCausalLM, whisper: WhisperForConditionalGenera
     prompt = AutoTokenizer.from_pretrained(whisper.config._name_or_path).convert_tokens_to_ids(WHISPER_PROMPT)
     with torch.no_grad():
         embeddings = whisper.model.decoder.embed_tokens.weight[prompt]
-        connector.query_tokens[0, : len(prompt)] = embeddings[: connector.query_tokens.shape[1]]
+        connector.query_tokens[0, : len(embeddings)] = embeddings[: connector.query_tokens.shape[1]]
 
 
 def _make_processor(

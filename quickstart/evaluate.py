@@ -56,7 +56,8 @@ def answer_samples(
 
 def accuracy_by_task(answers: list[Answer]) -> dict[str, float]:
     """Share of exactly right answers of each task that occurs."""
-    right, total = Counter(), Counter()
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for answer in answers:
         right[answer.sample["task"]] += answer.is_right
         total[answer.sample["task"]] += 1
@@ -103,7 +104,7 @@ def _generate(
     samples: list[dict[str, Any]],
 ) -> list[str]:
     batch = collator(samples)
-    prompts, masks = [], []
+    prompts = []
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
         answer_start = int((labels != -100).nonzero()[0])
         prompts.append(ids[:answer_start][mask[:answer_start].bool()])

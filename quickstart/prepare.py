@@ -64,7 +64,7 @@ def encode_media(
     if any(isinstance(module, torch.nn.Conv2d) for module in model.model.vision_tower.modules()):
         model.model.vision_tower.to(memory_format=torch.channels_last)
     folder = run.work / "tower_states"
-    pictures = {"variants": {"image": IMAGE_VARIANTS}, "augment": {"image": compose_image}}
+    pictures: dict[str, Any] = {"variants": {"image": IMAGE_VARIANTS}, "augment": {"image": compose_image}}
     train_cache = EncoderCache(folder, model, processor, dtype="float16", batch_size=32, **pictures)
     test_cache = EncoderCache(folder, model, processor, dtype="float16", batch_size=32)
     run.say("The frozen towers look at and listen to the whole corpus once")

@@ -88,7 +88,7 @@ def language_recipe(start: Path, work: Path, seed: int, budget: Budget, precisio
     )
     data = [str(corpus_root() / "stage0.jsonl")]
     out = str(work / "language")
-    return Recipe(model=str(start), data=data, out=out, seed=seed, stages=[stage], precision=precision)
+    return Recipe(model=str(start), data=data, out=out, seed=seed, stages=[stage], precision=precision)  # type: ignore[arg-type]
 
 
 def multimodal_recipe(start: Path, work: Path, seed: int, budget: Budget, num_layers: int, precision: str) -> Recipe:
@@ -104,7 +104,7 @@ def multimodal_recipe(start: Path, work: Path, seed: int, budget: Budget, num_la
             num_experts_per_tok=EXPERTS_PER_TOKEN,
             router_init="modality_means",
         ),
-        precision=precision,
+        precision=precision,  # type: ignore[arg-type]
         cache=str(work / "tower_states"),
         cache_variants={"image": IMAGE_VARIANTS},
     )

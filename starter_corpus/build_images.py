@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
 from unimoe.errors import DataError
 from unimoe.starter_corpus.concepts import CONCEPTS, Concept
 from unimoe.starter_corpus.corpus import compose_image
@@ -60,7 +61,7 @@ def read_icons(package: Path, artist: str) -> dict[str, list[Image.Image]]:
 def _member(archive: tarfile.TarFile, name: str) -> Any:
     member = archive.extractfile(name)
     if member is None:
-        raise DataError(f"{archive.name} holds no {name}; the package has another layout than expected")
+        raise DataError(f"{archive.name!s} holds no {name}; the package has another layout than expected")
     return member
 
 

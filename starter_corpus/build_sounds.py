@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from unimoe.starter_corpus.audio_files import SOUND_COMPRESSION, Waveform, to_corpus_rate, trim_silence, write_audio
 from unimoe.starter_corpus.records import Row, make_row, rng_for
 from unimoe.starter_corpus.soundfont import read_notes

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
 from unimoe.starter_corpus.build_images import HELDOUT_VIDEO_ARTIST, TRAIN_ARTISTS, Icons
 from unimoe.starter_corpus.concepts import CONCEPTS
 from unimoe.starter_corpus.corpus import mean_brightness, random_background

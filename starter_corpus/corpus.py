@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
+
 from unimoe.errors import DataError
 
 CHECKSUM_FILE = "checksums.sha256"
@@ -143,7 +144,7 @@ def random_background(rng: np.random.Generator, size: int, avoid_brightness: flo
         colours = rng.integers(0, 256, size=(2, 3)).astype(np.float32)
         if rng.random() < 0.5:
             colours[1] = colours[0]
-        brightness = colours @ np.float32([0.299, 0.587, 0.114]) / 255
+        brightness = colours @ np.array([0.299, 0.587, 0.114], np.float32) / 255
         if np.abs(brightness - avoid_brightness).min() >= MINIMUM_CONTRAST:
             break
     ramp = np.linspace(0, 1, size, dtype=np.float32)
@@ -166,5 +167,5 @@ def mean_brightness(icon: Image.Image) -> float:
     """Mean brightness (0 to 1) of the opaque part of an RGBA picture."""
     pixels = np.asarray(icon, dtype=np.float32) / 255
     alpha = pixels[..., 3]
-    brightness = pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])
+    brightness = pixels[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)
     return float((brightness * alpha).sum() / max(float(alpha.sum()), 1e-6))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from unimoe.errors import DataError
 from unimoe.starter_corpus.audio_files import Waveform
 
@@ -52,14 +53,14 @@ def read_notes(path: Path) -> dict[str, Note]:
     notes: dict[str, Note] = {}
     for index, (raw_name, begin, end, loop_begin, loop_end, rate, _, _, link, kind) in enumerate(headers):
         name = raw_name.split(b"\0")[0].decode("latin-1").strip()
-        wave = pcm[begin:end].astype(np.float32) / 32768
+        wave = pcm[begin:end].astype(np.float32) / np.float32(32768)
         if kind == _RIGHT:
             continue
         if kind == _LEFT and link < len(headers) and link != index:
             other = headers[link]
-            right = pcm[other[1] : other[2]].astype(np.float32) / 32768
+            right = pcm[other[1] : other[2]].astype(np.float32) / np.float32(32768)
             shared = min(len(wave), len(right))
-            wave = (wave[:shared] + right[:shared]) / 2
+            wave = (wave[:shared] + right[:shared]) / np.float32(2)
         name = re.sub(r"\s*\(L\)$", "", name)
         notes[name] = Note(name, wave, rate, (loop_begin - begin, min(loop_end - begin, len(wave))))
     return notes

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+
 from unimoe.starter_corpus.build_sounds import SOUND_CLASSES
 from unimoe.starter_corpus.concepts import CATEGORIES, CONCEPTS, Concept, article
 from unimoe.starter_corpus.records import rng_for

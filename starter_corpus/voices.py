@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
 from unimoe.errors import DataError
 from unimoe.starter_corpus.audio_files import Waveform, to_corpus_rate
 

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
 from unimoe.processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from unimoe.processing.processing_unimoe import UniMoeProcessor, prepare_tokenizer
 from unimoe.processing.video_processing_unimoe import UniMoeVideoProcessor

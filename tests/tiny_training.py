@@ -9,6 +9,7 @@ import PIL.Image
 import tiny
 import tiny_media
 import torch
+
 from unimoe import UniMoeForCausalLM
 from unimoe.processing.processing_unimoe import UniMoeProcessor
 

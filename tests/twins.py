@@ -6,6 +6,7 @@ from typing import Any
 
 import tiny
 import torch
+
 from unimoe import UniMoeForCausalLM
 
 PAD = 0

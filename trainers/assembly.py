@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
 from unimoe.conversion.upcycle import upcycle_model
 from unimoe.errors import CheckpointError, RecipeError
 from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
@@ -149,7 +150,7 @@ def assemble(dense: UniMoeForCausalLM, moe: MoeConfig, expert_folders: Sequence[
         expert_groups=moe.expert_groups,
         modality_groups=moe.modality_groups,
         expert_ffns=[load_file(folder / EXPERT_FILE) for folder in expert_folders] or None,
-        router_init="normal" if rows else moe.router_init,
+        router_init="normal" if rows else moe.router_init,  # type: ignore[arg-type]
         router_rows=rows,
         routing={"router_jitter_noise": moe.router_jitter_noise},
         seed=seed,

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from transformers.utils import logging
+
 from unimoe.errors import CheckpointError
 
 logger = logging.get_logger(__name__)

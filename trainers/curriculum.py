@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from transformers.utils import logging
+
 from unimoe.errors import RecipeError
 from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 
@@ -315,7 +316,10 @@ class _Curriculum:
 
     def _require_same(self, folder: Path, stage: StageConfig) -> None:
         """Refuse to go on from results of other settings."""
-        now = {"stage": asdict(stage), "moe": None if stage.kind == "train" else asdict(self.recipe.moe)}
+        now: dict[str, Any] = {
+            "stage": asdict(stage),
+            "moe": None if stage.kind == "train" else asdict(self.recipe.moe),
+        }
         now |= {"seed": self.recipe.seed, "precision": self.recipe.precision}
         file = folder / "settings.json"
         if not file.is_file():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
+
 from unimoe.errors import DataError
 
 Sample = dict[str, Any]

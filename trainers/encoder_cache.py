@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging
+
 from unimoe.errors import DataError
 from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from unimoe.processing.media_unimoe import load_audio, load_image, open_media
@@ -158,7 +159,7 @@ class EncoderCache:
             return image if augment is None else augment(_with_alpha(value, policy, image), rng)
         if kind == "video":
             front = self.processor.video_processor
-            medium = load_video(value, front.num_frames, front.sampling, policy, str(value))
+            medium: Any = load_video(value, front.num_frames, front.sampling, policy, str(value))
         else:
             medium = load_audio(value, self.processor.feature_extractor.sampling_rate, None, policy, str(value))
         return medium if augment is None else augment(medium, rng)

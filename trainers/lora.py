@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+
 from unimoe.errors import RecipeError
 from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 
@@ -34,7 +35,7 @@ def add_lora(model: UniMoeForCausalLM, settings: LoraSettings) -> Any:
     fully_trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         bias="none",
         # Connectors have attention of the same names, hence the path.
@@ -55,4 +56,4 @@ def merge_lora(model: nn.Module) -> UniMoeForCausalLM:
     """Add the adapters to the weights and take PEFT away; a model without adapters is returned as it is."""
     if isinstance(model, UniMoeForCausalLM):
         return model
-    return model.merge_and_unload()
+    return model.merge_and_unload()  # type: ignore[operator]

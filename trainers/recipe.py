@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
 from unimoe.errors import RecipeError
 
 from .recipe_values import build, require, require_choice, require_range

@@ -54,7 +54,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         require_choice(where, value, arguments)
         return value
-    if is_dataclass(hint):
+    if is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, where)
     if origin is list:
         require(isinstance(value, list | tuple), where, value, _describe(hint))
@@ -76,7 +76,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str, hint: Any) 
         plain = get_origin(option) or option
         if option is float and _is_number(value):
             return float(value)
-        if is_dataclass(option) and isinstance(value, dict):
+        if is_dataclass(option) and isinstance(option, type) and isinstance(value, dict):
             return build(option, value, where)
         if plain in (list, dict, str, int) and isinstance(value, plain) and not isinstance(value, bool):
             return _convert(option, value, where)

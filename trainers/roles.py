@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
+
 from unimoe.errors import RecipeError
 
 ROLES = ("towers", "connectors", "router", "experts", "ffn", "attention", "norms", "embeddings", "head")

@@ -22,7 +22,7 @@ def seconds_per_step(trainer: UniMoeTrainer) -> float:
     optimizer is never made.
     """
     sampler = trainer.train_sampler()
-    model = trainer.model.to(trainer.args.device)
+    model = trainer.model.to(trainer.args.device)  # type: ignore[arg-type]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
+
 from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 
 from .checkpoints import newest_checkpoint, write_durably

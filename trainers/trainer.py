@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
+
 from unimoe.errors import CheckpointError, RecipeError, TrainingError
 from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 
@@ -98,7 +99,7 @@ class UniMoeTrainer(Trainer):
             self.train_dataset.groups,
             self.args.per_device_train_batch_size,
             num_batches=self.args.max_steps * per_step if self.args.max_steps > 0 else None,
-            weights=group_weights(self.train_dataset, self.modality_weights),
+            weights=group_weights(self.train_dataset, self.modality_weights),  # type: ignore[arg-type]
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             batches_per_step=per_step,
         )
@@ -229,7 +230,7 @@ class UniMoeTrainer(Trainer):
                 groups.setdefault((role_of(name), name in decayed), []).append(parameter)
         if not groups:
             raise RecipeError("Every parameter is frozen: call set_trainable with the roles to train.")
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
         self.optimizer = optimizer_class(
             [
                 {

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tiny_media
+
 from unimoe.processing import media_fetch_unimoe
 from unimoe.processing.media_fetch_unimoe import is_public_address, is_url
 from unimoe.processing.media_unimoe import MediaError, MediaLimits, MediaPolicy, load_audio, load_image

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_media
 import torch
+
 from unimoe.processing.chat_unimoe import CHAT_TOKENS, DEFAULT_CHAT_TEMPLATE, MEDIA_TOKENS, VICUNA_CHAT_TEMPLATE
 from unimoe.processing.media_unimoe import ConversationError, PlaceholderError
 from unimoe.processing.processing_unimoe import UniMoeProcessor

@@ -11,6 +11,7 @@ import pytest
 import tiny_training
 import torch
 from safetensors.torch import load_file
+
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import CheckpointError, DataError, RecipeError
 from unimoe.trainers.assembly import assemble, connector_owners, router_rows_from_means
@@ -179,6 +180,15 @@ def test_assembly_takes_every_tensor_from_its_run(finished: Any) -> None:
     )
 
 
+def test_every_expert_starts_from_the_same_dense_model(start: Path, tmp_path: Path) -> None:
+    made = recipe(start, tmp_path, factor=0.1)
+    twins = [ExpertConfig("first", ["text"], steps=2), ExpertConfig("second", ["text"], steps=2)]
+    made.stages = [dataclasses.replace(made.stages[2], experts=twins, train=["ffn"])]
+    run_curriculum(made, progress_bar=False)
+    first, second = (load_file(tmp_path / "experts" / name / "expert.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def test_router_rows_prefer_the_experts_own_modality() -> None:
     generator = torch.Generator().manual_seed(0)
     means = [{"layers.2": torch.randn(16, generator=generator)} for _ in range(3)]
@@ -236,6 +246,11 @@ def test_a_stopped_curriculum_ends_in_the_same_model(start: Path, tmp_path: Path
     assert attempt > 6
     for before, after in zip(expected, reports, strict=True):
         assert (before.loss_first, before.loss_last) == (after.loss_first, after.loss_last)
+    for run in ("language", "connectors", "experts/audio", "mixture"):
+        files = [tmp_path / part / run / "losses.jsonl" for part in ("whole", "parts")]
+        logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        for name in ("step", "ce_loss", "groups"):
+            assert [record[name] for record in logs[0]] == [record[name] for record in logs[1]]
     models = [UniMoeForCausalLM.from_pretrained(r[-1].model).state_dict() for r in (expected, reports)]
     assert [name for name, tensor in models[0].items() if not torch.equal(tensor, models[1][name])] == []
 

@@ -7,6 +7,7 @@ import tiny
 import torch
 import twins
 from twins import Sample, collate
+
 from unimoe import UniMoeForCausalLM
 
 NEW_TOKENS = 6

@@ -18,6 +18,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 from twins import Sample, collate
+
 from unimoe import UniMoeForCausalLM, UniMoeModel
 from unimoe.errors import ModalityError
 from unimoe.modeling_unimoe.encoding_unimoe import build_tower

@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
 from unimoe import UniMoeTextConfig, UniMoeTextModel
 
 SIZES: dict[str, Any] = {

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
 from unimoe.modeling_unimoe.configuration_unimoe import UniMoeConnectorConfig
 from unimoe.modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from unimoe.modeling_unimoe.connectors_unimoe import MlpConnector, build_connector

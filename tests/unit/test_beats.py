@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+
 from unimoe.modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from unimoe.modeling_unimoe.errors_unimoe import ConfigurationError, UniMoeError
 from unimoe.modeling_unimoe.modeling_unimoe_beats import (

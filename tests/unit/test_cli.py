@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_media
+
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands import chat
 from unimoe.errors import CheckpointError, UniMoeError

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import twins
 from transformers import AutoConfig, PreTrainedConfig
+
 from unimoe import UniMoeConfig, UniMoeConnectorConfig, UniMoeTextConfig
 from unimoe.errors import ConfigurationError
 

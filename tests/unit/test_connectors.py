@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
+
 from unimoe.modeling_unimoe.configuration_unimoe import UniMoeConnectorConfig
 from unimoe.modeling_unimoe.connectors_unimoe import (
     MlpConnector,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_media
 from transformers import WhisperFeatureExtractor
+
 from unimoe.processing.feature_extraction_unimoe import FBANK_MEAN, FBANK_STD, UniMoeFeatureExtractor, kaldi_fbank
 from unimoe.processing.media_unimoe import MediaError
 

@@ -12,6 +12,7 @@ import pytest
 import tiny_training
 import torch
 import twins
+
 from unimoe.conversion.hub import code_files, save_bundle
 
 MODELS = ("everything", "groups", "text-only", "shared-tower")

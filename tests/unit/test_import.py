@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 import unimoe
 
 CHECK = "import sys; loaded = [m for m in {names!r} if m in sys.modules]; print(loaded)"

@@ -8,6 +8,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
+
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands.inspect import router_load_lines
 from unimoe.conversion.description import RouterLoad, describe_model

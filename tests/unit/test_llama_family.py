@@ -14,6 +14,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
 from unimoe.conversion.llama_family import dense_from, text_config_from, why_not
 from unimoe.conversion.upcycle import upcycle_model
 from unimoe.errors import ConversionError

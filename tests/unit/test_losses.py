@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import twins
+
 from unimoe import UniMoeTextConfig
 from unimoe.modeling_unimoe.losses_unimoe import expert_load, load_balancing_loss, router_z_loss
 

@@ -26,6 +26,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperProcessor,
 )
+
 from unimoe.errors import PartError
 from unimoe.quickstart import hub_access, parts, wheels
 from unimoe.quickstart.parts import Part, resolve_part

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 import tiny_media
 import torch
+
 from unimoe.processing.media_unimoe import ConversationError, MediaError, PlaceholderError
 from unimoe.processing.processing_unimoe import VICUNA_CHAT_TEMPLATE, UniMoeProcessor
 

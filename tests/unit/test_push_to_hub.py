@@ -11,6 +11,7 @@ import pytest
 import torch
 from hub_stand_in import HubStandIn, running_hub
 from safetensors.torch import load as load_safetensors
+
 from unimoe.conversion.hub import code_files
 
 TESTS = Path(hub_checks.__file__).parent

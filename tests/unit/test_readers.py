@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import EfficientNetModel, MobileNetV2Model, WhisperConfig, WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
+
 from unimoe.errors import PartError
 from unimoe.quickstart.read_ctranslate2 import read_ctranslate2, whisper_from_ctranslate2
 from unimoe.quickstart.read_efficientnet import (

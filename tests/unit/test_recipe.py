@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import unimoe
 import yaml
+
+import unimoe
 from unimoe.cli import main
 from unimoe.errors import RecipeError
 from unimoe.trainers.curriculum import plan_curriculum

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+
 from unimoe import UniMoeTextConfig
 from unimoe.modeling_unimoe.configuration_unimoe import MODALITIES
 from unimoe.modeling_unimoe.modeling_unimoe_text import UniMoeSparseBlock, UniMoeTextModel

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from unimoe.errors import DataError
 from unimoe.starter_corpus import build, build_images, build_sounds, build_videos, corpus, sources, voices
 from unimoe.starter_corpus.audio_files import SAMPLE_RATE, with_fixed_serial

@@ -12,6 +12,7 @@ import tiny
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands.convert import parse_groups, parse_layers
 from unimoe.conversion import stream_upcycle

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 import tiny_training
 import torch
+
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import DataError
 from unimoe.trainers.collator import CachedCollator, RawCollator
@@ -122,6 +123,10 @@ def test_padding_is_on_the_left_and_constant_per_group(
     assert shapes.pop() % 8 == 0
     batch = collator(texts)
     assert bool((batch["attention_mask"].diff(dim=1) >= 0).all())
+    padding = batch["input_ids"][batch["attention_mask"] == 0]
+    assert bool((padding == processor.tokenizer.eos_token_id).all())
+    first = processor.tokenizer.decode(batch["input_ids"][0][batch["attention_mask"][0] == 1])
+    assert first.startswith("<|im_start|>user")
     assert bool((batch["labels"][:, -2:] != -100).any(dim=1).all())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from unimoe.errors import DataError, RecipeError
 from unimoe.trainers.data import ConversationDataset, Draw, group_of
 from unimoe.trainers.sampler import ModalityBatchSampler, group_weights

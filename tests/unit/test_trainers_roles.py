@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import RecipeError
 from unimoe.trainers.lora import add_lora, merge_lora

@@ -13,9 +13,10 @@ import pytest
 import tiny_training
 import torch
 from transformers import TrainingArguments
+
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import CheckpointError, RecipeError, TrainingError
-from unimoe.trainers.checkpoints import COMPLETE_FILE, complete_checkpoints, newest_checkpoint, rotate, seal
+from unimoe.trainers.checkpoints import COMPLETE_FILE, complete_checkpoints, newest_checkpoint, rotate, seal, verify
 from unimoe.trainers.collator import CachedCollator
 from unimoe.trainers.data import ConversationDataset
 from unimoe.trainers.encoder_cache import EncoderCache
@@ -283,7 +284,7 @@ def test_a_kill_while_saving_never_costs_more_than_one_checkpoint(tmp_path: Path
             for step in range(1, 200):
                 saved(folder, step, files=3)
                 os.write(write_end, bytes([step]))
-                rotate(folder, 1)
+                rotate(folder, 2)
             os._exit(0)
         os.read(read_end, 1)
         time.sleep(rng.uniform(0, 0.03))
@@ -294,6 +295,8 @@ def test_a_kill_while_saving_never_costs_more_than_one_checkpoint(tmp_path: Path
         os.close(read_end)
         newest = newest_checkpoint(folder)
         assert newest is not None
+        for checkpoint in complete_checkpoints(folder):
+            verify(checkpoint)
         assert int(newest.name.rpartition("-")[2]) >= reported
 
 

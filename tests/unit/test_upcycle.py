@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+
 from unimoe import UniMoeForCausalLM
 from unimoe.conversion.upcycle import upcycle_model
 from unimoe.errors import ConfigurationError, ConversionError

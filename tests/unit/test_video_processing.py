@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 import tiny_media
 from transformers import CLIPImageProcessorPil, MobileNetV2ImageProcessorPil, SiglipImageProcessorPil
+
 from unimoe.processing.media_unimoe import MediaError, MediaLimits, MediaPolicy, load_audio
 from unimoe.processing.media_video_unimoe import load_video, load_video_audio, sample_indices
 from unimoe.processing.video_processing_unimoe import UniMoeVideoProcessor

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
-from ..modeling_unimoe.configuration_unimoe import MODALITIES, UniMoeConfig, UniMoeConnectorConfig
+from ..modeling_unimoe.configuration_unimoe import MODALITIES, UniMoeConfig
 from .io import Checkpoint, read_json
 from .model_card import modalities_of
 from .parameters import ParameterCount, count_parameters, total_and_active
@@ -127,7 +127,8 @@ def _connectors(config: UniMoeConfig) -> dict[str, str]:
     return lines
 
 
-def _connector(connector: UniMoeConnectorConfig) -> str:
+def _connector(connector: Any) -> str:
+    """A line about a `UniMoeConnectorConfig`."""
     kind = f"mlp of {connector.depth} layers" if connector.type == "mlp" else connector.type.replace("_", " ")
     tokens = "one token per position" if connector.num_tokens is None else f"{connector.num_tokens} tokens"
     return f"{kind}, {connector.input_size} -> {connector.output_size}, {tokens}"

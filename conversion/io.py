@@ -106,7 +106,7 @@ class Checkpoint:
         if info.file.suffix != ".safetensors":
             return self._unpickled(info.file)[name].reshape(-1)[start : start + count].clone()
         flat = torch.empty(count, dtype=info.dtype)
-        buffer = memoryview(flat.view(torch.uint8).numpy())
+        buffer = flat.view(torch.uint8).numpy().data
         with open(info.file, "rb", buffering=0) as file:
             file.seek(info.start + start * info.dtype.itemsize)
             if file.readinto(buffer) != len(buffer):
@@ -130,7 +130,7 @@ class Checkpoint:
         wanted: dict[str, list[str]] = {}
         for name, file in weight_map.items():
             wanted.setdefault(plain_file_name(file, index), []).append(name)
-        tensors = {}
+        tensors: dict[str, TensorInfo] = {}
         for file, names in wanted.items():
             path = self.folder / file
             if not path.is_file():
@@ -281,7 +281,7 @@ def _write_shard(path: Path, outputs: list[OutputTensor], wrote: Callable[[int],
 def _bytes_of(output: OutputTensor) -> Iterator[memoryview]:
     for make in output.pieces:
         tensor = make().detach().to("cpu", output.dtype).contiguous()
-        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def dense_from(hf_model: PreTrainedModel) -> UniMoeForCausalLM:
     model.tie_weights()
     if hf_model.generation_config is not None:
         model.generation_config = GenerationConfig(**hf_model.generation_config.to_dict())
-    return model.to(hf_model.device).train(hf_model.training)
+    return model.to(hf_model.device).train(hf_model.training)  # type: ignore[arg-type]
 
 
 def expected_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -87,13 +87,14 @@ def upcycle_model(
         seed=seed,
     )
     config = sparse_config(dense.config, sparsity)
-    _check_expert_ffns(expert_ffns, config.text_config)
+    text_config = config.text_config
+    _check_expert_ffns(expert_ffns, text_config)
     state = {name: tensor.detach().clone() for name, tensor in dense.state_dict().items()}
-    for layer in config.text_config.sparse_layers:
+    for layer in sparsity.sparse_layers:
         ffn = pop_dense_ffn(state, layer, LANGUAGE_PREFIX)
         experts = [ffn] * num_experts if expert_ffns is None else [_given_ffn(e, layer, ffn) for e in expert_ffns]
         rows = (router_rows or {}).get(layer)
-        state |= sparse_layer_tensors(config.text_config, sparsity, layer, experts, rows, LANGUAGE_PREFIX)
+        state |= sparse_layer_tensors(text_config, sparsity, layer, experts, rows, LANGUAGE_PREFIX)
     return _build(dense, config, state)
 
 
@@ -215,6 +216,6 @@ def _build(dense: UniMoeForCausalLM, config: UniMoeConfig, state: dict[str, torc
         sparse = UniMoeForCausalLM(config)
     sparse.load_state_dict(state, assign=True)
     sparse.tie_weights()
-    sparse.to(dense.device)
+    sparse.to(dense.device)  # type: ignore[arg-type]
     sparse.generation_config = GenerationConfig(**dense.generation_config.to_dict())
     return sparse.train(dense.training)

@@ -42,7 +42,8 @@ class TokenRows:
             ids = tokenizer(sample["text"], split_special_tokens=True)["input_ids"]
             if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                 ids = [*ids, tokenizer.eos_token_id]
-            return list(ids), list(ids)
+            # Nothing stands before the first token to predict it from; with left padding it would be padding.
+            return list(ids), [IGNORED, *ids[1:]]
         tokens = self.processor.tokenize_conversation(sample["messages"], audio_windows=audio_windows)
         return list(tokens["input_ids"]), list(tokens["labels"])
 

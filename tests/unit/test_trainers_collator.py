@@ -134,9 +134,11 @@ def test_plain_text_is_learned_whole_and_its_placeholders_stay_text(processor: A
     dataset = ConversationDataset.from_samples([{"text": "A cat <image> sings."}, {"text": "A dog."}])
     for collator in (RawCollator(processor), CachedCollator(processor, cache)):
         batch = collator(dataset.samples)
-        assert torch.equal(
-            batch["labels"][batch["attention_mask"] == 1], batch["input_ids"][batch["attention_mask"] == 1]
-        )
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            text, learned = ids[mask == 1], labels[mask == 1]
+            # The first token has nothing before it to predict it from.
+            assert int(learned[0]) == -100
+            assert torch.equal(learned[1:], text[1:])
         assert not bool((batch["input_ids"] == processor.image_token_id).any())
         assert processor.tokenizer.decode(batch["input_ids"][0]).endswith("A cat <image> sings.</s>")
 

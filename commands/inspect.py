@@ -80,6 +80,7 @@ def _expert_lines(model: "ModelDescription") -> list[str]:
     groups = [
         f"  group      {name}: {', '.join(group['modalities'])} -> experts {group['experts']}"
         for name, group in model.groups.items()
+        if len(model.groups) > 1
     ]
     experts = f"  experts    {model.num_experts} per sparse layer, {model.num_experts_per_tok} per token"
     return [experts, *groups, f"  router     {routing}"]

@@ -1,6 +1,5 @@
 """Runs a source model and its conversion on the same prompts, one after the other, so that only one is in memory."""
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,8 +107,6 @@ def _run(load: Callable[[], PreTrainedModel], prompts: list[_Prompt], continued:
         )[0, prompt.inputs["input_ids"].shape[1] :]
         for prompt in continuable
     ]
-    del model
-    gc.collect()
     return _Outcome(logits, continuations)
 
 

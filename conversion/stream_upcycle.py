@@ -51,6 +51,7 @@ class UpcyclePlan:
         groups = [
             f"group       {group.name}: {', '.join(group.modalities)} -> {list(group.experts)}"
             for group in text.router_groups
+            if text.expert_groups
         ]
         return [
             f"source      {self.source.name}: {read}",

@@ -67,7 +67,7 @@ def assemble_dense(
     model.generation_config.suppress_tokens = [i for i in config.placeholder_ids.values() if i is not None]
     model.generation_config.eos_token_id = decoder.tokenizer.eos_token_id
     model.generation_config.pad_token_id = text_config.pad_token_id
-    return model.eval(), _make_processor(decoder.tokenizer, vision_folder, speech_folder, shape)
+    return model.eval(), _make_processor(decoder, vision_folder, speech_folder, shape)
 
 
 def connector_start_scale(model: UniMoeForCausalLM) -> float:
@@ -154,7 +154,7 @@ def _load_whisper(model: UniMoeForCausalLM, whisper: WhisperForConditionalGenera
 
 
 def _make_processor(
-    tokenizer: PreTrainedTokenizerBase, vision_folder: Path, speech_folder: Path, shape: Shape
+    decoder: Decoder, vision_folder: Path, speech_folder: Path, shape: Shape
 ) -> UniMoeProcessor:
     image_processor = AutoImageProcessor.from_pretrained(vision_folder, backend="pil")
     if shape.image_size is not None:
@@ -171,7 +171,8 @@ def _make_processor(
             sound=True,
             sound_features="mel",  # the sound connector reads the speech tower
         ),
-        tokenizer=tokenizer,
+        tokenizer=decoder.tokenizer,
+        chat_template=decoder.chat_template,
         image_tokens=shape.grid**2,
         video_tokens=shape.frames * shape.grid**2,
         speech_tokens=shape.speech_tokens,

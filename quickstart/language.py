@@ -19,21 +19,42 @@ from ..processing.processing_unimoe import prepare_tokenizer
 from ..starter_corpus.corpus import load_samples
 
 PAD, BOS, END_OF_TURN, START_OF_TURN = "<|pad|>", "<|endoftext|>", "<|im_end|>", "<|im_start|>"
+# ChatML, except that an answer starts with a space on its role's line: a word is then the same token in an answer as in
+# the middle of a sentence, so that a small model can answer by copying.
+COMPACT_CHAT_TEMPLATE = """\
+{%- macro show(content) -%}
+{%- if content is string -%}{{- content -}}{%- else -%}{%- for item in content -%}
+{{- item['text'] if item['type'] == 'text' else '<' + item['type'] + '>' -}}
+{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- '<|im_start|>assistant' -}}
+{%- generation -%}{{- ' ' + show(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- '<|im_start|>' + message['role'] + ' ' + show(message['content']) + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant' -}}{%- endif -%}
+"""
 MEDIA_TOKENS = {"image": "<image>", "video": "<video>", "audio": "<audio>", "sound": "<sound>"}
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A dense text-only model, and the tokenizer that knows the media tokens."""
+    """A dense text-only model, the tokenizer that knows the media tokens, and its chat template (None: ChatML)."""
 
     model: UniMoeForCausalLM
     tokenizer: PreTrainedTokenizerBase
+    chat_template: str | None = None
 
 
 def compact_decoder() -> Decoder:
     """A freshly initialised decoder of about 4 M parameters with a tokenizer of the corpus's words."""
     tokenizer = train_tokenizer(_corpus_texts())
-    return Decoder(UniMoeForCausalLM(UniMoeConfig(text_config=compact_text_config(tokenizer))), tokenizer)
+    model = UniMoeForCausalLM(UniMoeConfig(text_config=compact_text_config(tokenizer)))
+    return Decoder(model, tokenizer, COMPACT_CHAT_TEMPLATE)
 
 
 def pretrained_decoder(folder: Path) -> Decoder:

@@ -14,6 +14,16 @@ from ..trainers.recipe import ExpertConfig, LoraSettings, MoeConfig, Recipe, Sta
 # Expert e of every sparse layer starts as the FFN that learned these modalities.
 EXPERTS = {"image": ["image"], "speech": ["speech"], "sound": ["sound"], "video_text": ["video", "text"]}
 MIX = {"image": 4.0, "speech": 3.0, "sound": 1.5, "video_direction": 1.0, "video_object": 2.5, "text": 1.0}
+# Answering from a description in words is what the connectors build on, so it gets half of stage 0.
+LANGUAGE_MIX = {
+    "plain_text": 3.0,
+    "text": 2.0,
+    "text/image": 1.2,
+    "text/speech": 1.2,
+    "text/sound": 0.8,
+    "text/video_direction": 0.8,
+    "text/video_object": 1.2,
+}
 NOISE = {"image": 0.2, "video": 0.15, "speech": 0.1, "sound": 0.3}
 DROPOUT = {"speech": 0.05, "sound": 0.08}
 IMAGE_VARIANTS = 4
@@ -84,6 +94,7 @@ def language_recipe(start: Path, work: Path, seed: int, budget: Budget, precisio
         time_limit_seconds=budget.limit("stage0"),
         learning_rate=2e-3,
         warmup_steps=30,
+        modality_weights=LANGUAGE_MIX,
         **{**COMMON, "batch_size": 48},
     )
     data = [str(corpus_root() / "stage0.jsonl")]

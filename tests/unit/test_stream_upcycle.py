@@ -182,7 +182,7 @@ def test_a_wrong_conversion_is_refused_and_leaves_nothing(
 
     monkeypatch.setattr(stream_upcycle, "_sparse_layer", swapped)
     assert run_cli(source, "--out", tmp_path / "sparse") == 2
-    assert "Nothing was written" in capsys.readouterr().err
+    assert "logits differ from the source's by up to" in capsys.readouterr().err
     assert left_behind(tmp_path, "dense-llama") == []
 
 
@@ -200,7 +200,17 @@ def _pickle_with_code(folder: Path) -> None:
 
     for path in folder.glob("*.safetensors*"):
         path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Payload()}))
+    torch.save({"model.norm.weight": Payload()}, folder / "pytorch_model.bin")
+
+
+def _old_pickle(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": [1.0]}))
+
+
+def _grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
 
 
 SHARD = "model-00002-of-"
@@ -210,10 +220,12 @@ DAMAGES = {
     "backslash": (lambda f: _damage_index(f, "..\\x.safetensors"), "only plain names"),
     "number": (lambda f: _damage_index(f, 7), "only plain names"),  # type: ignore[arg-type]
     "missing shard": (lambda f: next(f.glob(SHARD + "*")).unlink(), SHARD),
-    "truncated shard": (lambda f: _cut(next(f.glob(SHARD + "*")), 100), SHARD),
+    "truncated shard": (lambda f: _cut(next(f.glob(SHARD + "*")), 100), "it is truncated or damaged"),
     "cut in the header": (lambda f: _cut(next(f.glob(SHARD + "*")), None), SHARD),
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "holds no model.safetensors"),
     "pickle with code": (_pickle_with_code, "Pickles that hold code are never run"),
+    "old pickle": (_old_pickle, "cannot be read as plain tensors"),
+    "grown shard": (lambda f: _grow(next(f.glob(SHARD + "*"))), "truncated or damaged"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config disagrees": (lambda f: _edit_config(f, intermediate_size=64), "has shape [48, 32]"),
     "other arithmetic": (lambda f: _edit_config(f, model_type="gemma"), "norms add one"),

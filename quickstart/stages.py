@@ -124,12 +124,12 @@ def multimodal_recipe(start: Path, work: Path, seed: int, budget: Budget, num_la
 def _stage1(budget: Budget) -> StageConfig:
     return StageConfig(
         name="stage1",
-        train=["connectors"],
+        train=["connectors", "aligners"],
         modalities=["image", "speech", "sound", "video"],
         modality_weights={task: weight for task, weight in MIX.items() if task != "text"},
         steps=budget.connectors,
         time_limit_seconds=budget.limit("stage1"),
-        learning_rate=1.5e-3,
+        learning_rate={"connectors": 2e-3, "aligners": 2e-4},
         warmup_steps=20,
         **COMMON,
     )

@@ -8,13 +8,16 @@ from torch import nn
 
 from unimoe.errors import RecipeError
 
-ROLES = ("towers", "connectors", "router", "experts", "ffn", "attention", "norms", "embeddings", "head")
+ROLES = ("towers", "connectors", "aligners", "router", "experts", "ffn", "attention", "norms", "embeddings", "head")
 
 # First match wins; names are those of UniMoeForCausalLM after `plain_name`.
 _PATTERNS = tuple(
     (role, re.compile(pattern))
     for role, pattern in (
         ("towers", r"^model\.(vision|speech|audio)_tower\."),
+        # The networks inside query connectors (a Whisper decoder, a Q-Former) are often pretrained and want a rate of
+        # their own; Uni-MoE freezes them in stage 3. Queries and projections are "connectors".
+        ("aligners", r"^model\.(image|video|speech|sound)_connector\.(decoder|qformer)\."),
         ("connectors", r"^model\.(image|video|speech|sound)_connector\."),
         ("head", r"^lm_head\."),
         ("embeddings", r"^model\.language_model\.embed_tokens\."),

@@ -53,10 +53,11 @@ from .stage import (
 logger = logging.get_logger(__name__)
 
 STAGE_FILE = "stage.json"
+SETTINGS_FILE = "settings.json"
 DONE_FILE = "DONE"
 MODEL_FOLDER = "model"
 # Settings that change nothing about what a stage computes.
-_FREE_SETTINGS = ("save_every", "keep_checkpoints", "log_every", "data")
+_FREE_SETTINGS = ("stage.save_every", "stage.keep_checkpoints", "stage.log_every", "stage.data")
 OnStageEnd = Callable[[StageReport, UniMoeForCausalLM, Any], dict[str, Any] | None]
 
 
@@ -133,8 +134,10 @@ def run_curriculum(
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out), _no_foreign_bars():
-        save_recipe(recipe, out / "recipe.yaml")
         run = _Curriculum(recipe, model, processor, dataset, cache, augment, on_stage_end)
+        for stage in recipe.stages:
+            run.require_same_settings(stage)
+        save_recipe(recipe, out / "recipe.yaml")
         run.settings = RunSettings(
             processor=run.processor,
             make_collator=run.collator,
@@ -180,15 +183,14 @@ class _Curriculum:
         """Run one stage, or take over what it left when it was done."""
         folder = Path(self.recipe.out) / stage.name
         report = _saved_report(folder)
-        if report is not None:
-            self._require_same(folder, stage)
-            if not (folder / DONE_FILE).is_file():
-                self._enter(Path(report.model))
-                report = self._finish(report, folder)
-            elif stage.kind != "experts":
-                self._enter(Path(report.model), load=False)
-        else:
+        if report is None:
             report = self._run(stage, folder)
+        else:
+            done = (folder / DONE_FILE).is_file()
+            # Not the path in the report: the whole output may have been moved.
+            self._enter(folder / MODEL_FOLDER if stage.kind != "experts" else self.model_folder, load=not done)
+            if not done:
+                report = self._finish(report, folder)
         if stage.kind == "experts":
             self.expert_folders = [folder / expert.name for expert in stage.experts]
         return report
@@ -207,7 +209,7 @@ class _Curriculum:
     def _run(self, stage: StageConfig, folder: Path) -> StageReport:
         self._enter(self.model_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._require_same(folder, stage)
+        write_durably(folder / SETTINGS_FILE, json.dumps(self._settings_of(stage), indent=1))
         dataset = self._data(stage)
         if stage.kind == "experts":
             report = self._train_experts(stage, dataset, folder)
@@ -314,25 +316,23 @@ class _Curriculum:
             shutil.rmtree(folder)
         written.rename(folder)
 
-    def _require_same(self, folder: Path, stage: StageConfig) -> None:
+    def require_same_settings(self, stage: StageConfig) -> None:
         """Refuse to go on from results of other settings."""
-        now: dict[str, Any] = {
-            "stage": asdict(stage),
-            "moe": None if stage.kind == "train" else asdict(self.recipe.moe),
-        }
-        now |= {"seed": self.recipe.seed, "precision": self.recipe.precision}
-        file = folder / "settings.json"
-        if not file.is_file():
-            write_durably(file, json.dumps(now, indent=1))
+        folder = Path(self.recipe.out) / stage.name
+        if not (folder / SETTINGS_FILE).is_file():
             return
-        then = json.loads(file.read_text(encoding="utf-8"))
-        for name, old, new in _differences(then, json.loads(json.dumps(now))):
-            if name.split(".")[1:2] and name.split(".")[1] in _FREE_SETTINGS:
-                continue
-            raise RecipeError(
-                f"The stage {stage.name!r} in {folder} was started with {name} = {old!r}, the recipe now says {new!r}: "
-                "delete that folder to run it again, or choose another out."
-            )
+        then = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(self._settings_of(stage)))
+        for name, old, new in _differences(then, now):
+            if name not in _FREE_SETTINGS:
+                raise RecipeError(
+                    f"The stage {stage.name!r} in {folder} was started with {name} = {old!r}, the recipe now says "
+                    f"{new!r}: delete that folder to run it again, or choose another out."
+                )
+
+    def _settings_of(self, stage: StageConfig) -> dict[str, Any]:
+        moe = None if stage.kind == "train" or self.recipe.moe is None else asdict(self.recipe.moe)
+        return {"stage": asdict(stage), "moe": moe, "seed": self.recipe.seed, "precision": self.recipe.precision}
 
 
 def _stage_of_expert(

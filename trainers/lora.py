@@ -1,5 +1,6 @@
 """LoRA on the decoder's attention, dense FFNs and fused experts, through PEFT, and back to plain weights."""
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,10 @@ def add_lora(model: UniMoeForCausalLM, settings: LoraSettings) -> Any:
     for name, parameter in model.named_parameters():
         if role_of(name) in settings.targets:
             parameter.requires_grad_(False)
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks a property that transformers has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if name.removeprefix("base_model.model.") in fully_trained:
             parameter.requires_grad_(True)

@@ -291,6 +291,17 @@ def test_other_settings_are_refused(finished: Any) -> None:
         run_curriculum(changed, progress_bar=False)
     harmless = dataclasses.replace(made, stages=[dataclasses.replace(made.stages[0], save_every=7), *made.stages[1:]])
     run_curriculum(harmless, progress_bar=False)
+    assert load_recipe(Path(made.out) / "recipe.yaml") == harmless
+
+
+def test_finished_stages_may_be_moved(start: Path, tmp_path: Path) -> None:
+    made = recipe(start, tmp_path / "here", factor=0.02)
+    made.stages = made.stages[:2]
+    run_curriculum(dataclasses.replace(made, stages=made.stages[:1]), progress_bar=False)
+    (tmp_path / "here").rename(tmp_path / "there")
+    made.out = str(tmp_path / "there")
+    reports = run_curriculum(made, progress_bar=False)
+    assert reports[1].model == str(tmp_path / "there" / "connectors" / "model")
 
 
 def test_two_processes_do_not_share_a_folder(start: Path, tmp_path: Path) -> None:

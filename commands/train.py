@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_plan(recipe: Any) -> None:
-    from ..trainers.curriculum import plan_curriculum
+    from ..trainers.plan import plan_curriculum
 
     print(f"From {recipe.model} to {recipe.out}, seed {recipe.seed}:")
     for row in plan_curriculum(recipe):

@@ -14,9 +14,9 @@ OUT/<stage>/DONE             the stage is finished
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,42 +59,6 @@ MODEL_FOLDER = "model"
 # Settings that change nothing about what a stage computes.
 _FREE_SETTINGS = ("stage.save_every", "stage.keep_checkpoints", "stage.log_every", "stage.data")
 OnStageEnd = Callable[[StageReport, UniMoeForCausalLM, Any], dict[str, Any] | None]
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One line of the plan; seconds is None where the speed is unknown and there is no time limit."""
-
-    name: str
-    what: str
-    steps: int
-    batch_size: int
-    seconds: float | None
-
-
-def plan_curriculum(recipe: Recipe, seconds_per_step: Mapping[str, float] | None = None) -> list[PlanRow]:
-    """What a recipe will do, before it does it.
-
-    Args:
-        seconds_per_step: stage name -> measured or assumed seconds of one step.
-    """
-    rows = []
-    for stage in recipe.stages:
-        steps = sum(map(stage.steps_of, stage.experts)) if stage.kind == "experts" else stage.steps
-        speed = (seconds_per_step or {}).get(stage.name)
-        seconds = None if speed is None else steps * speed
-        if stage.time_limit_seconds is not None:
-            limit = stage.time_limit_seconds * max(1, len(stage.experts))
-            seconds = limit if seconds is None else min(seconds, limit)
-        what = f"trains {', '.join(stage.train)}" if stage.train else "trains"
-        if stage.lora is not None:
-            what += f"{' and' if stage.train else ''} LoRA (rank {stage.lora.rank}) on {', '.join(stage.lora.targets)}"
-        if stage.kind == "experts":
-            what = f"one expert each for {', '.join(expert.name for expert in stage.experts)}: {what}"
-        elif stage.kind == "moe":
-            what = f"assembles the experts, then {what}"
-        rows.append(PlanRow(stage.name, what, steps, stage.batch_size, seconds))
-    return rows
 
 
 def run_curriculum(

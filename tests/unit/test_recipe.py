@@ -9,7 +9,7 @@ import yaml
 import unimoe
 from unimoe.cli import main
 from unimoe.errors import RecipeError
-from unimoe.trainers.curriculum import plan_curriculum
+from unimoe.trainers.plan import plan_curriculum
 from unimoe.trainers.recipe import (
     ExpertConfig,
     LoraSettings,

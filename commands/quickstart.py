@@ -10,7 +10,7 @@ EXAMPLES = """examples:
 
 The same command goes on where a killed run stopped.
 """
-DEFAULT_MINUTES = 12.0
+DEFAULT_MINUTES = 13.0
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -153,9 +153,7 @@ def _load_whisper(model: UniMoeForCausalLM, whisper: WhisperForConditionalGenera
         connector.query_tokens[0, : len(embeddings)] = embeddings[: connector.query_tokens.shape[1]]
 
 
-def _make_processor(
-    decoder: Decoder, vision_folder: Path, speech_folder: Path, shape: Shape
-) -> UniMoeProcessor:
+def _make_processor(decoder: Decoder, vision_folder: Path, speech_folder: Path, shape: Shape) -> UniMoeProcessor:
     image_processor = AutoImageProcessor.from_pretrained(vision_folder, backend="pil")
     if shape.image_size is not None:
         image_processor.size = {"height": shape.image_size, "width": shape.image_size}

@@ -23,7 +23,7 @@ from .parts import Part
 from .prepare import assemble_start, encode_media, find_parts, prepare_dense
 from .results import example_rows, print_accuracy, save_model_folder, stage_metrics, write_results
 from .run import Quickstart
-from .stages import EXPERTS, language_recipe, multimodal_recipe, play_backwards
+from .stages import EXPERTS, language_recipe, multimodal_recipe, vary_videos
 
 INTERIM_SAMPLES_PER_TASK = 50
 # What the accuracy after a stage is called in the report.
@@ -80,7 +80,7 @@ class _Training:
             processor=self.processor,
             dataset=dataset,
             cache=self.train_cache,
-            augment=play_backwards,
+            augment=vary_videos,
             on_stage_start=self._announce,
             on_stage_end=self._after_stage,
         )

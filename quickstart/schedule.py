@@ -1,12 +1,14 @@
 """How a run's minutes are spent, and the plan that is shown before it starts."""
 
 from ..errors import RecipeError
-from .stages import EXPERTS, Budget
+from .stages import EXPERT_EFFORT, EXPERTS, Budget
 
 # Seconds that do not depend on the training budget: imports, parts, towers, evaluation, saving.
 FIXED_SECONDS = {"parts": 40.0, "towers": 120.0, "evaluation": 60.0}
 # Shares of the remaining time.
-SHARES = {"stage0": 0.18, "stage1": 0.24, "stage2": 0.18, "stage3": 0.40}
+SHARES = {"stage0": 0.18, "stage1": 0.28, "stage2": 0.15, "stage3": 0.39}
+# Of stage 2, for its longest run.
+LONGEST_EXPERT = max(EXPERT_EFFORT.values()) / sum(EXPERT_EFFORT.values())
 SHORTEST_MINUTES = 1.0
 
 
@@ -22,7 +24,7 @@ def budget_for(minutes: float, reference_minutes: float) -> Budget:
     reference = 60 * reference_minutes - fixed
     training = max(60 * minutes - fixed, 0.25 * 60 * minutes)
     limits = {stage: share * training for stage, share in SHARES.items()}
-    limits["stage2"] /= len(EXPERTS)
+    limits["stage2"] *= LONGEST_EXPERT
     return Budget().scaled(training / reference, limits)
 
 
@@ -35,10 +37,11 @@ def print_plan(minutes: float, budget: Budget, teach_language: bool) -> None:
     if teach_language:
         what = f"{budget.language} steps: a compact decoder learns the corpus's English"
         rows.append(("stage 0", what, budget.limit("stage0")))
-    experts = len(EXPERTS)
+    expert_steps = round(budget.expert * sum(EXPERT_EFFORT.values()))
+    expert_seconds = budget.limit("stage2") / LONGEST_EXPERT
     rows += [
         ("stage 1", f"{budget.connectors} steps: the connectors learn to speak to it", budget.limit("stage1")),
-        ("stage 2", f"{experts} x {budget.expert} steps: one expert per modality", experts * budget.limit("stage2")),
+        ("stage 2", f"{expert_steps} steps in all: {len(EXPERTS)} experts, one after the other", expert_seconds),
         (
             "stage 3",
             f"{budget.mixed} steps: router, connectors, LoRA on experts and attention",

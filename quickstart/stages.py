@@ -29,7 +29,7 @@ LANGUAGE_MIX = {
 }
 NOISE = {"image": 0.4, "video": 0.3, "speech": 0.1, "sound": 0.3}
 DROPOUT = {"image": 0.1, "speech": 0.05, "sound": 0.08}
-IMAGE_VARIANTS = 4
+IMAGE_VARIANTS = 6
 EXPERTS_PER_TOKEN = 2
 COMMON: dict[str, Any] = {
     "batch_size": 32,

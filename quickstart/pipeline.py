@@ -67,7 +67,7 @@ class _Training:
     def language(self) -> list[StageReport]:
         run = self.run
         self.recipe = language_recipe(run.work / "start", run.work, run.seed, run.budget, run.precision())
-        return self._run(self.recipe, ConversationDataset(self.recipe.data))
+        return self._run(self.recipe, run.language_dataset())
 
     def multimodal(self, dense: Path, num_layers: int) -> list[StageReport]:
         run = self.run

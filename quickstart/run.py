@@ -1,6 +1,7 @@
 """What a quickstart run was asked for, and where it keeps things."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..starter_corpus.corpus import load_samples
-from .evaluate import spread
+from ..starter_corpus.corpus import corpus_root, load_samples
+from ..trainers.data import ConversationDataset
 from .stages import Budget, faster_precision
 
 ATTEMPTS_FILE = "attempts.json"
@@ -24,7 +25,7 @@ class Quickstart:
         out: folder of the result; `out/work` holds what a killed run goes on from.
         language_model: "default" (SmolLM2), a folder or a Hub id; None makes a compact decoder and teaches it.
         vision_tower, speech_tower: a folder or a Hub id; None takes the defaults of `quickstart.parts`.
-        heldout_per_task, training_per_task: use fewer items, for tests.
+        words: use only items about these concepts (and all sounds); None uses everything.
     """
 
     out: Path
@@ -33,8 +34,7 @@ class Quickstart:
     language_model: str | None = None
     vision_tower: str | None = None
     speech_tower: str | None = None
-    heldout_per_task: int | None = None
-    training_per_task: int | None = None
+    words: tuple[str, ...] | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -74,9 +74,26 @@ class Quickstart:
         print(f"[{self.seconds:5.0f} s] {text}", flush=True)
 
     def training_samples(self) -> list[dict[str, Any]]:
-        samples = load_samples("train")
-        return samples if self.training_per_task is None else spread(samples, self.training_per_task)
+        return self._chosen(load_samples("train"))
 
     def heldout_samples(self) -> list[dict[str, Any]]:
-        samples = load_samples("heldout")
-        return samples if self.heldout_per_task is None else spread(samples, self.heldout_per_task)
+        return self._chosen(load_samples("heldout"))
+
+    def language_dataset(self) -> ConversationDataset:
+        """What stage 0 learns: plain English, questions about described media, text questions."""
+        everything = ConversationDataset([str(corpus_root() / "stage0.jsonl")])
+        return everything if self.words is None else ConversationDataset.from_samples(self._chosen(everything.samples))
+
+    def _chosen(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.words is None:
+            return samples
+        return [sample for sample in samples if sample["task"] == "sound" or set(self.words) & _words_of(sample)]
+
+
+def _words_of(sample: dict[str, Any]) -> set[str]:
+    """All words of a sample's texts and of its media files' names."""
+    texts = [sample.get("text", "")]
+    for message in sample.get("messages", []):
+        for item in message["content"]:
+            texts.append(item["text"] if item["type"] == "text" else Path(item["path"]).stem)
+    return set(re.findall(r"[a-z]+", " ".join(texts).lower()))

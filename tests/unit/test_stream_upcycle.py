@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands.convert import parse_groups, parse_layers
 from unimoe.conversion import stream_upcycle
+from unimoe.conversion.io import write_checkpoint
 from unimoe.conversion.llama_family import dense_from
 from unimoe.conversion.sources import open_source
 from unimoe.conversion.stream_upcycle import plan_upcycle, run_upcycle
@@ -166,6 +167,23 @@ def test_without_running_the_models_the_tensors_are_read_back(source: Path, tmp_
     receipt = run_upcycle(plan, tmp_path / "sparse", compare=False, progress=False)
     assert receipt.tensors_read_back == len(plan.outputs) == 30
     assert "30 tensors read back" in receipt.lines()[-1]
+
+
+def test_a_disk_that_writes_something_else_is_noticed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_and_flip(folder: Path, *arguments: Any, **options: Any) -> list[Path]:
+        shards = write_checkpoint(folder, *arguments, **options)
+        content = bytearray(shards[0].read_bytes())
+        content[-1] ^= 1
+        shards[0].write_bytes(content)
+        return shards
+
+    monkeypatch.setattr(stream_upcycle, "write_checkpoint", write_and_flip)
+    plan = plan_upcycle(open_source(str(source)), SPARSITY)
+    with pytest.raises(ConversionError, match="reads back differently"):
+        run_upcycle(plan, tmp_path / "sparse", compare=False, progress=False)
+    assert left_behind(tmp_path, "dense-llama") == []
 
 
 def test_a_wrong_conversion_is_refused_and_leaves_nothing(

@@ -40,6 +40,7 @@ from .collator import Augment, CachedCollator, RawCollator
 from .data import ConversationDataset
 from .encoder_cache import EncoderCache
 from .recipe import ExpertConfig, Recipe, StageConfig, save_recipe
+from .roles import role_of
 from .sampler import ModalityBatchSampler
 from .stage import (
     CHECKPOINTS_FOLDER,
@@ -191,6 +192,12 @@ class _Curriculum:
     def _train_experts(self, stage: StageConfig, dataset: ConversationDataset, folder: Path) -> StageReport:
         layers = sparse_layers(self.model, self.recipe.moe)
         owners = connector_owners(self.model, [(e.name, expert_modalities(dataset, e)) for e in stage.experts])
+        found = set().union(*(_roles_of(self.model, trained_by(e.name, owners, layers)) for e in stage.experts))
+        if wrong := sorted(set(stage.train) - found) or (["LoRA"] if stage.lora else []):
+            raise RecipeError(
+                f"The stage {stage.name!r} of kind 'experts' trains {wrong}; here it can train {sorted(found)}, because "
+                "nothing else of its runs goes into the sparse model."
+            )
         runs = []
         for expert in stage.experts:
             own = folder / expert.name
@@ -220,7 +227,7 @@ class _Curriculum:
         """Train one copy of the FFN in place, keep it in a folder, and put the dense one back."""
         trained = trained_by(expert.name, owners, layers)
         own_data = dataset.select(expert.modalities)
-        stage = _stage_of_expert(stage, expert, own_data, has_connectors=expert.name in owners.values())
+        stage = _stage_of_expert(stage, expert, own_data, _roles_of(self.model, trained))
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters() if trained(name)}
         name = f"{stage.name}/{expert.name}"
         self.model, report = run_training(
@@ -300,19 +307,17 @@ class _Curriculum:
 
 
 def _stage_of_expert(
-    stage: StageConfig, expert: ExpertConfig, dataset: ConversationDataset, has_connectors: bool
+    stage: StageConfig, expert: ExpertConfig, dataset: ConversationDataset, roles: set[str]
 ) -> StageConfig:
-    """A stage's settings for one of its experts: no connector role without connector, weights of its own data only."""
-    wrong = sorted(set(stage.train) - {"ffn", "connectors"})
-    if wrong or stage.lora is not None:
-        raise RecipeError(
-            f"The stage {stage.name!r} of kind 'experts' trains {wrong or 'LoRA'}; it can train 'ffn' and 'connectors' "
-            "only, because nothing else of its runs goes into the sparse model."
-        )
-    train = [role for role in stage.train if role != "connectors" or has_connectors]
+    """A stage's settings for one of its experts: only roles that its run has, weights of its own data only."""
+    train = [role for role in stage.train if role in roles]
     names = {name for group in dataset.groups for name in dataset.names_of(group)}
     weights = {name: weight for name, weight in stage.modality_weights.items() if name in names}
     return dataclasses.replace(stage, train=train, modality_weights=weights, steps=stage.steps_of(expert))
+
+
+def _roles_of(model: UniMoeForCausalLM, trained: Callable[[str], bool]) -> set[str]:
+    return {role_of(name) for name, _ in model.named_parameters() if trained(name)}
 
 
 def _with_implementations(model: UniMoeForCausalLM, recipe: Recipe) -> UniMoeForCausalLM:

@@ -62,8 +62,16 @@ def recipe(start: Path, out: Path, factor: float = 1.0, **overrides: Any) -> Rec
         "moe": MoeConfig(sparse_layers=SPARSE_LAYERS),
         "stages": [
             StageConfig("language", train=LANGUAGE, modalities=["text"], steps=steps(50), **common),
-            StageConfig("connectors", modalities=["image", "speech", "sound"], steps=steps(100), **common),
-            StageConfig("experts", "experts", ["ffn", "connectors"], experts=EXPERTS, steps=steps(10), **common),
+            StageConfig(
+                "connectors",
+                train=["connectors", "aligners"],
+                modalities=["image", "speech", "sound"],
+                steps=steps(100),
+                **common,
+            ),
+            StageConfig(
+                "experts", "experts", ["ffn", "connectors", "aligners"], experts=EXPERTS, steps=steps(10), **common
+            ),
             StageConfig(
                 "mixture",
                 "moe",
@@ -347,7 +355,9 @@ def test_impossible_stages_say_so(start: Path, tmp_path: Path) -> None:
         run_curriculum(made, progress_bar=False)
     made = recipe(start, tmp_path / "b")
     made.stages = [dataclasses.replace(made.stages[2], train=["ffn", "attention"])]
-    with pytest.raises(RecipeError, match=r"of kind 'experts' trains \['attention'\]"):
+    with pytest.raises(
+        RecipeError, match=r"of kind 'experts' trains \['attention'\]; here it can train \['aligners', "
+    ):
         run_curriculum(made, progress_bar=False)
     made = recipe(start, tmp_path / "c")
     made.stages = [dataclasses.replace(made.stages[1], modalities=["video"])]

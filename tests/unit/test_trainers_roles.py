@@ -26,7 +26,9 @@ def model() -> UniMoeForCausalLM:
     ("name", "role"),
     [
         ("model.vision_tower.encoder.layers.0.self_attn.q_proj.weight", "towers"),
-        ("model.speech_connector.decoder.layers.0.self_attn.q_proj.weight", "connectors"),
+        ("model.speech_connector.decoder.layers.0.self_attn.q_proj.weight", "aligners"),
+        ("model.sound_connector.qformer.layernorm.weight", "aligners"),
+        ("model.speech_connector.query_tokens", "connectors"),
         ("model.image_connector.output_norm.weight", "connectors"),
         ("model.language_model.layers.1.mlp.gate_proj.weight", "ffn"),
         ("model.language_model.layers.0.mlp.gate.weight", "router"),

@@ -45,7 +45,7 @@ def test_one_group_is_plain_top_k(top_k: int, normalize: bool) -> None:
     torch.testing.assert_close(logits, x @ gate.weight.T)
     for token in range(TOKENS):
         scores = torch.exp(logits[token]) / torch.exp(logits[token]).sum()
-        best = sorted(range(4), key=lambda e: -float(scores[e]))[:top_k]
+        best = sorted(range(4), key=lambda e: -scores[e].item())[:top_k]
         assert experts[token].tolist() == best
         expected = scores[best] / scores[best].sum() if normalize else scores[best]
         torch.testing.assert_close(weights[token], expected)

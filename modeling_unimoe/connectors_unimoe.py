@@ -19,6 +19,9 @@ from transformers import initialization as init
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from .errors_unimoe import ConfigurationError
+from .modeling_unimoe_text import UniMoeRMSNorm
+
+OUTPUT_NORM_EPS = 1e-6
 
 # A configuration comes from strangers: these caps keep a hostile one from asking for a terabyte.
 _LARGEST = {
@@ -53,26 +56,12 @@ class ConnectorConfig(Protocol):
     qformer_config: dict[str, Any] | None
 
 
-class UniMoeConnectorRMSNorm(nn.Module):
-    """RMSNorm computed in fp32. Its weight sets the scale at which connected features enter the decoder."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = hidden_states.float()
-        normed = normed * torch.rsqrt(normed.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(hidden_states.dtype)
-
-
 class UniMoeConnector(nn.Module):
     """What the three kinds share: `output_norm` and the order of steps."""
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
-        self.output_norm = UniMoeConnectorRMSNorm(config.output_size) if config.output_norm else nn.Identity()
+        self.output_norm = UniMoeRMSNorm(config.output_size, OUTPUT_NORM_EPS) if config.output_norm else nn.Identity()
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Connects one batch of tower states.
@@ -239,7 +228,6 @@ __all__ = [
     "QFormerConnector",
     "QueryDecoderConnector",
     "UniMoeConnector",
-    "UniMoeConnectorRMSNorm",
     "build_connector",
     "init_connector_weights",
 ]

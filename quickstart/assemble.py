@@ -22,8 +22,8 @@ from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
 from .language import MEDIA_TOKENS, Decoder
+from .shorten_whisper import shorten_whisper
 
-WHISPER_POSITIONS_PER_SECOND = 50
 WHISPER_PROMPT = ["<|startoftranscript|>", "<|notimestamps|>"]
 
 
@@ -88,8 +88,7 @@ def _model_config(
     shape: Shape,
 ) -> UniMoeConfig:
     hidden = text_config.hidden_size
-    speech_config = whisper.config.to_dict()
-    speech_config["max_source_positions"] = shape.window_seconds * WHISPER_POSITIONS_PER_SECOND
+    speech_config = shorten_whisper(whisper, shape.window_seconds)[0].to_dict()
     vision_layer, vision_size = _vision_layer(vision)
 
     def connector(**fields: Any) -> dict[str, Any]:
@@ -138,18 +137,16 @@ def _load_whisper(model: UniMoeForCausalLM, whisper: WhisperForConditionalGenera
     The first two queries start as the embeddings of Whisper's own prompt (start of transcript, no timestamps): so the
     second one already decodes to the state from which Whisper would read off the first spoken word.
     """
-    encoder = whisper.model.encoder.state_dict()
-    positions = shape.window_seconds * WHISPER_POSITIONS_PER_SECOND
-    encoder["embed_positions.weight"] = encoder["embed_positions.weight"][:positions]
+    _, encoder, decoder = shorten_whisper(whisper, shape.window_seconds)
     model.model.speech_tower.load_state_dict(encoder)
     connector = model.model.speech_connector
     if not isinstance(connector, QueryDecoderConnector):
         return
-    decoder = {k: v for k, v in whisper.model.decoder.state_dict().items() if not k.startswith("embed_tokens.")}
+    word_embeddings = decoder.pop("embed_tokens.weight")
     connector.decoder.load_state_dict(decoder)
     prompt = AutoTokenizer.from_pretrained(whisper.config._name_or_path).convert_tokens_to_ids(WHISPER_PROMPT)
     with torch.no_grad():
-        embeddings = whisper.model.decoder.embed_tokens.weight[prompt]
+        embeddings = word_embeddings[prompt]
         connector.query_tokens[0, : len(embeddings)] = embeddings[: connector.query_tokens.shape[1]]
 
 

@@ -14,11 +14,11 @@ from unimoe.modeling_unimoe.connectors_unimoe import (
     MlpConnector,
     QFormerConnector,
     QueryDecoderConnector,
-    UniMoeConnectorRMSNorm,
     build_connector,
     init_connector_weights,
 )
 from unimoe.modeling_unimoe.errors_unimoe import ConfigurationError
+from unimoe.modeling_unimoe.modeling_unimoe_text import UniMoeRMSNorm
 
 INPUT, OUTPUT, QUERIES, POSITIONS = 16, 24, 5, 12
 WHISPER = {
@@ -293,6 +293,6 @@ def test_types_map_to_classes() -> None:
 
 @torch.no_grad()
 def test_rmsnorm_computes_in_float32() -> None:
-    norm = UniMoeConnectorRMSNorm(OUTPUT).to(torch.float16)
+    norm = UniMoeRMSNorm(OUTPUT, 1e-6).to(torch.float16)
     large = torch.full((1, OUTPUT), 30_000.0, dtype=torch.float16)
     torch.testing.assert_close(norm(large), torch.ones(1, OUTPUT, dtype=torch.float16))

@@ -99,11 +99,12 @@ def _download(
 ) -> bytes:
     connection = http.client.HTTPConnection(host, port)
     watchdog = line = None
+    expired = threading.Event()
     try:
         raw = socket.create_connection((address, port), timeout=policy.network_seconds)
         # The socket's own timeout restarts with every byte; this one does not, so a dripping server is cut off too.
         line = raw.dup()  # TLS takes `raw` over
-        watchdog = threading.Timer(policy.network_seconds, _shut_down, args=(line,))
+        watchdog = threading.Timer(policy.network_seconds, _shut_down, args=(line, expired))
         watchdog.daemon = True
         watchdog.start()
         connection.sock = (
@@ -116,7 +117,8 @@ def _download(
         content = response.read(policy.network_bytes + 1)
         if response.length and len(content) <= policy.network_bytes:
             raise http.client.IncompleteRead(content)
-        if not watchdog.is_alive():
+        # A line cut in the headers reads like their end, so the reader alone cannot tell.
+        if expired.is_set():
             raise TimeoutError("media download")
     except (OSError, http.client.HTTPException):
         raise MediaError(kind, f"the download failed or took over {policy.network_seconds:g} s", where) from None
@@ -130,6 +132,7 @@ def _download(
     return content
 
 
-def _shut_down(raw: socket.socket) -> None:
+def _shut_down(raw: socket.socket, expired: threading.Event) -> None:
+    expired.set()  # first: the reader wakes up at once
     with contextlib.suppress(OSError):
         raw.shutdown(socket.SHUT_RDWR)

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "UniMoeConfig": ".modeling_unimoe.configuration_unimoe",
     "UniMoeConnectorConfig": ".modeling_unimoe.configuration_unimoe",
-    "UniMoeTextConfig": ".modeling_unimoe.configuration_unimoe",
+    "UniMoeTextConfig": ".modeling_unimoe.configuration_unimoe_text",
     "UniMoeBeatsConfig": ".modeling_unimoe.configuration_unimoe_beats",
     "UniMoeModel": ".modeling_unimoe.modeling_unimoe",
     "UniMoeForCausalLM": ".modeling_unimoe.modeling_unimoe",

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 _CONFIGURATION = ".modeling_unimoe.configuration_unimoe"
+_TEXT_CONFIGURATION = ".modeling_unimoe.configuration_unimoe_text"
 _BEATS_CONFIGURATION = ".modeling_unimoe.configuration_unimoe_beats"
 
 
@@ -74,13 +75,14 @@ def register_when_used() -> None:
     """
     when_imported("transformers.models.auto.configuration_auto", _register_names)
     when_imported(f"{__package__}{_BEATS_CONFIGURATION}", _register_beats)
+    when_imported(f"{__package__}{_TEXT_CONFIGURATION}", _register_text)
     when_imported(f"{__package__}{_CONFIGURATION}", _register_models)
 
 
 def _register_names(configuration_auto: ModuleType) -> None:
     for model_type, config_class in {
         "unimoe": LazyClass(_CONFIGURATION, "UniMoeConfig"),
-        "unimoe_text": LazyClass(_CONFIGURATION, "UniMoeTextConfig"),
+        "unimoe_text": LazyClass(_TEXT_CONFIGURATION, "UniMoeTextConfig"),
         "unimoe_beats": LazyClass(_BEATS_CONFIGURATION, "UniMoeBeatsConfig"),
     }.items():
         configuration_auto.CONFIG_MAPPING.register(model_type, config_class, exist_ok=True)
@@ -91,9 +93,12 @@ def _register_beats(configuration: ModuleType) -> None:
     _register(config_class, LazyClass(".modeling_unimoe.modeling_unimoe_beats", "UniMoeBeatsModel"), ["MODEL_MAPPING"])
 
 
+def _register_text(configuration: ModuleType) -> None:
+    config_class = configuration.UniMoeTextConfig
+    _register(config_class, LazyClass(".modeling_unimoe.modeling_unimoe_text", "UniMoeTextModel"), ["MODEL_MAPPING"])
+
+
 def _register_models(configuration: ModuleType) -> None:
-    text_model = LazyClass(".modeling_unimoe.modeling_unimoe_text", "UniMoeTextModel")
-    _register(configuration.UniMoeTextConfig, text_model, ["MODEL_MAPPING"])
     config_class = configuration.UniMoeConfig
     _register(config_class, LazyClass(".modeling_unimoe.modeling_unimoe", "UniMoeModel"), ["MODEL_MAPPING"])
     _register(

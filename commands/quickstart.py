@@ -6,6 +6,7 @@ from pathlib import Path
 EXAMPLES = """examples:
   unimoe quickstart                          about 12 minutes on two CPU cores
   unimoe quickstart --minutes 30 --seed 1    train longer
+  unimoe quickstart --compare                afterwards train a dense model equally long, for comparison
   unimoe quickstart --preset smollm2 --minutes 600 --out smollm2-run
 
 The same command goes on where a killed run stopped.
@@ -32,6 +33,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--language-model", metavar="FOLDER|HUB_ID", help="a LLaMA-family model of your own")
     parser.add_argument("--vision-tower", metavar="FOLDER|HUB_ID", help="any vision encoder of transformers")
     parser.add_argument("--speech-tower", metavar="FOLDER|HUB_ID", help="a Whisper model")
+    parser.add_argument(
+        "--compare", action="store_true", help="also train a dense model on as many batches, after the --minutes"
+    )
     parser.set_defaults(run=run)
 
 
@@ -54,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
             language_model=language_model,
             vision_tower=args.vision_tower,
             speech_tower=args.speech_tower,
+            compare=args.compare,
         )
     )
     return 0

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from ..errors import ConversionError
-from ..modeling_unimoe.configuration_unimoe import MODALITIES, UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .parameters import count_parameters, total_and_active
 from .receipt import Comparison, Continuation

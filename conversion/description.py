@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
-from ..modeling_unimoe.configuration_unimoe import MODALITIES, UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
 from .io import Checkpoint, read_json
 from .model_card import modalities_of
 from .parameters import ParameterCount, count_parameters, total_and_active

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.initialization import no_init_weights
 
 from ..errors import ConversionError
-from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeTextConfig
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 
 Shapes = Mapping[str, tuple[int, ...]]

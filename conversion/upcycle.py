@@ -17,7 +17,8 @@ from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
 from ..errors import ConversionError
-from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeTextConfig
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 
 RouterInit = Literal["normal", "zeros"]

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, R gate rows of one layer, K experts per token.
 
 import torch
 
-from .configuration_unimoe import UniMoeTextConfig
+from .configuration_unimoe_text import UniMoeTextConfig
 
 
 def load_balancing_loss(

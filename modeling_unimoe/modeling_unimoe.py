@@ -17,7 +17,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_torchvision_available
 
-from .configuration_unimoe import AUTO_MAP, MODALITIES, UniMoeConfig
+from .configuration_unimoe import AUTO_MAP, UniMoeConfig
+from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import init_connector_weights
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin
 from .errors_unimoe import ModalityError

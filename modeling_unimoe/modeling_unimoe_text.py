@@ -26,7 +26,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_unimoe import UniMoeTextConfig
+from .configuration_unimoe_text import UniMoeTextConfig
 from .routing_unimoe import UniMoeRouter
 
 

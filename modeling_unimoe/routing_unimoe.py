@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .configuration_unimoe import UniMoeTextConfig
+from .configuration_unimoe_text import UniMoeTextConfig
 
 
 class UniMoeRouter(nn.Module):

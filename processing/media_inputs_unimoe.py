@@ -83,3 +83,18 @@ def load_image_processor(settings: dict[str, Any], folder: str, **kwargs: Any) -
     if pil_class is not None:
         return pil_class.from_dict(settings)
     return transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **kwargs)
+
+
+def check_token_counts(processor: Any) -> None:
+    """Raises a PlaceholderError unless a processor's token counts are sane and fit its feature extractor."""
+    for name in ("image_tokens", "video_tokens", "speech_tokens", "sound_tokens"):
+        value = getattr(processor, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65_536:
+            raise PlaceholderError(f"UniMoeProcessor: {name} is {value!r}; use a whole number from 0 to 65536.")
+    extractor = getattr(processor, "feature_extractor", None)
+    for branch in ("speech", "sound"):
+        tokens = getattr(processor, f"{branch}_tokens")
+        made = extractor is not None and getattr(extractor, branch)
+        if extractor is not None and made != (tokens > 0):
+            has = f"the feature extractor {'makes' if made else 'does not make'} {branch} features"
+            raise PlaceholderError(f"UniMoeProcessor: {branch}_tokens is {tokens}, but {has}.")

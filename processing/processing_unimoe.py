@@ -29,7 +29,7 @@ from .chat_unimoe import (
     read_messages,
 )
 from .feature_extraction_unimoe import UniMoeFeatureExtractor
-from .media_inputs_unimoe import load_image_processor, process_media, waiting_runs
+from .media_inputs_unimoe import check_token_counts, load_image_processor, process_media, waiting_runs
 from .media_unimoe import DEFAULT_POLICY, ConversationError, PlaceholderError
 from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
 from .video_processing_unimoe import UniMoeVideoProcessor
@@ -96,7 +96,7 @@ class UniMoeProcessor(ProcessorMixin):
         self._encoders: dict[tuple[str, int], ChatEncoder] = {}
         self.image_token, self.video_token, self.audio_token = IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN
         self.sound_token = SOUND_TOKEN
-        self._check_counts()
+        check_token_counts(self)
         self.image_token_id = self._placeholder_id(IMAGE_TOKEN, image_tokens)
         self.video_token_id = self._placeholder_id(VIDEO_TOKEN, video_tokens)
         # Every clip has one <audio> in the text, also where only the sound branch exists.
@@ -322,19 +322,6 @@ class UniMoeProcessor(ProcessorMixin):
             return super().to_dict()
         finally:
             self._encoders = encoders
-
-    def _check_counts(self) -> None:
-        for name in ("image_tokens", "video_tokens", "speech_tokens", "sound_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65_536:
-                raise PlaceholderError(f"UniMoeProcessor: {name} is {value!r}; use a whole number from 0 to 65536.")
-        extractor = getattr(self, "feature_extractor", None)
-        for branch in ("speech", "sound"):
-            tokens = getattr(self, f"{branch}_tokens")
-            made = extractor is not None and getattr(extractor, branch)
-            if extractor is not None and made != (tokens > 0):
-                has = f"the feature extractor {'makes' if made else 'does not make'} {branch} features"
-                raise PlaceholderError(f"UniMoeProcessor: {branch}_tokens is {tokens}, but {has}.")
 
     def _placeholder_id(self, token: str, tokens_needed: int) -> int | None:
         token_id = self.tokenizer.convert_tokens_to_ids(token)

@@ -15,7 +15,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeTextConfig
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..modeling_unimoe.connectors_unimoe import QueryDecoderConnector
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor

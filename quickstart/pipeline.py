@@ -17,11 +17,12 @@ from ..trainers.encoder_cache import EncoderCache
 from ..trainers.recipe import Recipe
 from ..trainers.stage import StageReport
 from .baselines import heldout_baselines
+from .compare import train_dense_twin
 from .evaluate import accuracy_by_task, answer_samples, load_by_modality, spread
 from .fresh_process import answer_in_fresh_process
 from .parts import Part
 from .prepare import assemble_start, encode_media, find_parts, prepare_dense
-from .results import example_rows, print_accuracy, save_model_folder, stage_metrics, write_results
+from .results import Outcome, example_rows, print_outcome, save_model_folder, stage_metrics, write_results
 from .run import Quickstart
 from .stages import EXPERTS, language_recipe, multimodal_recipe, vary_videos
 
@@ -44,7 +45,13 @@ def run_quickstart(run: Quickstart) -> dict[str, Any]:
         reports = trained.language() if run.language_model is None else []
         dense = prepare_dense(run, Path(reports[-1].model) if reports else run.work / "start", processor)
         reports += trained.multimodal(dense, model.config.text_config.num_hidden_layers)
-        return _finish(run, trained, reports, parts)
+        outcome = _finish(run, trained, reports, parts)
+    if run.compare:
+        caches = (trained.train_cache, trained.test_cache)
+        outcome.metrics["dense_twin"] = train_dense_twin(run, reports, processor, caches, heldout)
+        write_results(run, outcome)
+    print_outcome(run, outcome)
+    return outcome.metrics
 
 
 class _Training:
@@ -109,7 +116,7 @@ class _Training:
         return {"accuracy": accuracy}
 
 
-def _finish(run: Quickstart, trained: _Training, reports: list[StageReport], parts: list[Part]) -> dict[str, Any]:
+def _finish(run: Quickstart, trained: _Training, reports: list[StageReport], parts: list[Part]) -> Outcome:
     """Evaluate the final model, save it with its numbers, and let it answer in a process without this package."""
     run.say("The final model answers all held-out questions, freely, as text")
     model = load_start_model(reports[-1].model, trained.recipe)
@@ -130,10 +137,6 @@ def _finish(run: Quickstart, trained: _Training, reports: list[StageReport], par
     examples = example_rows(answers)
     said = answer_in_fresh_process(run.out / "model", examples)
     metrics["seconds"] = run.total_seconds
-    write_results(run, metrics, reports, router_load, examples, parts)
-    print_accuracy(metrics)
-    for example, text in zip(examples, said, strict=True):
-        verdict = "right" if text == example["truth"] else f"it is: {example['truth']}"
-        run.say(f"  {example['task']:15s} {example['question']} -> {text} ({verdict})")
-    run.say(f"Model: {run.out / 'model'}; look at {run.out / 'report.html'}")
-    return metrics
+    outcome = Outcome(metrics, reports, parts, router_load, examples, said)
+    write_results(run, outcome)
+    return outcome

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,23 @@ LIMITS = (
     "Audio windows are 3 seconds long instead of 30, because the corpus's clips are short.",
 )
 STAGE_FIELDS = ("name", "seconds", "steps", "trainable_parameters", "loss_first", "loss_last")
+
+
+@dataclass
+class Outcome:
+    """A finished run: the content of metrics.json, and what the report and the screen show beside it.
+
+    Args:
+        router_load: see `load_by_modality`.
+        examples: see `example_rows`; `said` are the same questions answered by the saved folder in a fresh process.
+    """
+
+    metrics: dict[str, Any]
+    reports: list[StageReport]
+    parts: list[Part]
+    router_load: dict[str, list[list[float]]]
+    examples: list[dict[str, Any]]
+    said: list[str]
 
 
 def stage_metrics(report: StageReport) -> dict[str, Any]:
@@ -80,40 +97,48 @@ def save_model_folder(
     (folder / "router_load.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
-def write_results(
-    run: Quickstart,
-    metrics: dict[str, Any],
-    reports: list[StageReport],
-    router_load: dict[str, list[list[float]]],
-    examples: list[dict[str, Any]],
-    parts: list[Part],
-) -> None:
+def write_results(run: Quickstart, outcome: Outcome) -> None:
     """metrics.json and report.html."""
+    metrics, router_load = outcome.metrics, outcome.router_load
     (run.out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     details = {
-        "loss_curves": _loss_curves(run, reports),
+        "loss_curves": _loss_curves(run, outcome.reports),
         "expert_load": router_load,
         "sparse_layers": sparse_layers(2 * len(next(iter(router_load.values())))),
         "experts": list(EXPERTS),
-        "parts": [(part.name, part.licence, part.source, part.digest[:16]) for part in parts],
-        "accuracy_by_stage": metrics["accuracy_by_stage"],
-        "examples": examples,
+        "parts": [(part.name, part.licence, part.source, part.digest[:16]) for part in outcome.parts],
+        "accuracy_by_stage": accuracy_columns(metrics),
+        "examples": outcome.examples,
         "limits": LIMITS,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
     }
     write_report(run.out, metrics, details)
 
 
-def print_accuracy(metrics: dict[str, Any]) -> None:
-    """The table that a newcomer sees at the end."""
-    moments = list(metrics["accuracy_by_stage"])
-    header = ["task", "n", "chance", "majority", "probe", *moments, "final"]
+def accuracy_columns(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What stands beside the final model's accuracy: the model after each stage and, with --compare, its dense twin."""
+    twin = {"dense twin": metrics["dense_twin"]["accuracy"]} if "dense_twin" in metrics else {}
+    return {**metrics["accuracy_by_stage"], **twin}
+
+
+def print_outcome(run: Quickstart, outcome: Outcome) -> None:
+    """The table that a newcomer sees at the end, the answers of the saved folder, and where everything lies."""
+    _print_accuracy(outcome.metrics)
+    for example, text in zip(outcome.examples, outcome.said, strict=True):
+        verdict = "right" if text == example["truth"] else f"it is: {example['truth']}"
+        run.say(f"  {example['task']:15s} {example['question']} -> {text} ({verdict})")
+    run.say(f"Model: {run.out / 'model'}; look at {run.out / 'report.html'}")
+
+
+def _print_accuracy(metrics: dict[str, Any]) -> None:
+    columns = accuracy_columns(metrics)
+    header = ["task", "n", "chance", "majority", "probe", *columns, "final"]
     lines = [header]
     for task, row in metrics["heldout"].items():
         probe = _percent(row["probe_accuracy"])
         if "pixel_probe_accuracy" in row:
             probe += f" (pixels {_percent(row['pixel_probe_accuracy'])})"
-        trail = [_percent(metrics["accuracy_by_stage"][moment].get(task)) for moment in moments]
+        trail = [_percent(accuracy.get(task)) for accuracy in columns.values()]
         baselines = [_percent(row["chance"]), _percent(row["majority"]), probe]
         lines.append([task, str(row["n"]), *baselines, *trail, _percent(row["accuracy"])])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

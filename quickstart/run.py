@@ -25,6 +25,7 @@ class Quickstart:
         out: folder of the result; `out/work` holds what a killed run goes on from.
         language_model: "default" (SmolLM2), a folder or a Hub id; None makes a compact decoder and teaches it.
         vision_tower, speech_tower: a folder or a Hub id; None takes the defaults of `quickstart.parts`.
+        compare: also train a dense model equally long, after everything else.
         words: use only items about these concepts (and all sounds); None uses everything.
     """
 
@@ -34,6 +35,7 @@ class Quickstart:
     language_model: str | None = None
     vision_tower: str | None = None
     speech_tower: str | None = None
+    compare: bool = False
     words: tuple[str, ...] | None = None
     started: float = field(default_factory=time.monotonic)
 

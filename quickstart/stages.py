@@ -125,6 +125,32 @@ def multimodal_recipe(start: Path, work: Path, seed: int, budget: Budget, num_la
     )
 
 
+def dense_twin_recipe(start: Path, work: Path, seed: int, steps: int, precision: str) -> Recipe:
+    """What the sparse model is compared with: the dense one, all of its decoder and its connectors trained at once."""
+    stage = StageConfig(
+        name="dense_twin",
+        train=["ffn", "attention", "connectors"],
+        modality_weights=MIX,
+        steps=steps,
+        learning_rate={"ffn": 1e-3, "attention": 1e-3, "connectors": 5e-4},
+        warmup_steps=20,
+        label_smoothing=0.02,
+        **COMMON,
+    )
+    data = [str(corpus_root() / "train.jsonl")]
+    out = str(work / "compare")
+    return Recipe(
+        model=str(start),
+        data=data,
+        out=out,
+        seed=seed,
+        stages=[stage],
+        precision=precision,  # type: ignore[arg-type]
+        cache=str(work / "tower_states"),
+        cache_variants={"image": IMAGE_VARIANTS},
+    )
+
+
 def _stage1(budget: Budget) -> StageConfig:
     return StageConfig(
         name="stage1",

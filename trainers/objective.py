@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from unimoe.modeling_unimoe.configuration_unimoe import UniMoeTextConfig
+from unimoe.modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from unimoe.modeling_unimoe.losses_unimoe import load_balancing_loss, router_z_loss
 
 IGNORED = -100

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from unimoe import UniMoeTextConfig
-from unimoe.modeling_unimoe.configuration_unimoe import MODALITIES
+from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
 from unimoe.modeling_unimoe.modeling_unimoe_text import UniMoeSparseBlock, UniMoeTextModel
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter
 

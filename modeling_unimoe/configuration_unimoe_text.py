@@ -1,0 +1,240 @@
+"""Configuration of the decoder: a LLaMA-family language model, dense or sparse, with routing as data."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .errors_unimoe import ConfigurationError
+
+# The position of a name in this tuple is its id in `mm_token_type_ids`.
+# "speech" is audio that went through the speech tower, "sound" audio that went through the sound branch.
+MODALITIES = ("text", "image", "video", "speech", "sound")
+
+# A configuration comes from strangers: these caps keep a hostile one from asking for a terabyte.
+MAX_EXPERTS = 4096
+MAX_LAYERS = 1024
+MAX_HIDDEN_SIZE = 65_536
+MAX_INTERMEDIATE_SIZE = 1 << 20
+MAX_VOCAB_SIZE = 1 << 24
+MAX_HEADS = 4096
+
+
+def require_range(owner: str, field: str, value: float, low: float, high: float) -> None:
+    """Raises a ConfigurationError unless low <= value <= high."""
+    if not (low <= value <= high):
+        raise ConfigurationError(f"{owner}.{field} is {value!r}; it must be between {low} and {high}.")
+
+
+@dataclass(frozen=True)
+class RouterGroup:
+    """One routing group: the experts that the tokens of some modalities may choose from."""
+
+    name: str
+    experts: tuple[int, ...]
+    modalities: tuple[str, ...]
+
+
+@strict
+class UniMoeTextConfig(PreTrainedConfig):
+    r"""The decoder: LLaMA-family, dense or sparse.
+
+    Args:
+        head_dim: size of one attention head; `hidden_size // num_attention_heads` when absent.
+        attention_bias: biases on the q, k and v projections (Qwen2). `attention_output_bias` adds one to o_proj.
+        use_qk_norm: RMSNorm on each query and key head before RoPE (Qwen3).
+        sliding_window: attention span in tokens on every layer; None attends to everything.
+        num_experts: experts in each sparse layer; 0 makes a dense decoder.
+        num_experts_per_tok: experts that each token uses.
+        moe_intermediate_size: FFN width of one expert; `intermediate_size` when absent.
+        sparse_layers: 0-based indices of the layers whose FFN is sparse; None means every layer.
+        expert_groups: group name -> ids of the experts its tokens may choose from. Groups may overlap (MoIIE's shared
+            experts). None means one group that holds every expert (Uni-MoE).
+        modality_groups: modality name (see `MODALITIES`) -> group name. Needed with `expert_groups` unless the
+            groups are named after the modalities.
+        router_scoring: how logits become weights, over the experts of the token's group.
+        norm_topk_prob: divide the chosen weights by their sum.
+        router_jitter_noise: relative size of the multiplicative uniform noise on the router's input, training only.
+        router_aux_loss_coef: weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6).
+        router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
+    """
+
+    model_type = "unimoe_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_local_experts": "num_experts"}
+    default_theta = 10_000.0
+
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan: ClassVar[dict[str, Any]] = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32_000
+    hidden_size: int = 4096
+    intermediate_size: int = 11_008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: float | int = 0.0
+    use_qk_norm: bool = False
+    sliding_window: int | None = None
+
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    sparse_layers: list[int] | None = None
+    expert_groups: dict[str, list[int]] | None = None
+    modality_groups: dict[str, str] | None = None
+    router_scoring: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    router_jitter_noise: float | int = 0.0
+    router_aux_loss_coef: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
+    output_router_logits: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.sparse_layers is None:
+            self.sparse_layers = list(range(self.num_hidden_layers)) if self.num_experts else []
+        if self.expert_groups is not None:
+            # Gate rows follow the order of the groups, and a saved configuration comes back sorted by name.
+            self.expert_groups = dict(sorted(self.expert_groups.items()))
+        self._check_sizes()
+        self._check_routing()
+        super().__post_init__(**kwargs)
+
+    @property
+    def router_groups(self) -> list[RouterGroup]:
+        """The routing groups in gate-row order, by name; one group "all" when `expert_groups` is None."""
+        if self.expert_groups is None:
+            return [RouterGroup("all", tuple(range(self.num_experts)), MODALITIES)]
+        members: dict[str, list[str]] = {name: [] for name in self.expert_groups}
+        for modality in MODALITIES:
+            members[self._group_of(modality)].append(modality)
+        return [RouterGroup(name, tuple(ids), tuple(members[name])) for name, ids in self.expert_groups.items()]
+
+    @property
+    def group_of_modality(self) -> list[int]:
+        """Index into `router_groups` for each modality id."""
+        if self.expert_groups is None:
+            return [0] * len(MODALITIES)
+        names = list(self.expert_groups)
+        return [names.index(self._group_of(modality)) for modality in MODALITIES]
+
+    def is_sparse(self, layer_index: int) -> bool:
+        return layer_index in self.sparse_layers
+
+    def _group_of(self, modality: str) -> str:
+        group = (self.modality_groups or {}).get(modality, modality)
+        if group not in self.expert_groups:
+            raise ConfigurationError(
+                f"UniMoeTextConfig.modality_groups sends {modality!r} to {group!r}, which is not in expert_groups "
+                f"({sorted(self.expert_groups)}). Give every modality of {MODALITIES} a group that exists."
+            )
+        return group
+
+    def _check_sizes(self) -> None:
+        owner = "UniMoeTextConfig"
+        for field, high in (
+            ("vocab_size", MAX_VOCAB_SIZE),
+            ("hidden_size", MAX_HIDDEN_SIZE),
+            ("intermediate_size", MAX_INTERMEDIATE_SIZE),
+            ("moe_intermediate_size", MAX_INTERMEDIATE_SIZE),
+            ("num_hidden_layers", MAX_LAYERS),
+            ("num_attention_heads", MAX_HEADS),
+            ("num_key_value_heads", MAX_HEADS),
+            ("head_dim", MAX_HIDDEN_SIZE),
+            ("max_position_embeddings", 1 << 31),
+        ):
+            require_range(owner, field, getattr(self, field), 1, high)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigurationError(
+                f"{owner}.num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})."
+            )
+        if self.sliding_window is not None:
+            require_range(owner, "sliding_window", self.sliding_window, 1, 1 << 31)
+        if self.pad_token_id is not None:
+            require_range(owner, "pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
+        for field in ("initializer_range", "rms_norm_eps", "attention_dropout"):
+            require_range(owner, field, getattr(self, field), 0, 1)
+
+    def _check_routing(self) -> None:
+        owner = "UniMoeTextConfig"
+        require_range(owner, "num_experts", self.num_experts, 0, MAX_EXPERTS)
+        for field in ("router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef"):
+            if not math.isfinite(getattr(self, field)) or getattr(self, field) < 0:
+                raise ConfigurationError(f"{owner}.{field} is {getattr(self, field)!r}; it must be finite and >= 0.")
+        wrong = [i for i in self.sparse_layers if not 0 <= i < self.num_hidden_layers]
+        if wrong or len(set(self.sparse_layers)) != len(self.sparse_layers):
+            raise ConfigurationError(
+                f"{owner}.sparse_layers is {self.sparse_layers}; it must list different layers between 0 and "
+                f"{self.num_hidden_layers - 1}."
+            )
+        if not self.num_experts:
+            if self.sparse_layers:
+                raise ConfigurationError(f"{owner}.sparse_layers is {self.sparse_layers} but num_experts is 0.")
+            return
+        for name, experts in (self.expert_groups or {}).items():
+            self._check_group(name, experts)
+        smallest = min(len(group.experts) for group in self.router_groups)
+        if not 1 <= self.num_experts_per_tok <= smallest:
+            raise ConfigurationError(
+                f"{owner}.num_experts_per_tok is {self.num_experts_per_tok}; it must be between 1 and {smallest}, "
+                "the number of experts in the smallest group."
+            )
+        unused = set(range(self.num_experts)) - {i for group in self.router_groups for i in group.experts}
+        if unused:
+            raise ConfigurationError(f"{owner}.expert_groups names no group for experts {sorted(unused)}: add them.")
+
+    def _check_group(self, name: str, experts: list[int]) -> None:
+        if not experts or len(set(experts)) != len(experts) or not set(experts) <= set(range(self.num_experts)):
+            raise ConfigurationError(
+                f"UniMoeTextConfig.expert_groups[{name!r}] is {experts}; it must list different experts between 0 "
+                f"and {self.num_experts - 1}."
+            )
+
+
+__all__ = ["MODALITIES", "RouterGroup", "UniMoeTextConfig"]

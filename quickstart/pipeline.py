@@ -24,11 +24,9 @@ from .parts import Part
 from .prepare import assemble_start, encode_media, find_parts, prepare_dense
 from .results import Outcome, example_rows, print_outcome, save_model_folder, stage_metrics, write_results
 from .run import Quickstart
-from .stages import EXPERTS, language_recipe, multimodal_recipe, vary_videos
+from .stages import EXPERTS, MOMENTS, language_recipe, multimodal_recipe, vary_videos
 
 INTERIM_SAMPLES_PER_TASK = 50
-# What the accuracy after a stage is called in the report.
-MOMENTS = {"stage0": "after stage 0", "stage1": "after stage 1", "stage2": "before stage 3"}
 
 
 def run_quickstart(run: Quickstart) -> dict[str, Any]:

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from PIL import Image
+
+from ..processing.media_video_unimoe import load_video
+from .stages import MOMENTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -24,10 +28,10 @@ SECONDS_AND_LOSSES = ("seconds", "loss_first", "loss_last")
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1f2933}
 h1{margin-bottom:0}table{border-collapse:collapse;margin:1rem 0;width:100%}
-td,th{padding:.3rem .7rem;border-bottom:1px solid #e4e7eb;text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}.note{color:#52606d}
+td,th{padding:.3rem .5rem;border-bottom:1px solid #e4e7eb;text-align:right;vertical-align:top;overflow-wrap:anywhere}
+td:first-child,th:first-child{text-align:left}table.accuracy td:last-child{font-weight:bold}img{max-width:100%}.note{color:#52606d}
 .card{display:inline-block;vertical-align:top;width:11rem;margin:.4rem;padding:.6rem;border:1px solid #e4e7eb;border-radius:.5rem}
-.card img{width:6rem;image-rendering:auto}.ok{color:#047857}.no{color:#b91c1c}
+.card img{height:5rem}.card audio{width:100%;height:2rem}.ok{color:#047857}.no{color:#b91c1c}
 """
 
 
@@ -38,7 +42,7 @@ def write_report(folder: Path, metrics: dict[str, Any], details: dict[str, Any])
         metrics: the content of metrics.json.
         details: "loss_curves" {stage: [(step, loss)]}, "expert_load" {modality: [layers][experts]}, "sparse_layers",
             "experts" (names), "parts" (rows of name, licence, source, digest), "accuracy_by_stage" {stage: {task: acc}},
-            "examples" (rows of task, question, answer, truth, picture file or None), "limits" (sentences), "machine".
+            "examples" (rows of task, question, answer, truth, media [(type, file)]), "limits" (sentences), "machine".
     """
     sections = [
         f"<h1>A sparse multimodal model, made in {metrics['seconds'] / 60:.1f} minutes</h1>",
@@ -77,11 +81,11 @@ def write_report(folder: Path, metrics: dict[str, Any], details: dict[str, Any])
 def _accuracy_figure(heldout: dict[str, Any], by_stage: dict[str, dict[str, float]]) -> plt.Figure:
     tasks = list(heldout)
     figure, axes = plt.subplots(figsize=(10, 4.2), layout="constrained")
-    before = by_stage.get("before stage3", {})
+    before = by_stage.get(MOMENTS["stage2"], {})
     for offset, (label, colour, values) in enumerate(
         (
             ("linear probe on the frozen features", PROBE_COLOUR, [heldout[t]["probe_accuracy"] for t in tasks]),
-            ("before stage 3", BEFORE_COLOUR, [before.get(t) for t in tasks]),
+            (MOMENTS["stage2"], BEFORE_COLOUR, [before.get(t) for t in tasks]),
             ("the model", MODEL_COLOUR, [heldout[t]["accuracy"] for t in tasks]),
         )
     ):
@@ -136,7 +140,7 @@ def _accuracy_table(heldout: dict[str, Any], by_stage: dict[str, dict[str, float
         trail = [_percent(by_stage[stage].get(task)) for stage in stages]
         baselines = (_percent(row["chance"]), _percent(row["majority"]), probe)
         rows.append((TASK_TITLES[task], row["n"], *baselines, *trail, _percent(row["accuracy"])))
-    return _table(("task", "n", "chance", "majority", "linear probe", *stages, "final"), rows)
+    return _table(("task", "n", "chance", "majority", "linear probe", *stages, "final"), rows, "accuracy")
 
 
 def _stage_table(stages: list[dict[str, Any]]) -> str:
@@ -148,23 +152,35 @@ def _stage_table(stages: list[dict[str, Any]]) -> str:
 
 
 def _example_card(example: dict[str, Any]) -> str:
-    picture = ""
-    if example.get("picture"):
-        encoded = base64.b64encode(Path(example["picture"]).read_bytes()).decode()
-        picture = f'<img alt="" src="data:image/png;base64,{encoded}"><br>'
+    media = "".join(_medium(kind, Path(path)) for kind, path in example["media"])
     right = example["answer"] == example["truth"]
     verdict = "" if right else f" <span class=note>(it is: {html.escape(example['truth'])})</span>"
     return (
-        f"<div class=card>{picture}<span class=note>{html.escape(example['task'])}</span><br>"
+        f"<div class=card>{media}<span class=note>{html.escape(example['task'])}</span><br>"
         f"{html.escape(example['question'])}<br><b class={'ok' if right else 'no'}>{html.escape(example['answer'])}</b>"
         f"{verdict}</div>"
     )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def _medium(kind: str, path: Path) -> str:
+    """A picture, the first and the last frame of a video, or a player, all inside the page."""
+    if kind == "audio":
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        return f'<audio controls src="data:audio/{path.suffix[1:]};base64,{encoded}"></audio><br>'
+    frames = [Image.open(path).convert("RGB")] if kind == "image" else [load_video(str(path))[i] for i in (0, -1)]
+    return "".join(f'<img alt="" src="{_data_url(frame)}"> ' for frame in frames) + "<br>"
+
+
+def _data_url(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]], kind: str = "") -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<table class='{kind}'><tr>{head}</tr>{body}</table>"
 
 
 def _picture(figure: plt.Figure, description: str) -> str:

@@ -28,6 +28,7 @@ LIMITS = (
     "Towers are frozen and run once per medium: only pictures are seen in several random compositions.",
     "Audio windows are 3 seconds long instead of 30, because the corpus's clips are short.",
 )
+EXAMPLES_PER_TASK = 3
 STAGE_FIELDS = ("name", "seconds", "steps", "trainable_parameters", "loss_first", "loss_last")
 
 
@@ -37,7 +38,7 @@ class Outcome:
 
     Args:
         router_load: see `load_by_modality`.
-        examples: see `example_rows`; `said` are the same questions answered by the saved folder in a fresh process.
+        examples: see `example_rows`; `said` are their questions answered by the saved folder in a fresh process.
     """
 
     metrics: dict[str, Any]
@@ -54,24 +55,21 @@ def stage_metrics(report: StageReport) -> dict[str, Any]:
 
 
 def example_rows(answers: list[Answer]) -> list[dict[str, Any]]:
-    """The first held-out item of every task, with its messages, its answer and a picture to show."""
+    """Some held-out items of every task, evenly spread and not chosen by their answers."""
     rows = []
     for task in TASKS:
-        answer = next((answer for answer in answers if answer.sample["task"] == task), None)
-        if answer is None:
-            continue
-        content = answer.sample["messages"][0]["content"]
-        picture = next((item["path"] for item in content if item["type"] == "image"), None)
-        rows.append(
-            {
-                "task": task,
-                "messages": answer.sample["messages"],
-                "question": next(item["text"] for item in content if item["type"] == "text"),
-                "answer": answer.text,
-                "truth": answer.truth,
-                "picture": picture,
-            }
-        )
+        of_task = [answer for answer in answers if answer.sample["task"] == task]
+        for answer in of_task[:: max(1, -(-len(of_task) // EXAMPLES_PER_TASK))]:
+            content = answer.sample["messages"][0]["content"]
+            rows.append(
+                {
+                    "task": task,
+                    "messages": answer.sample["messages"],
+                    "question": next(item["text"] for item in content if item["type"] == "text"),
+                    "truth": answer.truth,
+                    "media": [(item["type"], item["path"]) for item in content if item["type"] != "text"],
+                }
+            )
     return rows
 
 
@@ -108,7 +106,7 @@ def write_results(run: Quickstart, outcome: Outcome) -> None:
         "experts": list(EXPERTS),
         "parts": [(part.name, part.licence, part.source, part.digest[:16]) for part in outcome.parts],
         "accuracy_by_stage": accuracy_columns(metrics),
-        "examples": outcome.examples,
+        "examples": [{**row, "answer": text} for row, text in zip(outcome.examples, outcome.said, strict=True)],
         "limits": LIMITS,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
     }
@@ -124,7 +122,11 @@ def accuracy_columns(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
 def print_outcome(run: Quickstart, outcome: Outcome) -> None:
     """The table that a newcomer sees at the end, the answers of the saved folder, and where everything lies."""
     _print_accuracy(outcome.metrics)
+    shown = set()
     for example, text in zip(outcome.examples, outcome.said, strict=True):
+        if example["task"] in shown:
+            continue
+        shown.add(example["task"])
         verdict = "right" if text == example["truth"] else f"it is: {example['truth']}"
         run.say(f"  {example['task']:15s} {example['question']} -> {text} ({verdict})")
     run.say(f"Model: {run.out / 'model'}; look at {run.out / 'report.html'}")

@@ -32,6 +32,8 @@ NOISE = {"image": 0.5, "video": 0.3, "speech": 0.1, "sound": 0.4}
 DROPOUT = {"image": 0.15, "speech": 0.05, "sound": 0.1}
 IMAGE_VARIANTS = 12
 EXPERTS_PER_TOKEN = 2
+# What the accuracy after a stage is called in the report.
+MOMENTS = {"stage0": "after stage 0", "stage1": "after stage 1", "stage2": "before stage 3"}
 COMMON: dict[str, Any] = {
     "batch_size": 32,
     "adam_betas": [0.9, 0.98],

@@ -14,9 +14,9 @@ from ..trainers.recipe import ExpertConfig, LoraSettings, MoeConfig, Recipe, Sta
 # Expert e of every sparse layer starts as the FFN that learned these modalities.
 EXPERTS = {"image": ["image"], "speech": ["speech"], "sound": ["sound"], "video_text": ["video", "text"]}
 # Steps of an expert's run in units of the budget's: motion is what the dense decoder cannot see without it.
-EXPERT_EFFORT = {"image": 1.0, "speech": 0.5, "sound": 0.5, "video_text": 4.0}
+EXPERT_EFFORT = {"image": 1.0, "speech": 0.5, "sound": 0.5, "video_text": 5.0}
 # Speech, sounds and what moves are learned in stage 1; pictures and motion need the most.
-MIX = {"image": 4.0, "speech": 1.0, "sound": 1.0, "video_direction": 6.0, "video_object": 1.5, "text": 1.5}
+MIX = {"image": 4.0, "speech": 1.0, "sound": 1.0, "video_direction": 9.0, "video_object": 1.5, "text": 1.5}
 STAGE1_MIX = {"image": 5.0, "speech": 2.5, "sound": 1.5, "video_direction": 0.5, "video_object": 2.0}
 # Answering from a description in words is what the connectors build on, so it gets half of stage 0.
 LANGUAGE_MIX = {
@@ -52,7 +52,7 @@ class Budget:
     language: int = 400
     connectors: int = 900
     expert: int = 80
-    mixed: int = 700
+    mixed: int = 800
     seconds: dict[str, float] | None = None
 
     def scaled(self, factor: float, seconds: dict[str, float] | None = None) -> "Budget":

@@ -16,15 +16,16 @@ from ..trainers.data import ConversationDataset
 from ..trainers.encoder_cache import EncoderCache
 from ..trainers.recipe import Recipe
 from ..trainers.stage import StageReport
+from .augment_videos import vary_videos
 from .baselines import heldout_baselines
-from .compare import train_dense_twin
+from .dense_twin import train_dense_twin
 from .evaluate import accuracy_by_task, answer_samples, load_by_modality, spread
 from .fresh_process import answer_in_fresh_process
 from .parts import Part
 from .prepare import assemble_start, encode_media, find_parts, prepare_dense
 from .results import Outcome, example_rows, print_outcome, save_model_folder, stage_metrics, write_results
 from .run import Quickstart
-from .stages import EXPERTS, MOMENTS, language_recipe, multimodal_recipe, vary_videos
+from .stages import EXPERTS, MOMENTS, language_recipe, multimodal_recipe
 
 INTERIM_SAMPLES_PER_TASK = 50
 

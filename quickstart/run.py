@@ -11,7 +11,8 @@ from typing import Any
 
 from ..starter_corpus.corpus import corpus_root, load_samples
 from ..trainers.data import ConversationDataset
-from .stages import Budget, faster_precision
+from .precision import faster_precision
+from .schedule import Budget
 
 ATTEMPTS_FILE = "attempts.json"
 PRECISION_FILE = "precision.txt"

@@ -1,20 +1,14 @@
 """The quickstart's recipe: language, then Uni-MoE's three stages, with budgets for two CPU cores."""
 
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from ..starter_corpus.corpus import corpus_root
 from ..trainers.recipe import ExpertConfig, LoraSettings, MoeConfig, Recipe, StageConfig
+from .schedule import EXPERT_EFFORT, Budget
 
 # Expert e of every sparse layer starts as the FFN that learned these modalities.
 EXPERTS = {"image": ["image"], "speech": ["speech"], "sound": ["sound"], "video_text": ["video", "text"]}
-# Steps of an expert's run in units of the budget's: motion is what the dense decoder cannot see without it.
-EXPERT_EFFORT = {"image": 1.0, "speech": 0.5, "sound": 0.5, "video_text": 5.0}
 # Speech, sounds and what moves are learned in stage 1; pictures and motion need the most.
 MIX = {"image": 4.0, "speech": 1.0, "sound": 1.0, "video_direction": 9.0, "video_object": 1.5, "text": 1.5}
 STAGE1_MIX = {"image": 5.0, "speech": 2.5, "sound": 1.5, "video_direction": 0.5, "video_object": 2.0}
@@ -45,50 +39,9 @@ COMMON: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Steps of each stage, and the seconds after which a slow machine cuts a stage short (None: never)."""
-
-    language: int = 400
-    connectors: int = 900
-    expert: int = 80
-    mixed: int = 800
-    seconds: dict[str, float] | None = None
-
-    def scaled(self, factor: float, seconds: dict[str, float] | None = None) -> "Budget":
-        def scale(steps: int) -> int:
-            return max(1, round(steps * factor))
-
-        return Budget(
-            scale(self.language),
-            scale(self.connectors),
-            scale(self.expert),
-            scale(self.mixed),
-            seconds or self.seconds,
-        )
-
-    def limit(self, stage: str) -> float | None:
-        return None if self.seconds is None else self.seconds[stage]
-
-
 def sparse_layers(num_layers: int) -> list[int]:
     """Every second layer is sparse."""
     return list(range(1, num_layers, 2))
-
-
-def faster_precision() -> str:
-    """ "bfloat16" where its matrix products are clearly faster than float32's, else "float32"."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.randn(512, 512, dtype=dtype)
-        for _ in range(3):
-            matrix @ matrix
-        started = time.perf_counter()
-        for _ in range(10):
-            matrix @ matrix
-        return time.perf_counter() - started
-
-    return "bfloat16" if seconds(torch.bfloat16) < 0.6 * seconds(torch.float32) else "float32"
 
 
 def language_recipe(start: Path, work: Path, seed: int, budget: Budget, precision: str) -> Recipe:
@@ -201,39 +154,3 @@ def _stage3(budget: Budget) -> StageConfig:
         router_z_loss_coef=0.0001,
         **COMMON,
     )
-
-
-REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up"}
-MIRRORED = {"left": "right", "right": "left", "up": "up", "down": "down"}
-TRANSPOSED = {"left": "up", "up": "left", "right": "down", "down": "right"}
-
-
-def vary_videos(
-    sample: dict[str, Any], states: dict[str, list[torch.Tensor]], rng: np.random.Generator
-) -> tuple[dict[str, Any], dict[str, list[torch.Tensor]]]:
-    """Play training videos backwards, mirror and transpose them, each half of the time; directions turn along.
-
-    420 clips are few enough to be learned by heart. Mirroring the map of tower states is not quite the same as
-    mirroring the frames, and close enough.
-    """
-    if "video" not in states:
-        return sample, states
-    direction = sample["messages"][-1]["content"][0]["text"]
-    backwards, mirrored, transposed = rng.random(3) < 0.5
-    videos = []
-    for frames_FPC in states["video"]:
-        side = round(frames_FPC.shape[1] ** 0.5)
-        frames_FYXC = frames_FPC.unflatten(1, (side, side))
-        if backwards:
-            frames_FYXC = frames_FYXC.flip(0)
-        if mirrored:
-            frames_FYXC = frames_FYXC.flip(2)
-        if transposed:
-            frames_FYXC = frames_FYXC.transpose(1, 2)
-        videos.append(frames_FYXC.flatten(1, 2))
-    if sample["task"] == "video_direction":
-        for happened, turn in ((backwards, REVERSED), (mirrored, MIRRORED), (transposed, TRANSPOSED)):
-            direction = turn[direction] if happened else direction
-        turned = {"role": "assistant", "content": [{"type": "text", "text": direction}]}
-        sample = {**sample, "messages": [*sample["messages"][:-1], turned]}
-    return sample, {**states, "video": videos}

@@ -7,7 +7,7 @@ import pytest
 
 from unimoe.quickstart.pipeline import run_quickstart
 from unimoe.quickstart.run import Quickstart
-from unimoe.quickstart.stages import Budget
+from unimoe.quickstart.schedule import Budget
 
 WORDS = ("cat", "horse", "banana", "pizza", "airplane", "bicycle", "umbrella", "rainbow")
 # Far above chance (1 in 8) and well below what these steps reach (0.62 and 1.0), so that noise does not fail it. The

@@ -7,9 +7,10 @@ from ..trainers.curriculum import load_start_model, run_curriculum
 from ..trainers.data import ConversationDataset
 from ..trainers.encoder_cache import EncoderCache
 from ..trainers.stage import StageReport
+from .augment_videos import vary_videos
 from .evaluate import accuracy_by_task, answer_samples
 from .run import Quickstart
-from .stages import dense_twin_recipe, vary_videos
+from .stages import dense_twin_recipe
 
 
 def train_dense_twin(

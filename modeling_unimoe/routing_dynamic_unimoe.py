@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_unimoe_text import UniMoeTextConfig
 from .routing_unimoe import UniMoeRouter
@@ -87,7 +88,7 @@ class UniMoeDynamicRouter(UniMoeRouter):
 
     def route(self, x_TH: torch.Tensor, token_mask_T: torch.Tensor | None = None) -> DynamicRouting:
         """The whole decision; `forward` says it in the words of the experts' backends."""
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with maybe_autocast(x_TH.device.type, enabled=False):
             logits_TR = F.linear(self._jittered(x_TH.float()), self.weight.float())
         logits_TC = logits_TR[:, : logits_TR.shape[1] - self.num_shared_experts]
         num_choices_T = count_choices(logits_TC, self.top_p, self.max_choices)

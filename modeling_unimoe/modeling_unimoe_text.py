@@ -221,8 +221,8 @@ class UniMoeSparseBlock(nn.Module):
         self.has_empty_slots = config.router_type == "dynamic" or config.num_null_experts > 0
         self.gate = UniMoeDynamicRouter(config) if config.router_type == "dynamic" else UniMoeRouter(config)
         self.experts = UniMoeExperts(config, config.num_experts, config.moe_intermediate_size)
-        # transformers' own switch for index E: with it every backend leaves such slots out of the products.
-        self.experts._is_expert_parallel = self.has_empty_slots
+        # transformers' own switch for index E: with it every backend leaves such slots out.
+        self.experts._is_expert_parallel = self.has_empty_slots  # type: ignore[assignment]
         if config.num_shared_experts:
             self.shared_experts = UniMoeExperts(config, config.num_shared_experts, config.shared_intermediate_size)
 

@@ -143,7 +143,9 @@ def test_every_weight_of_the_block_is_there_after_loading(name: str, tmp_path: A
     ids = torch.arange(5, 25)[None]
     types = torch.arange(20)[None] % 5
     expected = model(input_ids=ids, mm_token_type_ids=types).last_hidden_state
-    assert torch.equal(loaded.eval()(input_ids=ids, mm_token_type_ids=types).last_hidden_state, expected)
+    got = loaded.eval()(input_ids=ids, mm_token_type_ids=types).last_hidden_state
+    # Not bit-equal: where a file's tensors lie in memory decides which kernels multiply them.
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
     assert torch.equal(loaded.layers[0].mlp.gate.row_expert_R, model.layers[0].mlp.gate.row_expert_R)
 
 

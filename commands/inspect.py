@@ -82,7 +82,12 @@ def _expert_lines(model: "ModelDescription") -> list[str]:
         for name, group in model.groups.items()
         if len(model.groups) > 1
     ]
-    experts = f"  experts    {model.num_experts} per sparse layer, {model.num_experts_per_tok} per token"
+    most = "at most " if model.routing.get("top_p") else ""
+    experts = f"  experts    {model.num_experts} per sparse layer, {most}{model.max_choices_per_token} per token"
+    if model.num_null_experts:
+        experts += f"; {model.num_null_experts} null (chosen, but empty)"
+    if model.num_shared_experts:
+        experts += f"; {model.num_shared_experts} shared (used by every token)"
     return [experts, *groups, f"  router     {routing}"]
 
 

@@ -134,8 +134,8 @@ def _always(chosen_GK: torch.Tensor) -> Callable[[torch.nn.Module, tuple, tuple]
     def route(_router: torch.nn.Module, inputs: tuple, outputs: tuple) -> tuple:
         logits_TR, weights_TK, index_TK = outputs
         group_T = inputs[1] if len(inputs) > 1 else None
-        chosen_TK = chosen_GK[:1].expand_as(index_TK) if group_T is None else chosen_GK[group_T]
-        return logits_TR, torch.full_like(weights_TK, 1 / chosen_GK.shape[1]), chosen_TK.contiguous()
+        chosen_TK = chosen_GK[:1].expand(len(index_TK), -1) if group_T is None else chosen_GK[group_T]
+        return logits_TR, weights_TK.new_full(chosen_TK.shape, 1 / chosen_GK.shape[1]), chosen_TK.contiguous()
 
     return route
 

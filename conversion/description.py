@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
+from ..modeling_unimoe.configuration_unimoe_text import MODALITIES, UniMoeTextConfig
 from .io import Checkpoint, read_json
 from .model_card import modalities_of
 from .parameters import ParameterCount, count_parameters, total_and_active
@@ -47,6 +47,9 @@ class ModelDescription:
     sparse_layers: list[int]
     num_experts: int
     num_experts_per_tok: int
+    num_null_experts: int
+    num_shared_experts: int
+    max_choices_per_token: int
     groups: dict[str, dict[str, list]]
     routing: dict[str, Any]
     parameters: dict[str, ParameterCount]
@@ -77,14 +80,11 @@ def describe_model(name: str) -> ModelDescription:
         sparse_layers=sorted(text.sparse_layers),
         num_experts=text.num_experts,
         num_experts_per_tok=text.num_experts_per_tok,
+        num_null_experts=text.num_null_experts,
+        num_shared_experts=text.num_shared_experts,
+        max_choices_per_token=text.max_choices_per_token,
         groups={g.name: {"experts": list(g.experts), "modalities": list(g.modalities)} for g in text.router_groups},
-        routing={
-            "scoring": text.router_scoring,
-            "norm_topk_prob": text.norm_topk_prob,
-            "router_jitter_noise": text.router_jitter_noise,
-            "router_aux_loss_coef": text.router_aux_loss_coef,
-            "router_z_loss_coef": text.router_z_loss_coef,
-        },
+        routing=_routing(text),
         parameters=parameters,
         total=total_and_active(parameters),
         weights=_weights(folder, config),
@@ -102,6 +102,26 @@ def _config_of(folder: Path) -> UniMoeConfig:
             f"{folder} holds a {model_type!r} model, not one of ours. `unimoe convert upcycle` makes one of it."
         )
     return UniMoeConfig.from_pretrained(folder)
+
+
+def _routing(text: UniMoeTextConfig) -> dict[str, Any]:
+    """The fields that matter for this type of router."""
+    routing: dict[str, Any] = {"type": text.router_type}
+    if text.router_type == "dynamic":
+        routing |= {"top_p": text.router_top_p, "near_max_band": text.router_near_max_band, "pick": text.router_pick}
+        if text.expert_capacity_factor is not None:
+            routing |= {
+                "expert_capacity_factor": text.expert_capacity_factor,
+                "min_expert_capacity": text.min_expert_capacity,
+                "capacity_policy": text.capacity_policy,
+            }
+    else:
+        routing |= {"scoring": text.router_scoring, "norm_topk_prob": text.norm_topk_prob}
+    return routing | {
+        "router_jitter_noise": text.router_jitter_noise,
+        "router_aux_loss_coef": text.router_aux_loss_coef,
+        "router_z_loss_coef": text.router_z_loss_coef,
+    }
 
 
 def _towers(config: UniMoeConfig) -> dict[str, str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from .parameters import ParameterCount, total_and_active
 
 _TEXT_EXAMPLE = """\
@@ -105,9 +106,20 @@ def _kind(config: UniMoeConfig) -> str:
     if not text.sparse_layers:
         return "dense model"
     return (
-        f"Mixture-of-Experts model ({text.num_experts} experts, {text.num_experts_per_tok} per token, in "
-        f"{len(text.sparse_layers)} of {text.num_hidden_layers} layers)"
+        f"Mixture-of-Experts model ({_experts(text)}, in {len(text.sparse_layers)} of {text.num_hidden_layers} layers)"
     )
+
+
+def _experts(text: UniMoeTextConfig) -> str:
+    """E.g. "4 experts, 2 per token" or "8 experts, at most 7 per token, 1 null expert, 2 shared experts"."""
+    words = [
+        f"{text.num_experts} experts",
+        f"{'at most ' * bool(text.router_top_p)}{text.max_choices_per_token} per token",
+    ]
+    for count, kind in ((text.num_null_experts, "null"), (text.num_shared_experts, "shared")):
+        if count:
+            words.append(f"{count} {kind} expert{'s' * (count > 1)}")
+    return ", ".join(words)
 
 
 def _listed(words: list[str]) -> str:

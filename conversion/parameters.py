@@ -11,7 +11,11 @@ from ..trainers.roles import ROLES, role_of
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of one role. `active` is what one token goes through: of E experts only k."""
+    """Parameters of one role. `active` is what one token goes through: of the routed experts only its choices.
+
+    The number of choices is the mean over tokens of a router without preferences. With null experts that is a share of
+    k; with `router_top_p` it is the most that a token can choose, and trained routers stay below it.
+    """
 
     total: int
     active: int
@@ -26,15 +30,15 @@ def count_parameters(config: UniMoeConfig) -> dict[str, ParameterCount]:
         model = UniMoeForCausalLM(UniMoeConfig(**_fields(config)))
     model.tie_weights()
     text = config.text_config
-    share = text.num_experts_per_tok / text.num_experts if text.num_experts else 1.0
+    share = text.even_experts_per_token / text.num_experts if text.num_experts else 1.0
     totals: dict[str, int] = {}
+    active: dict[str, float] = {}
     for name, parameter in model.named_parameters():
-        totals[role_of(name)] = totals.get(role_of(name), 0) + parameter.numel()
-    return {
-        role: ParameterCount(totals[role], round(totals[role] * (share if role == "experts" else 1)))
-        for role in ROLES
-        if role in totals
-    }
+        role = role_of(name)
+        is_routed = role == "experts" and ".shared_experts." not in name
+        totals[role] = totals.get(role, 0) + parameter.numel()
+        active[role] = active.get(role, 0) + parameter.numel() * (share if is_routed else 1)
+    return {role: ParameterCount(totals[role], round(active[role])) for role in ROLES if role in totals}
 
 
 def total_and_active(counts: dict[str, ParameterCount]) -> ParameterCount:

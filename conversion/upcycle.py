@@ -125,7 +125,14 @@ def sparse_text_config(dense: UniMoeTextConfig, sparsity: Sparsity) -> UniMoeTex
         **sparsity.routing,
     }
     fields.pop("model_type", None)
-    return UniMoeTextConfig(**fields)
+    config = UniMoeTextConfig(**fields)
+    for name in ("num_null_experts", "num_shared_experts"):
+        if getattr(config, name):
+            raise ConversionError(
+                f"The routing asks for {name} {getattr(config, name)}, with which the sparse model cannot start as "
+                "the dense one: upcycling makes routed experts only. Leave it out."
+            )
+    return config
 
 
 def sparse_layer_tensors(
@@ -148,7 +155,7 @@ def sparse_layer_tensors(
     """
     down = experts[0]["down_proj"]
     rows = initial_router_rows(config, sparsity, layer) if router_rows is None else router_rows
-    expected = (_num_router_rows(config), config.hidden_size)
+    expected = (config.num_gate_rows, config.hidden_size)
     if tuple(rows.shape) != expected:
         raise ConversionError(f"Router rows of layer {layer} have shape {tuple(rows.shape)}; {expected} is needed.")
     intermediate = config.moe_intermediate_size
@@ -166,7 +173,7 @@ def sparse_layer_tensors(
 
 def initial_router_rows(config: UniMoeTextConfig, sparsity: Sparsity, layer: int) -> torch.Tensor:
     """Gate rows [R, H] in float32; the same for the same seed and layer, whatever else is converted."""
-    shape = (_num_router_rows(config), config.hidden_size)
+    shape = (config.num_gate_rows, config.hidden_size)
     if sparsity.router_init == "zeros":
         return torch.zeros(shape)
     if sparsity.router_init != "normal":
@@ -178,10 +185,6 @@ def initial_router_rows(config: UniMoeTextConfig, sparsity: Sparsity, layer: int
 def pop_dense_ffn(state: dict[str, torch.Tensor], layer: int, prefix: str = "") -> dict[str, torch.Tensor]:
     """Take the dense FFN of a layer out of a state dict: projection name -> tensor."""
     return {name: state.pop(f"{prefix}layers.{layer}.mlp.{name}.weight") for name in FFN_PROJECTIONS}
-
-
-def _num_router_rows(config: UniMoeTextConfig) -> int:
-    return sum(len(group.experts) for group in config.router_groups)
 
 
 def _check_expert_ffns(expert_ffns: Sequence[Mapping[str, torch.Tensor]] | None, config: UniMoeTextConfig) -> None:

@@ -58,6 +58,23 @@ class UniMoeTextConfig(PreTrainedConfig):
         router_scoring: how logits become weights, over the experts of the token's group.
         norm_topk_prob: divide the chosen weights by their sum.
         router_jitter_noise: relative size of the multiplicative uniform noise on the router's input, training only.
+        router_type: "top_k" gives every token `num_experts_per_tok` choices (`routing_unimoe.py`). "dynamic" lets the
+            router's certainty decide (`routing_dynamic_unimoe.py`): DCMoE and UniMoE-Audio. It has one group, softmax
+            scores and normalised weights.
+        num_null_experts: further choices, in every group, that compute nothing; the weight they get is lost.
+        num_shared_experts: experts that every token uses beside its choices; the gate weighs them too.
+        shared_intermediate_size: FFN width of one shared expert; `moe_intermediate_size` when absent.
+        router_top_p: "dynamic" only. A token takes its best choices until their probabilities reach this sum; 0 gives
+            each token `num_experts_per_tok` choices, which a positive value leaves without meaning.
+        router_near_max_band: "dynamic" only. A choice's weight is its probability among the choices left whose logits
+            lie below the best one's by at most this share of the larger of both sizes.
+        router_pick: "dynamic" only. "max" takes the best choice left. "sample" draws it, in training, from the band
+            with its probabilities (Gumbel-max), and learns through the pick by the straight-through rule.
+        expert_capacity_factor: "dynamic" only. An expert keeps at most factor * tokens / choices of a batch's tokens
+            and drops the rest, in evaluation too: results then depend on the batch. None drops nothing.
+        min_expert_capacity: what an expert keeps however small the batch.
+        capacity_policy: who stays, the highest logits ("probs") or the first tokens ("position"). As in the original,
+            "position" limits shared experts too.
         router_aux_loss_coef: weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6).
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
     """
@@ -81,7 +98,11 @@ class UniMoeTextConfig(PreTrainedConfig):
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.shared_experts": "moe_tp_experts",
     }
+    # Shared experts are not here: every token uses them, so every rank keeps them.
     base_model_ep_plan: ClassVar[dict[str, Any]] = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
@@ -125,6 +146,16 @@ class UniMoeTextConfig(PreTrainedConfig):
     router_scoring: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = True
     router_jitter_noise: float | int = 0.0
+    router_type: Literal["top_k", "dynamic"] = "top_k"
+    num_null_experts: int = 0
+    num_shared_experts: int = 0
+    shared_intermediate_size: int | None = None
+    router_top_p: float | int = 0.0
+    router_near_max_band: float | int = 0.02
+    router_pick: Literal["max", "sample"] = "max"
+    expert_capacity_factor: float | int | None = None
+    min_expert_capacity: int = 8
+    capacity_policy: Literal["probs", "position"] = "probs"
     router_aux_loss_coef: float | int = 0.0
     router_z_loss_coef: float | int = 0.0
     output_router_logits: bool = False
@@ -136,6 +167,8 @@ class UniMoeTextConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
+        if self.shared_intermediate_size is None:
+            self.shared_intermediate_size = self.moe_intermediate_size
         if self.sparse_layers is None:
             self.sparse_layers = list(range(self.num_hidden_layers)) if self.num_experts else []
         if self.expert_groups is not None:
@@ -163,6 +196,29 @@ class UniMoeTextConfig(PreTrainedConfig):
         names = list(self.expert_groups)
         return [names.index(self._group_of(modality)) for modality in MODALITIES]
 
+    @property
+    def num_gate_rows(self) -> int:
+        """Rows of a sparse layer's gate: per group its experts and the null experts, then the shared experts."""
+        choices = sum(len(group.experts) + self.num_null_experts for group in self.router_groups)
+        return choices + self.num_shared_experts
+
+    @property
+    def max_choices_per_token(self) -> int:
+        """How many experts, null experts included, a token chooses at most; shared experts come on top."""
+        if not self.router_top_p:
+            return self.num_experts_per_tok
+        # The best j of C probabilities sum to at least j / C, so top_p is reached no later than this.
+        choices = self.num_experts + self.num_null_experts
+        return min(choices, math.floor(self.router_top_p * choices) + 1)
+
+    @property
+    def even_experts_per_token(self) -> float:
+        """Routed experts that a token uses when the router has no preference; with `router_top_p`, that is the most."""
+        if not self.num_experts:
+            return 0.0
+        shares = [len(group.experts) / (len(group.experts) + self.num_null_experts) for group in self.router_groups]
+        return self.max_choices_per_token * sum(shares) / len(shares)
+
     def is_sparse(self, layer_index: int) -> bool:
         return layer_index in self.sparse_layers
 
@@ -182,6 +238,7 @@ class UniMoeTextConfig(PreTrainedConfig):
             ("hidden_size", MAX_HIDDEN_SIZE),
             ("intermediate_size", MAX_INTERMEDIATE_SIZE),
             ("moe_intermediate_size", MAX_INTERMEDIATE_SIZE),
+            ("shared_intermediate_size", MAX_INTERMEDIATE_SIZE),
             ("num_hidden_layers", MAX_LAYERS),
             ("num_attention_heads", MAX_HEADS),
             ("num_key_value_heads", MAX_HEADS),
@@ -203,8 +260,9 @@ class UniMoeTextConfig(PreTrainedConfig):
 
     def _check_routing(self) -> None:
         owner = "UniMoeTextConfig"
-        require_range(owner, "num_experts", self.num_experts, 0, MAX_EXPERTS)
-        for field in ("router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef"):
+        for field in ("num_experts", "num_null_experts", "num_shared_experts"):
+            require_range(owner, field, getattr(self, field), 0, MAX_EXPERTS)
+        for field in ("router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef", "router_near_max_band"):
             if not math.isfinite(getattr(self, field)) or getattr(self, field) < 0:
                 raise ConfigurationError(f"{owner}.{field} is {getattr(self, field)!r}; it must be finite and >= 0.")
         wrong = [i for i in self.sparse_layers if not 0 <= i < self.num_hidden_layers]
@@ -219,15 +277,39 @@ class UniMoeTextConfig(PreTrainedConfig):
             return
         for name, experts in (self.expert_groups or {}).items():
             self._check_group(name, experts)
-        smallest = min(len(group.experts) for group in self.router_groups)
+        smallest = min(len(group.experts) for group in self.router_groups) + self.num_null_experts
         if not 1 <= self.num_experts_per_tok <= smallest:
+            null = ", null experts included" if self.num_null_experts else ""
             raise ConfigurationError(
                 f"{owner}.num_experts_per_tok is {self.num_experts_per_tok}; it must be between 1 and {smallest}, "
-                "the number of experts in the smallest group."
+                f"the number of experts in the smallest group{null}."
             )
         unused = set(range(self.num_experts)) - {i for group in self.router_groups for i in group.experts}
         if unused:
             raise ConfigurationError(f"{owner}.expert_groups names no group for experts {sorted(unused)}: add them.")
+
+        self._check_dynamic_routing()
+
+    def _check_dynamic_routing(self) -> None:
+        owner = "UniMoeTextConfig"
+        require_range(owner, "router_top_p", self.router_top_p, 0, 1)
+        require_range(owner, "min_expert_capacity", self.min_expert_capacity, 1, 1 << 31)
+        factor = self.expert_capacity_factor
+        if factor is not None and not (math.isfinite(factor) and factor > 0):
+            raise ConfigurationError(
+                f"{owner}.expert_capacity_factor is {factor!r}; it must be finite and > 0, or None to drop no token."
+            )
+        needed = {"router_top_p": 0, "router_pick": "max", "expert_capacity_factor": None}
+        wanted = "'dynamic'"
+        if self.router_type == "dynamic":
+            needed = {"expert_groups": None, "router_scoring": "softmax", "norm_topk_prob": True}
+            wanted = "'top_k'"
+        for field, value in needed.items():
+            if getattr(self, field) != value:
+                raise ConfigurationError(
+                    f"{owner}.{field} is {getattr(self, field)!r}, which is not combined with router_type "
+                    f"{self.router_type!r}: set it to {value!r}, or router_type to {wanted}."
+                )
 
     def _check_group(self, name: str, experts: list[int]) -> None:
         if not experts or len(set(experts)) != len(experts) or not set(experts) <= set(range(self.num_experts)):

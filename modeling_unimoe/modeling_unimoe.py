@@ -43,7 +43,7 @@ class UniMoeCausalLMOutputWithPast(ModelOutput):
     """Output of `UniMoeForCausalLM`.
 
     loss: ce_loss + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss (scalars, float32).
-    ce_loss, aux_loss, z_loss: its parts, unweighted; aux_loss is 1 for an even load.
+    ce_loss, aux_loss, z_loss: its parts, unweighted; the aux_loss of a top-k router is 1 for an even load.
     logits: [B, S, vocab]; router_logits: one [B * S, gate rows] tensor per sparse layer.
     """
 

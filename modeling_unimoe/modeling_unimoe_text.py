@@ -3,7 +3,7 @@
 Experts, attention and decoder live in one file because transformers decides by the text of a model's module whether
 the experts and attention implementations of that model can be chosen.
 
-Shape suffixes: B batch, S sequence, T = B * S tokens, H hidden size, I expert width, E experts, K experts per token.
+Shape suffixes: B batch, S sequence, T = B * S tokens, H hidden size, I expert width, E experts, K per token, F shared.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_unimoe_text import UniMoeTextConfig
+from .routing_dynamic_unimoe import UniMoeDynamicRouter
 from .routing_unimoe import UniMoeRouter
 
 
@@ -178,7 +179,7 @@ class UniMoeMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x_BSH: torch.Tensor, token_group_BS: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x_BSH: torch.Tensor, *_routing: torch.Tensor | None) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x_BSH)) * self.up_proj(x_BSH))
 
 
@@ -186,11 +187,11 @@ class UniMoeMLP(nn.Module):
 class UniMoeExperts(nn.Module):
     """All experts of a layer as two fused tensors: gate_up_proj [E, 2I, H] (gate rows first) and down_proj [E, H, I]."""
 
-    def __init__(self, config: UniMoeTextConfig) -> None:
+    def __init__(self, config: UniMoeTextConfig, num_experts: int, intermediate_size: int) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts = num_experts
         self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.moe_intermediate_size
+        self.intermediate_dim = intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
@@ -216,14 +217,37 @@ class UniMoeSparseBlock(nn.Module):
 
     def __init__(self, config: UniMoeTextConfig) -> None:
         super().__init__()
-        self.gate = UniMoeRouter(config)
-        self.experts = UniMoeExperts(config)
+        self.num_experts, self.num_shared_experts = config.num_experts, config.num_shared_experts
+        self.has_empty_slots = config.router_type == "dynamic" or config.num_null_experts > 0
+        self.gate = UniMoeDynamicRouter(config) if config.router_type == "dynamic" else UniMoeRouter(config)
+        self.experts = UniMoeExperts(config, config.num_experts, config.moe_intermediate_size)
+        # transformers' own switch for index E: with it every backend leaves such slots out.
+        self.experts._is_expert_parallel = self.has_empty_slots  # type: ignore[assignment]
+        if config.num_shared_experts:
+            self.shared_experts = UniMoeExperts(config, config.num_shared_experts, config.shared_intermediate_size)
 
-    def forward(self, x_BSH: torch.Tensor, token_group_BS: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x_BSH: torch.Tensor,
+        token_group_BS: torch.Tensor | None = None,
+        token_mask_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
-        token_group_T = None if token_group_BS is None else token_group_BS.reshape(-1)
-        _, top_k_weights_TK, top_k_index_TK = self.gate(x_TH, token_group_T)
-        return self.experts(x_TH, top_k_index_TK, top_k_weights_TK).view_as(x_BSH)
+        token_group_T, token_mask_T = (None if t is None else t.reshape(-1) for t in (token_group_BS, token_mask_BS))
+        _, weights_TK, index_TK = self.gate(x_TH, token_group_T, token_mask_T)
+        slots = [index_TK.shape[1] - self.num_shared_experts, self.num_shared_experts]
+        (index_TK, shared_TF), (weights_TK, shared_weights_TF) = index_TK.split(slots, 1), weights_TK.split(slots, 1)
+        y_TH = self.experts(x_TH, self._sendable(index_TK), weights_TK)
+        if self.num_shared_experts:
+            y_TH = y_TH + self.shared_experts(x_TH, shared_TF - (self.num_experts + 1), shared_weights_TF)
+        return y_TH.view_as(x_BSH)
+
+    def _sendable(self, index_TK: torch.Tensor) -> torch.Tensor:
+        if not self.has_empty_slots or self.experts.num_experts == self.num_experts:
+            return index_TK
+        # The experts are split over ranks, and nothing can be sent to expert E: empty slots, of weight 0, go to all.
+        anybody_K = torch.arange(index_TK.shape[1], device=index_TK.device) % self.num_experts
+        return torch.where(index_TK == self.num_experts, anybody_K, index_TK)
 
 
 class UniMoeDecoderLayer(GradientCheckpointingLayer):
@@ -241,13 +265,14 @@ class UniMoeDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         token_groups: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_groups)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_groups, token_mask)
 
 
 class UniMoeTextPreTrainedModel(PreTrainedModel):
@@ -339,6 +364,7 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         token_groups = self.token_groups(inputs_embeds, mm_token_type_ids)
+        token_mask = self.token_mask(inputs_embeds, attention_mask)
 
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -348,6 +374,7 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 token_groups=token_groups,
+                token_mask=token_mask,
                 position_ids=position_ids,
                 **kwargs,
             )
@@ -360,6 +387,12 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
         if mm_token_type_ids is None:
             mm_token_type_ids = torch.zeros(x_BSH.shape[:2], dtype=torch.long, device=x_BSH.device)
         return self.group_of_modality[mm_token_type_ids]
+
+    def token_mask(self, x_BSH: torch.Tensor, attention_mask: Any) -> torch.Tensor | None:
+        """True for tokens, false for padding, [B, S]; None when the router does not ask or the mask does not say."""
+        if self.config.router_type != "dynamic" or getattr(attention_mask, "ndim", 0) != 2:
+            return None
+        return attention_mask[:, -x_BSH.shape[1] :].bool()  # what the cache holds comes first
 
 
 __all__ = ["UniMoeTextModel", "UniMoeTextPreTrainedModel"]

@@ -49,6 +49,11 @@ def groups() -> UniMoeForCausalLM:
     return tiny.model(text=tiny.MOIIE_GROUPS)
 
 
+def dynamic() -> UniMoeForCausalLM:
+    routing = {"router_type": "dynamic", "router_top_p": 0.7, "num_null_experts": 1, "num_shared_experts": 2}
+    return tiny.model(text={**routing, "shared_intermediate_size": 24})
+
+
 def shared_tower() -> UniMoeForCausalLM:
     return tiny.model(audio_config=None)
 
@@ -57,6 +62,7 @@ TWINS: dict[str, Callable[[], UniMoeForCausalLM]] = {
     "everything": everything,
     "text-only": text_only,
     "groups": groups,
+    "dynamic": dynamic,
     "shared-tower": shared_tower,
 }
 

@@ -185,7 +185,7 @@ def test_router_logits_have_one_row_per_token(twin: Any) -> None:
     model, samples = twin
     inputs = collate(samples)
     config = model.config.text_config
-    rows = sum(len(group.experts) for group in config.router_groups)
+    rows = config.num_gate_rows
     output = model(**inputs, output_router_logits=True)
     assert [tuple(layer.shape) for layer in output.router_logits] == [
         (inputs["input_ids"].numel(), rows) for _ in config.sparse_layers

@@ -39,6 +39,20 @@ TEXT_MISTAKES = [
     ({"router_aux_loss_coef": -0.1}, ["router_aux_loss_coef", "-0.1", ">= 0"]),
     ({"router_z_loss_coef": math.inf}, ["router_z_loss_coef", "inf", "finite"]),
     ({"router_jitter_noise": -1.0}, ["router_jitter_noise", "-1.0", ">= 0"]),
+    ({"num_null_experts": -1}, ["num_null_experts", "-1", "between 0 and 4096"]),
+    ({"num_shared_experts": 5000}, ["num_shared_experts", "5000", "between 0 and 4096"]),
+    ({"shared_intermediate_size": 0}, ["shared_intermediate_size", "0", "between 1"]),
+    ({"num_null_experts": 1, "num_experts_per_tok": 6}, ["num_experts_per_tok", "6", "between 1 and 5", "null"]),
+    ({"router_type": "dynamic", "router_top_p": 1.5}, ["router_top_p", "1.5", "between 0 and 1"]),
+    ({"router_type": "dynamic", "router_near_max_band": math.inf}, ["router_near_max_band", "inf", "finite"]),
+    ({"router_type": "dynamic", "expert_capacity_factor": 0}, ["expert_capacity_factor", "0", "> 0", "None"]),
+    ({"router_type": "dynamic", "min_expert_capacity": 0}, ["min_expert_capacity", "0", "between 1"]),
+    ({"router_top_p": 0.7}, ["router_top_p", "0.7", "'top_k'", "'dynamic'"]),
+    ({"router_pick": "sample"}, ["router_pick", "'sample'", "'max'", "'dynamic'"]),
+    ({"expert_capacity_factor": 2.0}, ["expert_capacity_factor", "2.0", "None", "'dynamic'"]),
+    ({"router_type": "dynamic", "router_scoring": "sigmoid"}, ["router_scoring", "'sigmoid'", "'softmax'", "'top_k'"]),
+    ({"router_type": "dynamic", "norm_topk_prob": False}, ["norm_topk_prob", "False", "'top_k'"]),
+    ({"router_type": "dynamic", **tiny.MOIIE_GROUPS}, ["expert_groups", "vision", "None", "'top_k'"]),
     ({"hidden_size": 0}, ["hidden_size", "0", "between 1 and 65536"]),
     ({"num_attention_heads": 0}, ["num_attention_heads", "0", "between 1 and 4096"]),
     ({"num_key_value_heads": 0}, ["num_key_value_heads", "0", "between 1 and 4096"]),
@@ -60,6 +74,9 @@ HOSTILE_SIZES = [
     {"num_hidden_layers": 10**9},
     {"num_attention_heads": 1 << 20},
     {"num_experts": 10**9},
+    {"num_null_experts": 10**9},
+    {"num_shared_experts": 10**9},
+    {"shared_intermediate_size": 1 << 40},
     {"head_dim": 1 << 40},
     {"max_position_embeddings": 1 << 60},
 ]
@@ -181,7 +198,7 @@ def test_defaults_are_filled_in() -> None:
 
 
 def test_plans_name_modules_that_exist() -> None:
-    model = tiny.model(text={"use_qk_norm": True}).model.language_model
+    model = tiny.model(text={"use_qk_norm": True, "num_shared_experts": 1}).model.language_model
     names = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
     config = model.config
     for plan in (config.base_model_tp_plan, config.base_model_ep_plan, config.base_model_pp_plan):

@@ -67,6 +67,36 @@ def test_parameters_are_those_of_the_model_and_half_of_the_experts_are_active(ti
     assert ("head" in counts) is not tied
 
 
+def test_dynamic_routing_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = {"router_type": "dynamic", "router_top_p": 0.7, "num_null_experts": 1, "num_shared_experts": 2}
+    folder = save_bundle(tiny.model({**text, "expert_capacity_factor": 3.0}), None, tmp_path / "model")
+    assert cli.main(["inspect", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 per sparse layer, at most 4 per token; 1 null (chosen, but empty); 2 shared (used by every" in printed
+    assert "type dynamic, top_p 0.7" in printed
+    assert "expert_capacity_factor 3.0" in printed
+    assert "PROBLEM" not in printed
+    assert "4 experts, at most 4 per token, 1 null expert, 2 shared experts, in" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "used"),
+    [
+        ({"num_shared_experts": 2, "shared_intermediate_size": 24}, 2),
+        ({"num_null_experts": 4}, 1),
+        ({"num_null_experts": 1, "router_type": "dynamic", "router_top_p": 0.7}, 4 * 4 / 5),
+        ({"num_null_experts": 3, **tiny.MOIIE_GROUPS}, 1),
+    ],
+    ids=["shared", "null", "dynamic", "groups"],
+)
+def test_active_parameters_are_those_of_a_token(text: dict[str, object], used: float) -> None:
+    """Shared experts work for every token, null experts cost nothing; 2 layers of 4 experts with 3 * 32 * 48 each."""
+    count = count_parameters(tiny.config(text))["experts"]
+    shared = 2 * 3 * 32 * 24 * text.get("num_shared_experts", 0)
+    assert count.total == 2 * 4 * 3 * 32 * 48 + shared
+    assert count.active == round(2 * used * 3 * 32 * 48 + shared)
+
+
 def test_dense_text_model_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tiny.text_config(num_experts=0, sparse_layers=None)
     UniMoeForCausalLM.config_class(text_config=text).save_pretrained(tmp_path)

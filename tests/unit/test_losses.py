@@ -123,6 +123,94 @@ def test_expert_load_counts_assignments(grouped: bool) -> None:
         torch.testing.assert_close(row, torch.tensor(counts) / sum(counts))
 
 
+def naive_dynamic_balance(
+    logits: torch.Tensor, config: UniMoeTextConfig, mask: list[int], weights: list[float]
+) -> float:
+    """The documented formula, one token at a time."""
+    choosable = config.num_experts + config.num_null_experts
+    chosen_share, probability = [0.0] * choosable, [0.0] * choosable
+    for token, weight in enumerate(weights):
+        row = [math.exp(float(v)) for v in logits[token, :choosable]]
+        taken: list[int] = []
+        while mask[token] and sum(row[c] for c in taken) / sum(row) < config.router_top_p:
+            taken.append(max(set(range(choosable)) - set(taken), key=lambda c: row[c]))
+        for c in range(choosable):
+            chosen_share[c] += weight * (c in taken)
+            among = row[c] / sum(row[t] for t in taken) * (c in taken) if taken else 1 / choosable
+            probability[c] += weight * among
+    return choosable * sum(f * p for f, p in zip(chosen_share, probability, strict=True)) / sum(weights) ** 2
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_dynamic_balance_matches_a_plain_loop(weighted: bool) -> None:
+    config = text_config(router_type="dynamic", router_top_p=0.7, num_null_experts=1, num_shared_experts=2)
+    logits = random_logits(rows=7)
+    mask = [int(t % 5 > 0) for t in range(TOKENS)]
+    weights = [0.01 * (t % 4) + 0.01 for t in range(TOKENS)] if weighted else [float(m) for m in mask]
+    got = load_balancing_loss(
+        logits,
+        config,
+        attention_mask_T=torch.tensor(mask),
+        token_weight_T=torch.tensor(weights) if weighted else None,
+    )
+    expected = sum(naive_dynamic_balance(layer, config, mask, weights) for layer in logits) / len(logits)
+    assert float(got) == pytest.approx(expected, rel=1e-5)
+
+
+def test_dynamic_balance_of_nothing_but_padding_costs_nothing() -> None:
+    config = text_config(router_type="dynamic", router_top_p=0.7)
+    logits = random_logits(rows=4)[0].requires_grad_()
+    loss = load_balancing_loss((logits,), config, attention_mask_T=torch.zeros(TOKENS))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+def test_token_weights_count_tokens_in_the_means() -> None:
+    """A token of weight 2 counts as two tokens."""
+    logits, weight = random_logits(rows=4, layers=1)[0], torch.arange(TOKENS) % 3
+    repeated = logits.repeat_interleave(weight, dim=0)
+    for kind in ({}, {"router_type": "dynamic", "router_top_p": 0.6}):
+        config = text_config(**kind)
+        got = load_balancing_loss((logits,), config, token_weight_T=0.01 * weight)
+        torch.testing.assert_close(got, load_balancing_loss((repeated,), config))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_null_experts_take_part_in_the_balance(grouped: bool) -> None:
+    """They are rows like any other: the loss is that of a model in which they were experts."""
+    groups = tiny.MOIIE_GROUPS if grouped else {}
+    config = text_config(num_null_experts=1, num_shared_experts=2, **groups)
+    if grouped:
+        as_experts = {"vision": [0, 1, 2, 4], "language": [1, 2, 3, 5]}
+        groups = {**groups, "expert_groups": as_experts}
+    counted = text_config(num_experts=6 if grouped else 5, **groups)
+    logits = random_logits(rows=10 if grouped else 7)
+    token_group = torch.arange(TOKENS) % 2 if grouped else None
+    got = load_balancing_loss(logits, config, token_group)
+    # Groups come in the order of their names: language first.
+    expected = load_balancing_loss(tuple(layer[:, :-2] for layer in logits), counted, token_group)
+    torch.testing.assert_close(got, expected)
+    load = expert_load(logits, config, token_group)
+    full = expert_load(tuple(layer[:, :-2] for layer in logits), counted, token_group)[:, :4]
+    torch.testing.assert_close(load, full / full.sum(-1, keepdim=True))
+
+
+def test_expert_load_of_the_dynamic_router() -> None:
+    config = text_config(router_type="dynamic", router_top_p=0.7, num_null_experts=1, num_shared_experts=2)
+    logits = random_logits(rows=7, layers=1)[0]
+    mask = torch.arange(TOKENS) % 5 > 0
+    counts = torch.zeros(4)
+    for token in range(TOKENS):
+        order = logits[token, :5].argsort(descending=True).tolist()
+        reached = logits[token, :5].softmax(-1)[order].cumsum(-1)
+        for position, row in enumerate(order):
+            if mask[token] and row < 4 and (position == 0 or reached[position - 1] < 0.7):
+                counts[row] += 1
+    load = expert_load((logits,), config, attention_mask_T=mask)
+    torch.testing.assert_close(load[0], counts / counts.sum())
+
+
 # --- in the model ----------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,9 @@ def some_ffns(dense: UniMoeForCausalLM, layers: list[int], seed: int) -> dict[st
 
 
 @pytest.mark.parametrize("router_init", ["normal", "zeros"])
-@pytest.mark.parametrize("groups", [{}, tiny.MOIIE_GROUPS])
+@pytest.mark.parametrize(
+    "groups", [{}, tiny.MOIIE_GROUPS, {"routing": {"router_type": "dynamic", "router_top_p": 0.7}}]
+)
 def test_copies_leave_the_function_as_it_was(router_init: str, groups: dict[str, Any]) -> None:
     dense = dense_model()
     sparse = upcycle_model(dense, **CHOICE, **groups, router_init=router_init)
@@ -113,6 +115,8 @@ def test_router_rows_depend_on_seed_and_layer_only() -> None:
         ({"num_experts_per_tok": 5}, ConfigurationError, "num_experts_per_tok"),
         ({"router_init": "ones"}, ConversionError, "'ones'"),
         ({"router_rows": {0: torch.zeros(3, 8)}}, ConversionError, r"layer 0 have shape \(3, 8\)"),
+        ({"routing": {"num_null_experts": 1}}, ConversionError, "num_null_experts 1"),
+        ({"routing": {"num_shared_experts": 2}}, ConversionError, "num_shared_experts 2"),
         ({"expert_ffns": [{}] * 3}, ConversionError, "holds 3 experts"),
         ({"expert_ffns": [{}] * 4}, ConversionError, "lacks layers.0.mlp.gate_proj.weight"),
     ],

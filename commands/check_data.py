@@ -14,9 +14,9 @@ first case is shown, with the number of all. The file is JSON lines or a JSON li
 `unimoe train` takes or in that of Uni-MoE's own data (conversations, image, video, voice)."""
 _EPILOG = """\
 examples:
-  unimoe check-data train.jsonl                            media are relative to the file's folder
-  unimoe check-data Uni_MoE_Speech.json --media-root /data   replaces the folders of the machine it was written on
-  unimoe check-data train.jsonl --limit 100                a quick look at the start
+  unimoe check-data train.jsonl                        media are relative to the file's folder
+  unimoe check-data speech.json --media-root /data     for paths of the machine that the file was written on
+  unimoe check-data train.jsonl --limit 100            a quick look at the start
 
 exit code: 0 clean, 1 problems found, 2 the file cannot be read"""
 

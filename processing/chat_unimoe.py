@@ -232,7 +232,9 @@ class ChatEncoder:
         control = {token for token, special in added.items() if token.strip() and (special or token in template)}
         control |= set(tokenizer.all_special_tokens) | set(MEDIA_TOKENS)
         self.control_tokens = sorted(control, key=lambda token: (-len(token), token))  # the longest match wins
-        self.control_ids = {tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens}
+        numbers: Any = tokenizer.convert_tokens_to_ids(self.control_tokens)
+        self.ids_of_control: dict[str, int] = dict(zip(self.control_tokens, numbers, strict=True))
+        self.control_ids = set(numbers)
         self._control = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
         self._newline = tokenizer.encode("\n", add_special_tokens=False)
 
@@ -330,8 +332,8 @@ class ChatEncoder:
         """Ids of a piece that follows a control token or not, and whether it ends in one."""
         ids: list[int] = []
         for piece in re.split(f"({self._control.pattern})", text):
-            if piece in self.control_tokens:
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            if piece in self.ids_of_control:
+                ids.append(self.ids_of_control[piece])
                 after_control = True
             elif piece:
                 ids += self._encode_piece(" " + piece if after_control else piece, first=False)

@@ -79,7 +79,7 @@ class OriginalChatEncoder(ChatEncoder):
         ids: list[int] = []
         for piece in filter(None, pattern.split(prompt)):
             if pattern.fullmatch(piece):
-                ids.append(tokenizer.convert_tokens_to_ids(piece))
+                ids.append(self.ids_of_control[piece])
             else:
                 ids += self._encode_text(" " + piece.replace(mark, "<"))
         return ids

@@ -144,9 +144,12 @@ def media_items(sample: Sample) -> Iterator[dict[str, Any]]:
     for message in sample.get("messages", ()):
         if isinstance(message["content"], list):
             for item in message["content"]:
-                if item.get("type") in MEDIA_KINDS:
-                    if item.get("sound_track"):
-                        yield {"type": "audio", "path": media_value(item), "encoder": item.get("encoder")}
+                if item.get("type") in MEDIA_KINDS and item.get("sound_track"):
+                    pictures = dict(item)
+                    del pictures["sound_track"]
+                    yield {"type": "audio", "path": media_value(item), "encoder": pictures.pop("encoder", None)}
+                    yield pictures
+                elif item.get("type") in MEDIA_KINDS:
                     yield item
 
 

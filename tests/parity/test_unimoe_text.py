@@ -86,13 +86,17 @@ def test_default_rules_agree_where_the_original_is_right(given: Any, media: Path
     folder, case = given or leave_for_lack_of_data()
     if case.get("error") or case.get("warning"):
         pytest.skip(f"{case['name']}: the original gave this sample up")
-    record = record_of(case)
-    sample = convert(record, case["name"], MediaPaths(media))
-    if sample["messages"] != convert(record, case["name"], MediaPaths(media), original_rules=True)["messages"]:
+    if any(mark in turn["value"] for turn in case["conversations"] for mark in ("<s>", "</s>", "<unk>", "ASSISTANT:")):
+        pytest.skip(f"{case['name']}: a text holds what the original takes for its own marks")
+    try:
+        messages = convert(record_of(case), case["name"], MediaPaths(media))["messages"]
+    except DataError as error:
+        pytest.skip(f"we refuse what the original takes: {error}")
+    if messages != convert(record_of(case), case["name"], MediaPaths(media), original_rules=True)["messages"]:
         pytest.skip(f"{case['name']}: the original reads this sample wrongly")
     processor = processor_of(folder, "spaced")
-    check_training(processor, case, sample["messages"])
-    check_generation(processor, case, sample["messages"])
+    check_training(processor, case, messages)
+    check_generation(processor, case, messages)
 
 
 @pytest.mark.parametrize("given", entries("grouping"))

@@ -6,6 +6,7 @@ template runs, and the marks are encoded as plain text afterwards. Only the temp
 """
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .media_policy_unimoe import ConversationError, MediaLimits, PlaceholderError
+from .media_policy_unimoe import ConversationError, MediaError, MediaLimits, PlaceholderError
 
 MEDIA_KINDS = ("image", "video", "audio")
 # Placeholder tokens; `<sound>` is written by the processor only, after the `<audio>` placeholders of the same clip.
@@ -30,9 +31,8 @@ _CONTENT_MACRO = """\
 {%- macro show(content, after_media) -%}
 {%- if content is string -%}{{- content -}}{%- else -%}{%- for item in content -%}
 {%- if item['type'] == 'text' -%}{{- item['text'] -}}
-{%- elif item['type'] == 'image' -%}{{- '<image>' + after_media -}}
-{%- elif item['type'] == 'video' -%}{{- '<video>' + after_media -}}
-{%- elif item['type'] == 'audio' -%}{{- '<audio>' + after_media -}}
+{%- elif item['type'] in ('image', 'video', 'audio') -%}
+{{- '<' + item['type'] + '>' + (item['after'] if item['after'] is defined else after_media) -}}
 {%- endif -%}{%- endfor -%}{%- endif -%}
 {%- endmacro -%}
 """
@@ -63,7 +63,9 @@ detailed, and polite answers to the user's questions." -}}
 {%- endif -%}
 {{- ' ' -}}
 {%- for message in messages -%}
-{%- if message['role'] == 'user' -%}{{- 'USER: ' + show(message['content'], '\\n') + ' ' -}}
+{%- if message['role'] in ('user', 'assistant') and not message['content'] -%}
+{{- 'USER:' if message['role'] == 'user' else 'ASSISTANT:' -}}
+{%- elif message['role'] == 'user' -%}{{- 'USER: ' + show(message['content'], '\\n') + ' ' -}}
 {%- elif message['role'] == 'assistant' -%}{{- 'ASSISTANT:' -}}
 {%- generation -%}{{- ' ' + show(message['content'], '\\n') + '</s>' -}}{%- endgeneration -%}
 {%- elif not loop.first -%}{{- raise_exception('a system message must come first; other roles are user, assistant') -}}
@@ -72,12 +74,15 @@ detailed, and polite answers to the user's questions." -}}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
 )
-"""Uni-MoE's prompt (template "v1" of its code): system text, `USER: ... ASSISTANT: answer</s>`, media before a newline."""
+"""Uni-MoE's prompt (template "v1" of its code): system text, `USER: ... ASSISTANT: answer</s>`, media before a newline.
+
+As in its code an empty message is an open one: its role and a colon, nothing after them.
+"""
 
 
 @dataclass
 class MediaItem:
-    """One medium of a conversation; `where` names its place for error messages."""
+    """One medium of a conversation; `where` names its place for error messages. A sound track's value is its video."""
 
     kind: str
     value: Any
@@ -152,14 +157,16 @@ def _read_content(content: Any, media: list[MediaItem], place: str) -> str | lis
             else:
                 items.append({"type": "text", "text": item["text"]})
         elif kind in MEDIA_KINDS or kind == "image_url":
-            media.append(_read_medium(item, where))
-            items.append({"type": media[-1].kind})
+            for medium in _read_media(item, where):
+                media.append(medium)
+                items.append({"type": medium.kind, **_after(item, where)})
         else:
             raise ConversationError(f"{where}: type {kind!r} is unknown; use text, image, video or audio.")
     return items
 
 
-def _read_medium(item: Mapping[str, Any], where: str) -> MediaItem:
+def _read_media(item: Mapping[str, Any], where: str) -> list[MediaItem]:
+    """The medium of an item, and before a video its sound track if asked for: Uni-MoE's order of placeholders."""
     kind = item["type"]
     value = None
     if kind == "image_url":  # the form of OpenAI's API
@@ -169,10 +176,26 @@ def _read_medium(item: Mapping[str, Any], where: str) -> MediaItem:
         value = item.get(key) if value is None else value
     if value is None and isinstance(item.get("base64"), str):
         value = f"data:{kind}/x;base64,{item['base64']}"
+    track = item.get("sound_track") or False
+    if not isinstance(track, bool) or (track and kind != "video"):
+        raise ConversationError(f"{where}: sound_track is {track!r}; it is True or False, and of videos only.")
     encoder = item.get("encoder") or "both"
-    if encoder not in ("both", "speech", "sound") or (encoder != "both" and kind != "audio"):
+    if encoder not in ("both", "speech", "sound") or (encoder != "both" and kind != "audio" and not track):
         raise ConversationError(f"{where}: encoder {encoder!r} is not 'speech', 'sound' or 'both' (audio only).")
-    return MediaItem(kind, value, encoder, item.get("sampling_rate"), where)
+    if not track:
+        return [MediaItem(kind, value, encoder, item.get("sampling_rate"), where)]
+    if value is not None and not isinstance(value, str | bytes | bytearray | memoryview | os.PathLike):
+        raise MediaError("audio", "frames have no sound track; give the video as a file or as its bytes", where)
+    return [MediaItem("audio", value, encoder, None, f"{where}, sound track"), MediaItem(kind, value, where=where)]
+
+
+def _after(item: Mapping[str, Any], where: str) -> dict[str, str]:
+    """What a template that separates media from the text writes after this one, in place of its own choice."""
+    if item.get("after") is None:
+        return {}
+    if not isinstance(item["after"], str) or item["after"].strip():
+        raise ConversationError(f"{where}: 'after' is {item['after']!r}; it may hold white space only.")
+    return {"after": item["after"]}
 
 
 def choose_template(own: str | dict[str, str], wanted: str | None) -> str:
@@ -195,19 +218,23 @@ class ChatEncoder:
         tokenizer: any tokenizer whose vocabulary holds the placeholder tokens used.
         template: Jinja source; answers must stand between `{% generation %}` and `{% endgeneration %}` if labels or
             assistant masks are wanted.
+        spaced: put a space before every text that follows a control token, as SentencePiece tokenizers in their legacy
+            form do when text pieces are encoded one by one. Released Uni-MoE checkpoints were trained on these tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, spaced: bool = False) -> None:
         if len(template) > _MAX_TEMPLATE_CHARACTERS:
             limit = _MAX_TEMPLATE_CHARACTERS
             raise ConversationError(f"The chat template has {len(template)} characters; allowed are {limit}.")
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self.spaced = tokenizer, template, spaced
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         control = {token for token, special in added.items() if token.strip() and (special or token in template)}
         control |= set(tokenizer.all_special_tokens) | set(MEDIA_TOKENS)
         self.control_tokens = sorted(control, key=lambda token: (-len(token), token))  # the longest match wins
-        self.control_ids = {tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens}
+        numbers: Any = tokenizer.convert_tokens_to_ids(self.control_tokens)
+        self.ids_of_control: dict[str, int] = dict(zip(self.control_tokens, numbers, strict=True))
+        self.control_ids = set(numbers)
         self._control = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
         self._newline = tokenizer.encode("\n", add_special_tokens=False)
 
@@ -237,8 +264,14 @@ class ChatEncoder:
                 options[name] = self._escape(options[name], mark)
         prompt, spans = self.render(escaped, **options)
         encoded = EncodedChat([], [])
+        after_control = True
         for piece, is_plain, is_answer in self._split(prompt, spans, mark):
-            ids = self._encode_plain(piece) if is_plain else self._encode_piece(piece, first=not encoded.input_ids)
+            if is_plain:
+                ids, after_control = self._encode_plain(piece), False
+            elif self.spaced:
+                ids, after_control = self._encode_spaced(piece, after_control)
+            else:
+                ids = self._encode_piece(piece, first=not encoded.input_ids)
             encoded.input_ids += ids
             encoded.answer += [is_answer] * len(ids)
         return encoded
@@ -294,6 +327,18 @@ class ChatEncoder:
             if self._newline and ids[: len(self._newline)] == self._newline:
                 return ids[len(self._newline) :]
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _encode_spaced(self, text: str, after_control: bool) -> tuple[list[int], bool]:
+        """Ids of a piece that follows a control token or not, and whether it ends in one."""
+        ids: list[int] = []
+        for piece in re.split(f"({self._control.pattern})", text):
+            if piece in self.ids_of_control:
+                ids.append(self.ids_of_control[piece])
+                after_control = True
+            elif piece:
+                ids += self._encode_piece(" " + piece if after_control else piece, first=False)
+                after_control = False
+        return ids, after_control
 
     def _encode_plain(self, token: str) -> list[int]:
         """Ids of a control token's characters as ordinary text: encoded in parts, so that no part is the token."""

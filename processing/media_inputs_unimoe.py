@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import transformers
-
 from .chat_unimoe import MEDIA_KINDS, MediaItem
 from .media_unimoe import MediaPolicy, PlaceholderError, load_audio, load_image
 from .media_video_unimoe import load_video
@@ -74,15 +72,6 @@ def _part(processor: Any, name: str, what: str) -> Any:
     if part is None:
         raise PlaceholderError(f"This processor has no {name}, so it takes no {what}: leave them out.")
     return part
-
-
-def load_image_processor(settings: dict[str, Any], folder: str, **kwargs: Any) -> Any:
-    """An image processor on PIL from its saved settings; `folder` and kwargs serve one that is remote code."""
-    # By its name where transformers has it: AutoImageProcessor of older versions asks for torchvision.
-    pil_class = getattr(transformers, f"{settings.get('image_processor_type')}Pil", None)
-    if pil_class is not None:
-        return pil_class.from_dict(settings)
-    return transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **kwargs)
 
 
 def check_token_counts(processor: Any) -> None:

@@ -58,7 +58,10 @@ _DEVICE_NAMES = re.compile(r"(?:CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?:\..*)?", re
 _AUDIO_MAGIC = re.compile(
     rb"RIFF....WAVE|RF64....WAVE|FORM....AIF[FC]|fLaC|OggS|ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", re.S
 )
-_CONTAINER_MAGIC = re.compile(rb"....ftyp|\x1aE\xdf\xa3|\xff[\xf1\xf9]", re.S)  # MP4, Matroska/WebM, ADTS AAC
+# MP4, Matroska/WebM, ADTS AAC, AVI, FLV, MPEG, MPEG-TS, Ogg with pictures.
+_CONTAINER_MAGIC = re.compile(
+    rb"....ftyp|\x1aE\xdf\xa3|\xff[\xf1\xf9]|RIFF....AVI |FLV\x01|\x00\x00\x01\xba|G.{187}G|OggS.{24,56}theora", re.S
+)
 _INT_SCALE = {np.dtype(d): float(np.iinfo(d).max) + 1 for d in (np.int8, np.int16, np.int32)}
 
 
@@ -306,7 +309,7 @@ class _ClampedSeek(io.RawIOBase):
 def _read_audio(value: Any, policy: MediaPolicy, where: str) -> tuple[np.ndarray, int]:
     """[samples, channels] float32 and the rate of an encoded clip."""
     with open_media(value, "audio", policy, where) as stream:
-        head = stream.read(12)
+        head = stream.read(256)
         stream.seek(0)
         if _CONTAINER_MAGIC.match(head):
             from .media_video_unimoe import read_audio_track

@@ -59,10 +59,10 @@ def check_all_used(waiting: Mapping[str, list[list[Run]]], where: str) -> None:
         raise PlaceholderError(f"{where}: media without a placeholder in the text are left over: {left}.")
 
 
-def with_labels(sample: Sample, where: str) -> Sample:
+def with_labels(sample: Sample, where: str, needs_answer: bool = True) -> Sample:
     """The sample with `labels` in place of `assistant_masks`: the token ids on answers, -100 elsewhere."""
     answer = sample["assistant_masks"]
-    if not any(answer):
+    if needs_answer and not any(answer):
         raise ConversationError(
             f"{where}: no answer to learn from; it needs an assistant message and a template with {{% generation %}}."
         )

@@ -6,10 +6,10 @@ branch. `mm_token_type_ids` says what every position is: 0 text, 1 image, 2 vide
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
@@ -29,22 +29,14 @@ from .chat_unimoe import (
     read_messages,
 )
 from .feature_extraction_unimoe import UniMoeFeatureExtractor
-from .media_inputs_unimoe import check_token_counts, load_image_processor, process_media, waiting_runs
+from .media_inputs_unimoe import check_token_counts, process_media, waiting_runs
 from .media_unimoe import DEFAULT_POLICY, ConversationError, PlaceholderError
+from .original_chat_unimoe import TOKENIZATIONS, build_encoder
 from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
+from .processor_parts_unimoe import PARTS, PresentParts, load_parts
 from .video_processing_unimoe import UniMoeVideoProcessor
 
 __all__ = ["DEFAULT_CHAT_TEMPLATE", "VICUNA_CHAT_TEMPLATE", "UniMoeProcessor", "prepare_tokenizer"]
-
-PARTS = ("image_processor", "video_processor", "feature_extractor", "tokenizer")
-
-
-class _PresentParts:
-    """`get_attributes`: of the class all part names, of an instance those that it has."""
-
-    def __get__(self, instance: Any, owner: type) -> Callable[[], list[str]]:
-        names = [name for name in PARTS if instance is None or name in instance.__dict__]
-        return lambda: names
 
 
 class UniMoeProcessor(ProcessorMixin):
@@ -58,6 +50,8 @@ class UniMoeProcessor(ProcessorMixin):
         chat_template: Jinja source, or several by name; None: `DEFAULT_CHAT_TEMPLATE`.
         image_tokens, video_tokens: features per image and per video.
         speech_tokens, sound_tokens: features per audio window in either branch; 0: the branch does not exist.
+        tokenization: "plain"; "spaced", the token ids of released Uni-MoE checkpoints, see `ChatEncoder`; "original",
+            ids and labels of the original code with its faults, see `OriginalChatEncoder`.
 
     Attributes:
         media_policy: where media may come from and how big they may be; not saved with the processor.
@@ -68,7 +62,7 @@ class UniMoeProcessor(ProcessorMixin):
     """
 
     padding_side = "left"
-    get_attributes = _PresentParts()
+    get_attributes = PresentParts()
 
     def __init__(
         self,
@@ -81,6 +75,7 @@ class UniMoeProcessor(ProcessorMixin):
         video_tokens: int = 0,
         speech_tokens: int = 0,
         sound_tokens: int = 0,
+        tokenization: str = "plain",
     ) -> None:
         # Not the inherited __init__: it wants every part to be there, and real torchvision for the video one.
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -92,8 +87,11 @@ class UniMoeProcessor(ProcessorMixin):
         self.chat_template = chat_template or DEFAULT_CHAT_TEMPLATE
         self.image_tokens, self.video_tokens = image_tokens, video_tokens
         self.speech_tokens, self.sound_tokens = speech_tokens, sound_tokens
+        if tokenization not in TOKENIZATIONS:
+            raise PlaceholderError(f"UniMoeProcessor: tokenization is {tokenization!r}; use one of {TOKENIZATIONS}.")
+        self.tokenization = tokenization
         self.media_policy = DEFAULT_POLICY
-        self._encoders: dict[tuple[str, int], ChatEncoder] = {}
+        self._encoders: dict[tuple[str, int, str], ChatEncoder] = {}
         self.image_token, self.video_token, self.audio_token = IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN
         self.sound_token = SOUND_TOKEN
         check_token_counts(self)
@@ -169,6 +167,8 @@ class UniMoeProcessor(ProcessorMixin):
         Contents are strings or lists of items {"type": "text", "text": ...}, {"type": "image", "image": PIL | array |
         bytes | path} (also under "path", "url", "base64"), likewise "video" and "audio"; audio items take
         "sampling_rate" (for arrays) and "encoder": "speech", "sound" or "both". Control tokens in texts stay text.
+        A video item with "sound_track": True stands for two media, its own sound and then its pictures;
+        `load_audio_from_video=True` asks for that of every video.
 
         Returns:
             `tokenize=False`: the prompt(s), unescaped. Else with `return_dict` a BatchFeature with input_ids,
@@ -179,8 +179,7 @@ class UniMoeProcessor(ProcessorMixin):
         Raises:
             ConversationError, MediaError, PlaceholderError: the message names conversation, message and content.
         """
-        if kwargs.pop("load_audio_from_video", False):
-            raise ConversationError("load_audio_from_video is not supported; give the sound track as an audio item.")
+        sound_tracks = bool(kwargs.pop("load_audio_from_video", False))
         kwargs.pop("sanitize_control_tokens", None)  # always on
         flat = {name: kwargs.pop(name) for name in CALL_OPTIONS & set(kwargs)}
         options = merge_options({**(processor_kwargs or {}), **flat})
@@ -197,7 +196,7 @@ class UniMoeProcessor(ProcessorMixin):
             **kwargs,
         }
         batched = is_batched(conversation)
-        conversations = [messages_of(one) for one in (conversation if batched else [conversation])]
+        conversations = [messages_of(one, sound_tracks) for one in (conversation if batched else [conversation])]
         if not tokenize:
             limits = self.media_policy.limits
             prompts = [encoder.render(read_messages(one, limits)[0], **template_options)[0] for one in conversations]
@@ -229,7 +228,8 @@ class UniMoeProcessor(ProcessorMixin):
         options = {"padding_side": padding_side, "pad_to_multiple_of": pad_to_multiple_of, "max_length": max_length}
         options |= {"return_tensors": return_tensors, "truncation": max_length is not None}
         samples, tensors = self._process_conversations(conversations, self._encoder(None), {}, options, media_root)
-        labelled = [with_labels(sample, f"conversation {index}") for index, sample in enumerate(samples)]
+        strict = self.tokenization != "original"
+        labelled = [with_labels(sample, f"conversation {index}", strict) for index, sample in enumerate(samples)]
         return self._batch(labelled, tensors, options)
 
     def tokenize_conversation(
@@ -249,7 +249,7 @@ class UniMoeProcessor(ProcessorMixin):
         waiting = waiting_runs(self, media, iter(windows))
         sample = expand(encoded.input_ids, encoded.answer, self._kinds, waiting, "the conversation")
         check_all_used(waiting, "the conversation")
-        return with_labels(sample, "the conversation")
+        return with_labels(sample, "the conversation", self.tokenization != "original")
 
     def pad_tokens(
         self,
@@ -293,18 +293,8 @@ class UniMoeProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
-        """The parts, in the order of `PARTS`; those that were not saved are None.
-
-        Our own classes are made here rather than looked up by name, which would need them registered, and torchvision.
-        """
-        saved = processor_dict or {}
-        own = {"video_processor": UniMoeVideoProcessor, "feature_extractor": UniMoeFeatureExtractor}
-        parts = {name: cls_(**saved[name]) for name, cls_ in own.items() if saved.get(name) is not None}
-        if saved.get("image_processor") is not None:
-            pictures = load_image_processor(saved["image_processor"], pretrained_model_name_or_path, **kwargs)
-            parts["image_processor"] = pictures
-        parts["tokenizer"] = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return [parts.get(name) for name in PARTS]
+        """The parts, in the order of `PARTS`; those that were not saved are None."""
+        return load_parts(pretrained_model_name_or_path, processor_dict or {}, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
         """As in transformers; the code goes along, so that the repository loads where unimoe is not installed."""
@@ -346,11 +336,11 @@ class UniMoeProcessor(ProcessorMixin):
 
     def _encoder(self, template: str | None) -> ChatEncoder:
         source = choose_template(self.chat_template, template)
-        key = (source, len(self.tokenizer))
+        key = (source, len(self.tokenizer), self.tokenization)
         if key not in self._encoders:
             if len(self._encoders) >= 8:  # templates may come with every call
                 self._encoders.clear()
-            self._encoders[key] = ChatEncoder(self.tokenizer, source)
+            self._encoders[key] = build_encoder(self.tokenizer, source, self.tokenization)
         return self._encoders[key]
 
     def _process_conversations(

@@ -200,4 +200,5 @@ def _skeleton(message: Mapping[str, Any]) -> tuple[Any, ...]:
     content = message["content"]
     if isinstance(content, str):
         return message["role"], content
-    return message["role"], *((item["type"], item.get("text"), item.get("encoder")) for item in content)
+    keys = ("type", "text", "encoder", "after", "sound_track")
+    return message["role"], *(tuple(item.get(key) for key in keys) for item in content)

@@ -1,11 +1,11 @@
-"""Conversations from JSON-lines files; their media stay closed until somebody needs them.
+"""Conversations from data files; their media stay closed until somebody needs them.
 
-A line is {"id", "modality", "task", "split", "messages", "source"} (only "messages" is required) or {"text": ...}, of
-which every token is learned.
+A record is {"id", "modality", "task", "split", "messages", "source"} (only "messages" is required), or {"text": ...}, of
+which every token is learned, or one of Uni-MoE's own data files, see `original_data`. A file is JSON lines or a list.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from unimoe.errors import DataError
+
+from .json_records import parsed, read_records
+from .media_paths import MediaPaths
+from .original_data import convert, is_original
 
 Sample = dict[str, Any]
 
@@ -30,27 +34,30 @@ class Draw:
 
 
 class ConversationDataset(Dataset):
-    """Samples of JSON-lines files.
+    """Samples of data files.
 
     Indexing gives a sample with `id`, `modality`, `task` and `messages` (media paths absolute) or `text`. An index may
     be a `Draw`; the sample then also has its seed as `draw_seed`.
 
     Args:
         files: paths of the files.
-        media_root: folder that relative media paths start from; each file's own folder when None.
+        media_root: folder that relative media paths start from, each file's own folder when None; for files in Uni-MoE's
+            form see `MediaPaths`.
         check_media: look whether every media file exists.
+        original_rules: of files in Uni-MoE's form, see `original_data`.
 
     Raises:
-        DataError: unreadable file or line (named as file:line), or missing media.
+        DataError: unreadable file or record (named as file:line), or missing media.
     """
 
     def __init__(
-        self, files: Iterable[str | Path], media_root: str | Path | None = None, check_media: bool = True
+        self,
+        files: Iterable[str | Path],
+        media_root: str | Path | None = None,
+        check_media: bool = True,
+        original_rules: bool = False,
     ) -> None:
-        samples: list[Sample] = []
-        for file in map(Path, files):
-            root = file.parent if media_root is None else Path(media_root)
-            samples += [_normalised(raw, place, root.absolute()) for place, raw in _read_lines(file)]
+        samples = [sample for file in files for sample in read_samples(Path(file), media_root, original_rules)]
         self._take(samples, check_media)
 
     @classmethod
@@ -60,7 +67,7 @@ class ConversationDataset(Dataset):
         """The same from samples in memory, whose media may also be objects (PIL images, arrays)."""
         root = Path(media_root or ".").absolute()
         dataset = cls.__new__(cls)
-        dataset._take([_normalised(raw, f"sample {i}", root) for i, raw in enumerate(samples)], check_media)
+        dataset._take([normalised(raw, f"sample {i}", root) for i, raw in enumerate(samples)], check_media)
         return dataset
 
     def _take(self, samples: list[Sample], check_media: bool) -> None:
@@ -113,11 +120,37 @@ def group_of(sample: Sample) -> str:
     return task if modality in task else f"{modality}/{task}"
 
 
+def read_samples(file: Path, media_root: str | Path | None = None, original_rules: bool = False) -> Iterator[Sample]:
+    """The samples of one file, in order and one at a time; arguments and errors as of `ConversationDataset`."""
+    read = sample_reader(file, media_root, original_rules)
+    for record in parsed(read_records(file)):
+        yield read(record.value, record.place)
+
+
+def sample_reader(
+    file: Path, media_root: str | Path | None = None, original_rules: bool = False
+) -> Callable[[Any, str], Sample]:
+    """A function (record, its place) -> sample for the records of a file; it raises DataError."""
+    paths = MediaPaths(file.parent, media_root)
+
+    def read(raw: Any, place: str) -> Sample:
+        return normalised(convert(raw, place, paths, original_rules) if is_original(raw) else raw, place, paths.root)
+
+    return read
+
+
 def media_items(sample: Sample) -> Iterator[dict[str, Any]]:
-    """The media content items of a sample, in order."""
+    """The media content items of a sample, in order; the sound track of a video is an audio item before it."""
     for message in sample.get("messages", ()):
         if isinstance(message["content"], list):
-            yield from (item for item in message["content"] if item.get("type") in MEDIA_KINDS)
+            for item in message["content"]:
+                if item.get("type") in MEDIA_KINDS and item.get("sound_track"):
+                    pictures = dict(item)
+                    del pictures["sound_track"]
+                    yield {"type": "audio", "path": media_value(item), "encoder": pictures.pop("encoder", None)}
+                    yield pictures
+                elif item.get("type") in MEDIA_KINDS:
+                    yield item
 
 
 def media_value(item: dict[str, Any]) -> Any:
@@ -125,23 +158,8 @@ def media_value(item: dict[str, Any]) -> Any:
     return item[item["type"]] if item["type"] in item else item["path"]
 
 
-def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield f"{file}:{number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{file}:{number} is not JSON ({error.msg}): correct or remove the line."
-                    ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The data file {file} cannot be read ({error}): check path and encoding (UTF-8).") from error
-
-
-def _normalised(raw: Any, place: str, root: Path) -> Sample:
+def normalised(raw: Any, place: str, root: Path) -> Sample:
+    """A record of our format with absolute paths, modality and task. Raises DataError."""
     if not isinstance(raw, dict) or ("messages" in raw) == ("text" in raw):
         raise DataError(f"{place} must be a mapping with either 'messages' or 'text'.")
     sample = {"id": place, **raw}
@@ -177,6 +195,8 @@ def _with_absolute_path(item: dict[str, Any], place: str, root: Path) -> dict[st
     if key not in item:
         raise DataError(f"{place}: the {item['type']} item has neither 'path' nor {item['type']!r}.")
     value = item[key]
+    if isinstance(value, list) and value and all(isinstance(frame, str | Path) for frame in value):
+        return {**item, key: [str(root / frame) for frame in value]}
     return {**item, key: str(root / value)} if isinstance(value, str | Path) else item
 
 
@@ -191,16 +211,21 @@ def _guess_modality(sample: Sample) -> str:
     return "+".join(kinds) if kinds else "text"
 
 
+def paths_of(value: Any) -> list[str]:
+    """The paths in a media value: itself, or those of a video's frames."""
+    values = value if isinstance(value, list) else [value]
+    return [path for path in values if isinstance(path, str)]
+
+
 def _require_media(samples: list[Sample]) -> None:
     found: dict[str, bool] = {}
     missing = []
     for sample in samples:
-        for value in (media_value(item) for item in media_items(sample)):
-            if isinstance(value, str):
-                if value not in found:
-                    found[value] = Path(value).is_file()
-                if not found[value]:
-                    missing.append(f"{value} (of {sample['id']})")
+        for value in (path for item in media_items(sample) for path in paths_of(media_value(item))):
+            if value not in found:
+                found[value] = os.path.isfile(value)
+            if not found[value]:
+                missing.append(f"{value} (of {sample['id']})")
     if missing:
         more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
         raise DataError(

@@ -268,6 +268,8 @@ def _content_digest(value: Any) -> str:
         return hashlib.sha256(content).hexdigest()[:32]
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()[:32]
+    if isinstance(value, list) and value and isinstance(value[0], str | bytes):  # a video's frames
+        return hashlib.sha256("".join(map(_content_digest, value)).encode()).hexdigest()[:32]
     array = np.asarray(value)
     return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:32]
 

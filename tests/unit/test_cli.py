@@ -34,11 +34,11 @@ def test_help_fits_one_screen() -> None:
     assert done.returncode == 0
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
-    for command in ("quickstart", "train", "convert", "chat", "inspect"):
+    for command in ("quickstart", "train", "check-data", "convert", "chat", "inspect"):
         assert any(line.split()[:1] == [command] for line in lines), command
 
 
-@pytest.mark.parametrize("command", ["quickstart", "train", "convert", "chat", "inspect"])
+@pytest.mark.parametrize("command", ["quickstart", "train", "check-data", "convert", "chat", "inspect"])
 def test_help_of_every_command(command: str) -> None:
     # In place: what a process costs is measured elsewhere.
     with pytest.raises(SystemExit) as exit_:

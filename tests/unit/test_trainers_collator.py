@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import tiny_media
 import tiny_training
 import torch
 
@@ -58,6 +59,30 @@ def loss_of(model: UniMoeForCausalLM, batch: dict[str, Any], smoothing: float = 
     with torch.no_grad():
         outputs = model(**inputs, output_router_logits=True)
     return training_loss(outputs, batch["labels"], batch["attention_mask"], None, config, smoothing, items)
+
+
+def test_sound_tracks_and_lists_of_frames_train_from_a_cache_too(
+    model: UniMoeForCausalLM, processor: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "clip.mp4").write_bytes(tiny_media.video(frames=4, track=True))
+    for index in range(2):
+        (tmp_path / f"{index}.png").write_bytes(tiny_media.encoded_picture(seed=index))
+    loud = {"type": "video", "path": "clip.mp4", "sound_track": True}
+    dataset = ConversationDataset.from_samples(
+        [
+            tiny_training._sample("video", 0, {**loud, "encoder": "sound"}, "Loud?", "yes"),
+            tiny_training._sample("video", 1, loud, "Loud?", "yes"),
+            tiny_training._sample("video", 2, {"type": "video", "path": "clip.mp4"}, "Loud?", "no"),
+            tiny_training._sample("video", 3, {"type": "video", "video": ["0.png", "1.png"]}, "Loud?", "no"),
+            tiny_training._sample("video", 4, {"type": "video", "video": ["1.png", "0.png"]}, "Loud?", "no"),
+        ],
+        media_root=tmp_path,
+    )
+    cache = EncoderCache(tmp_path / "cache", model, processor)
+    assert cache.build(dataset.samples, progress=False) == 4  # one clip, its sound, two lists of frames
+    raw, cached = RawCollator(processor)(dataset.samples), CachedCollator(processor, cache, pad_to=8)(dataset.samples)
+    assert torch.equal(raw["input_ids"], cached["input_ids"])
+    torch.testing.assert_close(loss_of(model, raw).total, loss_of(model, cached).total, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("modality", [*MODALITIES, "video"])

@@ -1,0 +1,42 @@
+"""The parts of a processor, any of which but the tokenizer may be absent, and how they come back from disk."""
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from transformers import AutoTokenizer
+
+from .feature_extraction_unimoe import UniMoeFeatureExtractor
+from .video_processing_unimoe import UniMoeVideoProcessor
+
+PARTS = ("image_processor", "video_processor", "feature_extractor", "tokenizer")
+
+
+class PresentParts:
+    """`get_attributes`: of the class all part names, of an instance those that it has."""
+
+    def __get__(self, instance: Any, owner: type) -> Callable[[], list[str]]:
+        names = [name for name in PARTS if instance is None or name in instance.__dict__]
+        return lambda: names
+
+
+def load_parts(folder: str, saved: dict[str, Any], **kwargs: Any) -> list[Any]:
+    """The parts of a saved processor, in the order of `PARTS`; None for those that `saved` lacks.
+
+    Our own classes are made here rather than looked up by name, which would need them registered, and torchvision.
+    """
+    own = {"video_processor": UniMoeVideoProcessor, "feature_extractor": UniMoeFeatureExtractor}
+    parts = {name: cls_(**saved[name]) for name, cls_ in own.items() if saved.get(name) is not None}
+    if saved.get("image_processor") is not None:
+        parts["image_processor"] = _load_image_processor(saved["image_processor"], folder, **kwargs)
+    parts["tokenizer"] = AutoTokenizer.from_pretrained(folder, **kwargs)
+    return [parts.get(name) for name in PARTS]
+
+
+def _load_image_processor(settings: dict[str, Any], folder: str, **kwargs: Any) -> Any:
+    """An image processor on PIL from its saved settings; `folder` and kwargs serve one that is remote code."""
+    # By its name where transformers has it: AutoImageProcessor of older versions asks for torchvision.
+    pil_class = getattr(transformers, f"{settings.get('image_processor_type')}Pil", None)
+    if pil_class is not None:
+        return pil_class.from_dict(settings)
+    return transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **kwargs)

@@ -1,0 +1,162 @@
+"""Looks through a data file before any training: what is missing, unreadable or inconsistent, and how often."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from unimoe.errors import ConversationError, DataError, MediaError
+from unimoe.processing.chat_unimoe import read_messages
+from unimoe.processing.media_unimoe import DEFAULT_POLICY, MediaPolicy, load_audio, load_image
+from unimoe.processing.media_video_unimoe import load_video
+
+from .data import MEDIA_KINDS, Sample, media_items, media_value, paths_of, sample_reader
+from .json_records import Record, read_records
+from .original_data import is_original
+
+_SECONDS_BEFORE_A_BAR = 3.0
+
+
+@dataclass
+class Finding:
+    """One kind of problem or remark: how many items have it, and the first of them.
+
+    Fields: `what` is "image", "video", "audio" or "record", of remarks their text; `fault` is "missing", "unreadable" or
+    "inconsistent", of remarks empty; `record` counts from 1 (of JSON lines it is the line).
+    """
+
+    what: str
+    fault: str
+    count: int
+    record: int
+    id: str
+    detail: str
+
+
+@dataclass
+class DataReport:
+    """What a data file holds.
+
+    Fields: `records` and `media` (by kind, with repetitions) that were looked at; `original` says whether records have
+    the form of Uni-MoE's own files; `problems` and `remarks` by kind, in the order in which they first occur.
+    """
+
+    records: int = 0
+    media: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEDIA_KINDS, 0))
+    original: bool = False
+    problems: list[Finding] = field(default_factory=list)
+    remarks: list[Finding] = field(default_factory=list)
+
+
+def check_data(
+    file: str | Path, media_root: str | Path | None = None, limit: int | None = None, progress: bool = True
+) -> DataReport:
+    """Read every record and decode every medium of a data file once, in our format or in Uni-MoE's own.
+
+    Args:
+        media_root: the folder that holds the media; nothing outside of it is opened then. See `MediaPaths`.
+        limit: look at so many records only.
+        progress: show a bar if it takes longer than 3 seconds.
+
+    Raises:
+        DataError: the file cannot be read at all.
+    """
+    file = Path(file)
+    policy = DEFAULT_POLICY
+    if media_root is not None:
+        if not Path(media_root).is_dir():
+            raise DataError(f"media_root {media_root} is no folder: give the one that holds the media.")
+        policy = dataclasses.replace(policy, media_root=str(Path(media_root).absolute()))
+    checker = _Checker(policy)
+    read = sample_reader(file, media_root)
+    for record in _with_bar(islice(read_records(file), limit), file, progress):
+        checker.look_at(record, read)
+    report = checker.report
+    if not report.records:
+        report.problems.append(Finding("record", "missing", 1, 1, "", "there is not a single record"))
+    return report
+
+
+class _Checker:
+    def __init__(self, policy: MediaPolicy) -> None:
+        self.report = DataReport()
+        self._policy = policy
+        self._seen: dict[tuple[str, Any], tuple[str, str] | None] = {}
+
+    def look_at(self, record: Record, read: Any) -> None:
+        self.report.records += 1
+        if record.error is not None:
+            self._note(self.report.problems, "record", "unreadable", record, "", f"not JSON ({record.error})")
+            return
+        self.report.original |= is_original(record.value)
+        name = str(record.value.get("id", "")) if isinstance(record.value, dict) else ""
+        try:
+            sample = read(record.value, record.place)
+            read_messages(sample.get("messages", [{"role": "user"}]), self._policy.limits)
+        except (DataError, ConversationError, MediaError) as error:
+            reason = str(error).removeprefix(record.place).lstrip(": ")
+            self._note(self.report.problems, "record", "inconsistent", record, name, reason)
+            return
+        for remark in sample.get("remarks", ()):
+            self._note(self.report.remarks, remark, "", record, name, "")
+        self._look_at_media(sample, record, name)
+
+    def _look_at_media(self, sample: Sample, record: Record, name: str) -> None:
+        for item in media_items(sample):
+            kind, value = item["type"], media_value(item)
+            self.report.media[kind] += 1
+            key = (kind, value if isinstance(value, str | bytes) else repr(value))
+            if key not in self._seen:
+                self._seen[key] = self._fault_of(kind, value)
+            found = self._seen[key]
+            if found is not None:
+                self._note(self.report.problems, kind, found[0], record, name, found[1])
+
+    def _fault_of(self, kind: str, value: Any) -> tuple[str, str] | None:
+        paths = paths_of(value)
+        for path in paths:
+            if not os.path.exists(path):
+                return "missing", path
+        try:
+            if kind == "image":
+                load_image(value, self._policy)
+            elif kind == "audio":
+                load_audio(value, 16_000, policy=self._policy)
+            elif isinstance(value, list):
+                load_video(value, max(1, len(value)), policy=self._policy)
+            else:
+                load_video(value, policy=self._policy)
+        except ImportError as error:
+            raise DataError(str(error)) from error
+        except MediaError as error:
+            return "unreadable", f"{paths[0] if paths else 'given in the record'}: {error.reason}"
+        return None
+
+    @staticmethod
+    def _note(findings: list[Finding], what: str, fault: str, record: Record, name: str, detail: str) -> None:
+        for finding in findings:
+            if (finding.what, finding.fault) == (what, fault):
+                finding.count += 1
+                return
+        findings.append(Finding(what, fault, 1, record.number, name, detail))
+
+
+def _with_bar(records: Iterator[Record], file: Path, progress: bool) -> Iterator[Record]:
+    size = file.stat().st_size if file.is_file() else 0
+    with tqdm(
+        total=size,
+        desc="Checking",
+        unit="B",
+        unit_scale=True,
+        delay=_SECONDS_BEFORE_A_BAR,
+        leave=False,
+        disable=not progress,
+    ) as bar:
+        for record in records:
+            yield record
+            bar.update(record.position - bar.n)

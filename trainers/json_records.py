@@ -1,0 +1,150 @@
+"""Records of a data file, one after another in bounded memory: a JSON list, or JSON lines."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from unimoe.errors import DataError
+
+_CHUNK = 1 << 20
+_MAX_RECORD = 1 << 28
+_BLANK = " \t\r\n"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record.
+
+    Fields: `number` counts from 1; `place` names it for messages ("file:line" or "file, record n"); `value` is the
+    parsed JSON, or None with the reason in `error`; `position` says how many characters of the file were read.
+    """
+
+    number: int
+    place: str
+    value: Any
+    error: str | None = None
+    position: int = 0
+
+
+def read_records(file: Path) -> Iterator[Record]:
+    """The records of a file, whichever of the two forms it has.
+
+    A broken line is reported in its record and reading goes on; a broken list ends with such a record.
+
+    Raises:
+        DataError: the file cannot be opened or is not UTF-8.
+    """
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            window = _Window(stream)
+            if window.peek() == "[":
+                yield from _list_records(file, window)
+            else:
+                yield from _line_records(file, window)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The data file {file} cannot be read ({error}): check path and encoding (UTF-8).") from error
+
+
+def parsed(records: Iterator[Record]) -> Iterator[Record]:
+    """The same records; the first broken one raises a DataError instead."""
+    for record in records:
+        if record.error is not None:
+            raise DataError(f"{record.place} is not JSON ({record.error}): correct or remove it.")
+        yield record
+
+
+class _Window:
+    """The part of a text file that is being looked at."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._decoder = json.JSONDecoder()
+        self.text, self.position, self.dropped = "", 0, 0
+
+    @property
+    def total(self) -> int:
+        """Characters of the file that have been used."""
+        return self.dropped + self.position
+
+    def grow(self) -> bool:
+        """Read on, at least doubling what is left to look at; False at the end of the file."""
+        left = self.text[self.position :]
+        more = self._stream.read(max(_CHUNK, len(left)))
+        self.dropped += self.position
+        self.text, self.position = left + more, 0
+        return bool(more)
+
+    def peek(self) -> str:
+        """The next character that is no white space, which is skipped; "" at the end."""
+        while True:
+            while self.position < len(self.text) and self.text[self.position] in _BLANK:
+                self.position += 1
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self.grow():
+                return ""
+
+    def take(self, character: str) -> None:
+        if self.peek() != character:
+            raise json.JSONDecodeError(f"{character!r} expected", "", 0)
+        self.position += 1
+
+    def value(self) -> Any:
+        """The JSON value that starts here."""
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self.text, self.position)
+            except json.JSONDecodeError:
+                if len(self.text) - self.position > _MAX_RECORD or not self.grow():
+                    raise
+                continue
+            if end == len(self.text) and self.grow():  # a number may go on
+                continue
+            self.position = end
+            return value
+
+    def lines(self) -> Iterator[str]:
+        """The rest of the file, line by line."""
+        while True:
+            end = self.text.find("\n", self.position)
+            if end < 0 and self.grow():
+                continue
+            line = self.text[self.position :] if end < 0 else self.text[self.position : end]
+            self.position += len(line) + (end >= 0)
+            yield line
+            if end < 0:
+                return
+
+
+def _list_records(file: Path, window: _Window) -> Iterator[Record]:
+    number = 0
+    place = f"{file}, record 1"
+    try:
+        window.take("[")
+        while window.peek() != "]" or number:
+            number += 1
+            place = f"{file}, record {number}"
+            window.peek()
+            yield Record(number, place, window.value(), position=window.total)
+            if window.peek() == "]":
+                break
+            window.take(",")
+        window.take("]")
+        if window.peek():
+            raise json.JSONDecodeError("text after the list's end", "", 0)
+    except (json.JSONDecodeError, RecursionError) as error:
+        yield Record(max(1, number), place, None, getattr(error, "msg", "nested too deeply"), window.total)
+
+
+def _line_records(file: Path, window: _Window) -> Iterator[Record]:
+    blank_lines_before = window.text[: window.position].count("\n")
+    for number, line in enumerate(window.lines(), start=1 + blank_lines_before):
+        if not line.strip():
+            continue
+        try:
+            yield Record(number, f"{file}:{number}", json.loads(line), position=window.total)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deeply")
+            yield Record(number, f"{file}:{number}", None, reason, window.total)

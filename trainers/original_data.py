@@ -1,0 +1,180 @@
+"""Uni-MoE's own data files as conversations of our format.
+
+A record is {"conversations": [{"from": "human"|"gpt", "value": text}, ...], "image": path, "video": [frame paths],
+"voice": [audio paths]}; the texts hold one `<image>`, `<video>` or `<audio>` per medium. Beyond what the authors' code
+takes, `image` may be a list, `video` the path of a clip or a list of frame lists, and an image may be base64.
+
+Where the authors' code goes wrong in silence, ours is right by default; `original_rules=True` does as theirs does:
+
+* A medium that no placeholder stands for (voice without `<audio>`) is ignored by theirs. Ours puts its placeholder before
+  the first question, in the order of their inference scripts: images, audio, videos.
+* A placeholder without a medium (two `<image>`, one image) takes the next sample's image in theirs. Ours is a DataError,
+  also when some but not all media have placeholders.
+* Their training code takes `<video>` for plain text in a sample with neither image nor voice. Ours is a video.
+* A leading answer is dropped in both: there is no prompt to learn it from. An answer that is missing is a DataError here.
+
+What was put right is told in `sample["remarks"]`.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Callable
+from typing import Any
+
+from unimoe.errors import DataError
+
+Sample = dict[str, Any]
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+_KEYS = {"image": "image", "audio": "voice", "video": "video"}  # in the order of placeholders at inference
+_NAMES = {"image": "image", "video": "video", "audio": "speech"}  # in the order of a modality's name
+_PLACEHOLDER = re.compile("(<image>|<audio>|<video>)")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{200,}={0,2}\s*")
+
+
+def is_original(value: Any) -> bool:
+    """Whether a record has the authors' form."""
+    return isinstance(value, dict) and "conversations" in value and "messages" not in value and "text" not in value
+
+
+def convert(
+    record: dict[str, Any], place: str, absolute: Callable[[str], str] = str, original_rules: bool = False
+) -> Sample:
+    """One record as a sample of our format; no medium is opened.
+
+    Args:
+        place: names the record in messages, and in its sample if it has no `id`.
+        absolute: makes an absolute path of one in the record, see `MediaPaths`.
+        original_rules: do as the authors' code does, see above.
+
+    Returns:
+        `id`, `modality`, `task`, `messages`, `source` (the record's other fields) and, if any, `remarks`. A last answer
+        that is empty, as in the authors' evaluation files, is left out.
+
+    Raises:
+        DataError: the record is malformed, or media and placeholders do not match.
+    """
+    remarks: list[str] = []
+    turns = _read_turns(record["conversations"], place, remarks)
+    media = {kind: _read_media(kind, record.get(key), place, absolute) for kind, key in _KEYS.items()}
+    # The authors' code looks for these two keys only.
+    acts = bool({"image", "voice"} & set(record)) if original_rules else any(media.values())
+    if acts:
+        given = {kind: len(items) for kind, items in media.items()}
+        written = {kind: sum(text.count(f"<{kind}>") for _, text in turns) for kind in _KEYS}
+        if not original_rules:
+            turns = _with_missing_placeholders(turns, given, written, place, remarks)
+        elif any(given[kind] > written[kind] for kind in _KEYS):
+            remarks.append("media without a placeholder are ignored")
+        messages = [{"role": role, "content": _content(text, media)} for role, text in turns]
+    else:
+        if any(_PLACEHOLDER.search(text) for _, text in turns):
+            remarks.append("a placeholder in a record without media stays text")
+        messages = [{"role": role, "content": text} for role, text in turns]
+    if not original_rules:
+        messages = _without_open_answer(messages, place)
+    modality = (
+        "+".join(name for kind, name in _NAMES.items() if _KEYS[kind] in record and record[_KEYS[kind]]) or "text"
+    )
+    known = {"id", "conversations", *_KEYS.values()}
+    sample = {
+        "id": str(record.get("id", place)),
+        "modality": modality,
+        "task": modality,
+        "messages": messages,
+        "source": {name: value for name, value in record.items() if name not in known},
+    }
+    return {**sample, "remarks": remarks} if remarks else sample
+
+
+def _read_turns(turns: Any, place: str, remarks: list[str]) -> list[tuple[str, str]]:
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{place}: 'conversations' must be a list with at least one turn.")
+    read = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("from") not in _ROLES or not isinstance(turn.get("value"), str):
+            raise DataError(f"{place}: turn {number} must have 'from' (human or gpt) and a text under 'value'.")
+        read.append((_ROLES[turn["from"]], turn["value"]))
+    if read[0][0] == "assistant":
+        remarks.append("a leading answer is dropped")
+        read = read[1:]
+    for number, (role, _) in enumerate(read):
+        if role != ("user", "assistant")[number % 2]:
+            raise DataError(f"{place}: two turns of the {role} follow each other; human and gpt must take turns.")
+    if not read:
+        raise DataError(f"{place} has an answer only; it needs a turn of the human before it.")
+    return read
+
+
+def _read_media(kind: str, value: Any, place: str, absolute: Callable[[str], str]) -> list[dict[str, Any]]:
+    """The media of a kind as content items without white space after them: that stands in the texts."""
+    if kind == "video":
+        clips = [] if not value else [value] if isinstance(value, str) or _are_paths(value) else value
+    else:
+        clips = [] if not value else [value] if isinstance(value, str) else value
+    if not isinstance(clips, list):
+        raise DataError(f"{place}: {_KEYS[kind]!r} is a {type(value).__name__}; it must be a path or a list of paths.")
+    items = []
+    for clip in clips:
+        item: dict[str, Any] = {"type": kind, "after": ""}
+        if kind == "video" and _are_paths(clip):
+            item["video"] = [absolute(frame) for frame in clip]
+        elif not isinstance(clip, str) or not clip:
+            raise DataError(f"{place}: {_KEYS[kind]!r} holds {str(clip)[:80]!r}, which is not a path.")
+        elif kind == "image" and _BASE64.fullmatch(clip):
+            item["image"] = _decoded(clip, place)
+        else:
+            item["path"] = absolute(clip)
+        items.append(item)
+    return items
+
+
+def _are_paths(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(path, str) and path for path in value)
+
+
+def _decoded(text: str, place: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except binascii.Error:
+        raise DataError(f"{place}: the image is neither a path nor base64.") from None
+
+
+def _with_missing_placeholders(
+    turns: list[tuple[str, str]], given: dict[str, int], written: dict[str, int], place: str, remarks: list[str]
+) -> list[tuple[str, str]]:
+    """The turns with the placeholders of kinds that have none before the first question."""
+    wrong = [f"{written[k]} <{k}> for {given[k]} under {_KEYS[k]!r}" for k in _KEYS if written[k] not in (0, given[k])]
+    if wrong:
+        raise DataError(f"{place}: {', '.join(wrong)}; every medium needs one placeholder, and only that.")
+    lacking = {kind: given[kind] for kind in _KEYS if given[kind] > written[kind]}
+    if not lacking:
+        return turns
+    for kind in lacking:
+        remarks.append(f"{_KEYS[kind]} without <{kind}>: placed before the first question")
+    first = "".join(f"<{kind}>\n" * count for kind, count in lacking.items()) + turns[0][1]
+    return [(turns[0][0], first), *turns[1:]]
+
+
+def _content(text: str, media: dict[str, list[dict[str, Any]]]) -> str | list[dict[str, Any]]:
+    """A text as content items; the media found in it are taken from the front of `media`."""
+    pieces = [piece for piece in _PLACEHOLDER.split(text) if piece]
+    if not any(_PLACEHOLDER.fullmatch(piece) for piece in pieces):
+        return text
+    items = []
+    for piece in pieces:
+        if not _PLACEHOLDER.fullmatch(piece):
+            items.append({"type": "text", "text": piece})
+            continue
+        kind = piece[1:-1]
+        # One too many, by the original's rules only: it is tokenised, but there is nothing to open.
+        items.append(media[kind].pop(0) if media[kind] else {"type": kind, kind: None, "after": ""})
+    return items
+
+
+def _without_open_answer(messages: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
+    kept = messages[:-1] if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""} else messages
+    if any(not message["content"] for message in kept):
+        raise DataError(f"{place}: a turn is empty; fill it or remove the turns from there on.")
+    return kept

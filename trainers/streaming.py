@@ -1,0 +1,39 @@
+"""Data files as streaming data sets of the `datasets` library."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .data import Sample, read_samples
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def stream_conversations(
+    files: Iterable[str | Path], media_root: str | Path | None = None, original_rules: bool = False
+) -> "datasets.IterableDataset":
+    """Data files as a `datasets.IterableDataset`, which reads them while it is iterated; several files are its shards.
+
+    Args:
+        files: in the authors' form or in ours (see `data`), recognised by what they hold.
+        media_root: see `MediaPaths`.
+
+    Raises:
+        DataError: while iterating, at the first record that cannot be used.
+        ImportError: `datasets` is missing.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError("Streaming data files needs datasets: pip install 'unimoe[eval]'.") from None
+    names = [str(file) for file in files]
+    root = None if media_root is None else str(media_root)
+    settings = {"files": names, "media_root": root, "original_rules": original_rules}
+    return datasets.IterableDataset.from_generator(_stream, gen_kwargs=settings)
+
+
+def _stream(files: list[str], media_root: str | None, original_rules: bool) -> Iterator[Sample]:
+    for file in files:
+        for sample in read_samples(Path(file), media_root, original_rules):
+            yield {"source": {}, "remarks": [], **sample}

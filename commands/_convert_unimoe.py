@@ -1,4 +1,4 @@
-"""`unimoe convert unimoe`: a released Uni-MoE model becomes a folder of ours."""
+"""`unimoe convert unimoe` and `export-unimoe`: a released Uni-MoE model becomes a folder of ours, and back."""
 
 import argparse
 from pathlib import Path
@@ -41,6 +41,16 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--keep-lora", action="store_true", help="leave LoRA as a PEFT adapter in OUT-lora")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this model repository when it is done")
     parser.set_defaults(run=run)
+    export = kinds.add_parser(
+        "export-unimoe",
+        help="write a model in Uni-MoE's own layout",
+        description="Write a model of ours in the folders that Uni-MoE's own code loads.",
+    )
+    export.add_argument(
+        "model", metavar="MODEL", type=Path, help="folder of a Uni-MoE variant (audio, speech, speech_dp)"
+    )
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    export.set_defaults(run=run_export)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,4 +77,13 @@ def run(args: argparse.Namespace) -> int:
     print(f"Saved in {args.out} (with receipt.json).")
     if args.push_to_hub is not None:
         print(f"Uploaded to {push_folder(args.out, args.push_to_hub)}")
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Export and print what was written."""
+    from ..conversion.export_unimoe import export_unimoe
+
+    print("Wrote", *export_unimoe(args.model, args.out), sep="\n  ")
+    print(f"Saved in {args.out}.")
     return 0

@@ -180,7 +180,7 @@ def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) 
             raise ConversionError("This is a speech model, and its Whisper folder was not given: add --whisper DIR.")
         add_encoder(gathered, "whisper", Checkpoint(folders.whisper))
         _require_type(folders.whisper, "whisper")
-        return Encoders(vision, whisper=WhisperConfig.from_pretrained(folders.whisper))
+        return Encoders(vision, whisper=_nameless(WhisperConfig.from_pretrained(folders.whisper)))
     if folders.beats is None:
         raise ConversionError("This is the audio model, and its BEATs file was not given: add --beats FILE.pt.")
     beats = BeatsFile(folders.beats)
@@ -191,7 +191,13 @@ def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) 
 
 def _vision_config(folder: Path) -> CLIPVisionConfig:
     _require_type(folder, "clip", "clip_vision_model")
-    return CLIPVisionConfig.from_pretrained(folder)
+    return _nameless(CLIPVisionConfig.from_pretrained(folder))
+
+
+def _nameless(config: Any) -> Any:
+    """Without where the encoder came from, which is nobody's business in a published folder."""
+    config._name_or_path = ""
+    return config
 
 
 def _require_type(folder: Path, *allowed: str) -> None:
@@ -213,19 +219,32 @@ def _account(gathered: Gathered, key_map: KeyMap, expected: dict[str, tuple[int,
                 for factor in gathered.loras[original].tensors if original in gathered.loras else ():
                     factor.consume(target.name)
     unexpected = [f"{t.file}: {t.name}" for t in gathered.tensors if t.fate == "unexpected"]
-    if unexpected:
-        raise ConversionError(f"{len(unexpected)} unexpected tensor(s), nothing written: {_listed(unexpected)}.")
     missing = [f"{name} (of {_listed(key_map.originals(name))})" for name in expected if name not in mapped.targets]
+    problems = [f"{len(unexpected)} unexpected tensor(s): {_listed(unexpected)}"] if unexpected else []
     if missing:
-        raise ConversionError(f"{len(missing)} tensor(s) cannot be made, nothing written: {_listed(missing)}.")
-    for name, target in mapped.targets.items():
-        shape = target.shape(gathered.shapes)
-        if shape != expected[name]:
-            raise ConversionError(
-                f"{_listed(target.sources)} make {name} of shape {list(shape)}, but the configuration asks for "
-                f"{list(expected[name])}; nothing written. Base, fine-tuned model and encoders must belong together."
-            )
+        problems.append(f"{len(missing)} tensor(s) of ours cannot be made: {_listed(missing)}")
+    problems += [problem for target in mapped.targets.values() if (problem := _misfit(target, gathered, expected))]
+    if problems:
+        shown = "; ".join(problems[:_SHOWN]).rstrip(".")
+        raise ConversionError(
+            f"{shown}. Nothing was written. Base, fine-tuned model and encoders must be complete and belong together."
+        )
     return mapped.targets
+
+
+def _misfit(target: Target, gathered: Gathered, expected: dict[str, tuple[int, ...]]) -> str | None:
+    """Why the tensors of a target do not make it, or None when they do."""
+    try:
+        shape = target.shape(gathered.shapes)
+    except ConversionError as error:
+        return str(error)
+    wanted = expected.get(target.name, shape)
+    if shape == wanted:
+        return None
+    return (
+        f"{_listed(target.sources)} make {target.name} of shape {list(shape)}, but the configuration asks for "
+        f"{list(wanted)}"
+    )
 
 
 def _receipt(plan: ImportPlan, out: str, digests: dict[str, str]) -> ImportReceipt:

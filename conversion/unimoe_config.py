@@ -118,6 +118,52 @@ def our_config(
     )
 
 
+def original_config(config: UniMoeConfig, vision_tower: str, audio_tower: str) -> dict[str, Any]:
+    """The config.json that the original's classes read; `our_config` gives the same model back.
+
+    Args:
+        vision_tower, audio_tower: where the original shall look for the encoders.
+    """
+    text = config.text_config
+    rope = text.rope_parameters
+    scaled = rope["rope_type"] != "default"
+    connector = config.speech_connector if config.speech_connector is not None else config.sound_connector
+    strategies = {"patch": "patch", "full": "cls_patch"}
+    return {
+        **{name: getattr(text, name) for name in _DECODER_FIELDS},
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": rope["rope_type"], "factor": rope["factor"]} if scaled else None,
+        "pretraining_tp": 1,
+        "torch_dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "moe": True,
+        "num_experts": text.num_experts,
+        "num_experts_per_tok": text.num_experts_per_tok,
+        "mm_vision_tower": vision_tower,
+        "mm_hidden_size": config.image_connector.input_size,
+        "mm_projector_type": f"mlp{config.image_connector.depth}x_gelu"
+        if config.image_connector.depth > 1
+        else "linear",
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": strategies[config.vision_feature_select_strategy],
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "mm_audio_tower": audio_tower,
+        "mm_audio_hidden_size": connector.input_size,
+        "mm_audio_select_layer": 0,
+        "mm_audio_select_feature": "patch",
+        "audio_projector_type": "linear",
+        "query_tokens_size": connector.num_tokens,
+        "mm_query_tokens": True,
+        "local_files_only": True,
+        "language": "English",
+        "task": "transcribe",
+        "image_aspect_ratio": "square",
+    }
+
+
 def _text_config(original: Mapping[str, Any], variant: Variant) -> UniMoeTextConfig:
     fields = {name: original.get(name, absent) for name, absent in _DECODER_FIELDS.items()}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(original.get("rope_theta", 10_000.0))}

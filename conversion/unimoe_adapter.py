@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from .unimoe_keys import KeyMap, Place, rules_for
+from .unimoe_keys import AudioKind, KeyMap, Place, rules_for
 from .unimoe_lora import Lora
 
 _FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -35,7 +35,7 @@ def write_adapter(folder: Path, config: UniMoeConfig, loras: Mapping[str, Lora],
     Raises:
         ConversionError: the adapter cannot be expressed for fused experts.
     """
-    audio = "whisper" if config.speech_connector is not None else "beats"
+    audio: AudioKind = "whisper" if config.speech_connector is not None else "beats"
     key_map = KeyMap(rules_for(audio, "model.vision_tower."))
     places = {original: key_map.place(original) for original in loras}
     fused: dict[str, dict[str, Lora]] = {}

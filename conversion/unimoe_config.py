@@ -101,6 +101,7 @@ def our_config(
     first = PROJECTOR + ("0.weight" if PROJECTOR + "0.weight" in shapes else "weight")
     speaks = variant.audio == "whisper"
     connector = _speech_connector if speaks else _sound_connector
+    fields: dict[str, Any] = {f"{name}_token_id": ids[name] for name in PLACEHOLDERS}
     return UniMoeConfig(
         text_config=text,
         vision_config=encoders.vision,
@@ -110,7 +111,7 @@ def our_config(
             type="mlp", depth=variant.projector_depth, input_size=shapes[first][1], output_size=text.hidden_size
         ),
         **connector(encoders, variant, shapes, text.hidden_size),
-        **{f"{name}_token_id": ids[name] for name in PLACEHOLDERS},
+        **fields,
         vision_feature_layer=_required(original, "mm_vision_select_layer"),
         vision_feature_select_strategy=_select_strategy(original),
         video_pooling="mean",
@@ -247,7 +248,7 @@ def _qformer_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     }
 
 
-def _select_strategy(original: Mapping[str, Any]) -> str:
+def _select_strategy(original: Mapping[str, Any]) -> Any:
     feature = original.get("mm_vision_select_feature", "patch")
     strategies = {"patch": "patch", "cls_patch": "full"}
     if feature not in strategies:

@@ -1,4 +1,4 @@
-"""`unimoe convert upcycle`: a dense checkpoint becomes a sparse one, with a receipt."""
+"""`unimoe convert`: a dense checkpoint becomes a sparse one, a released model one of ours; with a receipt."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
+from . import _convert_unimoe
 
 _EPILOG = """\
 examples:
@@ -20,7 +21,9 @@ groups (JSON, or a file that holds it): experts and modalities of each routing g
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("convert", help="make a sparse model from a dense checkpoint")
+    parser = subparsers.add_parser(
+        "convert", help="make a sparse model from a dense checkpoint, or read a released one"
+    )
     kinds = parser.add_subparsers(title="conversions", metavar="CONVERSION", required=True)
     upcycle = kinds.add_parser(
         "upcycle",
@@ -48,6 +51,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     upcycle.add_argument("--dtype", choices=("fp32", "bf16"), help="store weights so (default: as in SOURCE)")
     upcycle.add_argument("--seed", type=int, default=0, help="of the router's rows (default: 0)")
+    _convert_unimoe.add_parser(kinds)
 
 
 ROUTER_INITS = ("normal", "zeros")

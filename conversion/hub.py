@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import AUTO_MAP, UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .io import finished_folder, read_json
@@ -51,6 +52,27 @@ def complete_bundle(folder: Path, card: str | None = None) -> None:
     _set_auto_map(folder / "processor_config.json", PROCESSOR_AUTO_MAP)
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """Upload a finished folder to a model repository on the Hub, made if it is not there; returns its address.
+
+    Raises:
+        ConversionError: the Hub refuses; the folder stays where it is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ConversionError(
+            f"{folder} is complete but could not be uploaded to {repository!r} ({str(error).splitlines()[0]}). Log in "
+            "with `hf auth login`, or upload it by hand."
+        ) from error
+    return str(address)
 
 
 def write_code(folder: Path) -> list[str]:

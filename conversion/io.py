@@ -6,12 +6,14 @@ come. What is read may come from strangers: an index may only name plain files o
 checked against the file, and pickled files are opened with `weights_only=True` alone.
 """
 
+import hashlib
 import json
 import math
 import os
 import pickle
 import struct
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +45,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 DEFAULT_SHARD_BYTES = 4 << 30
 # What torch.load raises on pickles that are damaged, too old to be mapped, or hold code.
-_UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
+UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,12 @@ class Checkpoint:
                 return self._read_index(self.folder / index)
             if (self.folder / whole).is_file():
                 return self._tensors_of(self.folder / whole)
+        shards = sorted(path.name for path in self.folder.glob("*-of-*.*") if path.suffix in (".bin", ".safetensors"))
+        if shards:
+            index = SAFETENSORS_INDEX if shards[0].endswith(".safetensors") else PICKLE_INDEX
+            raise ConversionError(
+                f"{self.folder} holds {shards[0]} but not {index}, which lists all shards. Fetch it."
+            )
         raise ConversionError(
             f"{self.folder} holds no {SAFETENSORS}, {SAFETENSORS_INDEX} or {PICKLE}. Give a folder with weights."
         )
@@ -150,9 +158,10 @@ class Checkpoint:
     def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
         """The content of a .bin file, mapped rather than read; the last file stays open."""
         if self._pickle is None or self._pickle[0] != path:
+            refuse_truncated(path)
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except _UNPICKLING_ERRORS as error:
+            except UNPICKLING_ERRORS as error:
                 raise ConversionError(
                     f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). "
                     "Pickles that hold code are never run; give the weights as safetensors."
@@ -161,6 +170,31 @@ class Checkpoint:
                 raise ConversionError(f"{path} holds more than named tensors. Give the weights as safetensors.")
             self._pickle = (path, content)
         return self._pickle[1]
+
+
+class TensorFile(Checkpoint):
+    """The tensors of one safetensors or .bin file. Raises ConversionError as `Checkpoint`, and when it is missing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(path.parent)
+
+    def _read_headers(self) -> dict[str, TensorInfo]:
+        if not self.path.is_file():
+            raise ConversionError(f"{self.path} is missing. Fetch the file.")
+        return self._tensors_of(self.path)
+
+
+def refuse_truncated(path: Path) -> None:
+    """Raises ConversionError for a file of torch.save whose end, where its directory stands, is missing."""
+    with open(path, "rb") as file:
+        begins_as_zip = file.read(4) == b"PK\x03\x04"
+    if begins_as_zip and not zipfile.is_zipfile(path):
+        raise ConversionError(
+            f"{path} is truncated ({path.stat().st_size} bytes, its end is missing). Fetch it again."
+        )
+    if path.stat().st_size == 0:
+        raise ConversionError(f"{path} is empty. Fetch it again.")
 
 
 def plain_file_name(name: Any, index: Path) -> str:
@@ -220,8 +254,11 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: bool = True,
+    digests: dict[str, str] | None = None,
 ) -> list[Path]:
     """Write safetensors shards and, when there are several, their index into an existing folder; returns the shards.
+
+    `digests` receives the SHA-256 of every tensor's bytes by its name.
 
     Raises:
         ConversionError: the pieces of a tensor do not fill it.
@@ -231,7 +268,7 @@ def write_checkpoint(
     total = sum(output.num_bytes for shard in shards for output in shard)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not progress) as bar:
         for name, shard in zip(names, shards, strict=True):
-            _write_shard(folder / name, shard, bar.update)
+            _write_shard(folder / name, shard, bar.update, digests)
     if len(shards) > 1:
         weight_map = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -253,7 +290,9 @@ def _shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_shard(path: Path, outputs: list[OutputTensor], wrote: Callable[[int], Any]) -> None:
+def _write_shard(
+    path: Path, outputs: list[OutputTensor], wrote: Callable[[int], Any], digests: dict[str, str] | None
+) -> None:
     # Wide types first keeps every tensor aligned to its own size without holes, which the format forbids.
     outputs = sorted(outputs, key=lambda output: -output.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -267,13 +306,17 @@ def _write_shard(path: Path, outputs: list[OutputTensor], wrote: Callable[[int],
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for output in outputs:
-            written = 0
+            written, digest = 0, hashlib.sha256()
             for piece in _bytes_of(output):
                 file.write(piece)
+                if digests is not None:
+                    digest.update(piece)
                 written += len(piece)
                 wrote(len(piece))
             if written != output.num_bytes:
                 raise ConversionError(f"{output.name} got {written} bytes; its shape needs {output.num_bytes}.")
+            if digests is not None:
+                digests[output.name] = digest.hexdigest()
         file.flush()
         os.fsync(file.fileno())
 

@@ -120,6 +120,11 @@ class UniMoeBeatsConfig(PreTrainedConfig):
             )
         return cls(**{ours: cfg.get(theirs, absent) for theirs, (ours, absent) in _ORIGINAL_FIELDS.items()})
 
+    def to_original(self) -> dict[str, Any]:
+        """The `cfg` dictionary of a BEATs checkpoint; `from_original` gives this configuration back."""
+        fields = {theirs: getattr(self, ours) for theirs, (ours, _) in _ORIGINAL_FIELDS.items()}
+        return {**fields, "finetuned_model": False}
+
     @property
     def num_mel_patches(self) -> int:
         """Tokens per time step: patches that are stacked along the frequency axis."""

@@ -13,17 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from unimoe_case import AUDIO, IMAGE, VIDEO, encoder_weights
 
+from unimoe.conversion.unimoe_keys import ALIGNER, AUDIO_TOWER, VISION_TOWER, vision_prefix
 from unimoe.modeling_unimoe.configuration_unimoe import UniMoeConnectorConfig
 from unimoe.modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from unimoe.modeling_unimoe.connectors_unimoe import MlpConnector, build_connector
 from unimoe.modeling_unimoe.modeling_unimoe_beats import UniMoeBeatsModel, reduce_padding_mask
-
-AUDIO_TOWER = "model.audio_tower.audio_tower."
-ALIGNER = "model.mm_audio_aligner."
-VISION_TOWER = "model.vision_tower.vision_tower."
-PROJECTOR = "model.mm_projector."
-IMAGE, AUDIO, VIDEO = -200, -300, -400
 
 attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 
@@ -246,17 +242,9 @@ def connected_audio(case: GoldenCase, row: int) -> list[torch.Tensor]:
 
 
 def beats_model(case: GoldenCase, attention: str = "sdpa") -> UniMoeBeatsModel:
-    weights = case.weights_under(AUDIO_TOWER)
-    direction = weights.pop("encoder.pos_conv.0.weight_v")
-    magnitude = weights.pop("encoder.pos_conv.0.weight_g")
-    weights["encoder.pos_conv.weight"] = direction * (magnitude / direction.norm(dim=(0, 1), keepdim=True))
-    weights["encoder.pos_conv.bias"] = weights.pop("encoder.pos_conv.0.bias")
-    # One table, stored under every layer.
-    for name in [name for name in weights if name.endswith(".self_attn.relative_attention_bias.weight")]:
-        weights["encoder.relative_attention_bias.weight"] = weights.pop(name)
     config = UniMoeBeatsConfig.from_original(case.config["_beats_cfg"])
     model = UniMoeBeatsModel._from_config(config, attn_implementation=attention)
-    return loaded(model, weights)
+    return loaded(model, encoder_weights(case, "model.audio_tower."))
 
 
 def speech_states(case: GoldenCase, attention: str) -> torch.Tensor:
@@ -268,34 +256,28 @@ def whisper_encoder(case: GoldenCase, attention: str = "sdpa") -> WhisperEncoder
     encoder = WhisperEncoder._from_config(
         WhisperConfig(**case.config["_whisper_config"]), attn_implementation=attention
     )
-    return loaded(encoder, case.weights_under(AUDIO_TOWER))
+    return loaded(encoder, encoder_weights(case, "model.speech_tower."))
 
 
 def clip_patches(case: GoldenCase, pixels: torch.Tensor) -> torch.Tensor:
     tower = CLIPVisionModel(CLIPVisionConfig(**case.config["_clip_vision_config"]))
-    prefix = VISION_TOWER + "vision_model."
-    weights = case.weights_under(prefix)
-    # transformers 5 dropped the inner module; earlier 5.x releases still have it.
-    nested = any(name.startswith("vision_model.") for name in tower.state_dict())
-    tower = loaded(tower, {f"vision_model.{name}": value for name, value in weights.items()} if nested else weights)
+    nested = vision_prefix(f"model.vision_tower.{name}" for name in tower.state_dict()).removeprefix(
+        "model.vision_tower."
+    )
+    weights = encoder_weights(case, "model.vision_tower.")
+    loaded(tower, {nested + name: value for name, value in weights.items()})
     hidden_states = tower(pixels, output_hidden_states=True).hidden_states[case.config["mm_vision_select_layer"]]
     return hidden_states[:, 1:] if case.config.get("mm_vision_select_feature", "patch") == "patch" else hidden_states
 
 
 def image_connector(case: GoldenCase) -> MlpConnector:
-    weights = {}
-    for name, value in case.weights_under(PROJECTOR).items():
-        # The original is one Linear, or an nn.Sequential with a Linear at every even index and GELU between.
-        position, _, parameter = name.rpartition(".")
-        weights[f"layers.{int(position or 0) // 2}.{parameter}"] = value
+    weights = encoder_weights(case, "model.image_connector.")
     config = connector_config(case, weights["layers.0.weight"].shape[1], type="mlp", depth=len(weights) // 2)
     return loaded(build_connector(config), weights)
 
 
 def sound_connector(case: GoldenCase, attention: str = "sdpa") -> nn.Module:
-    weights = {
-        name.replace("qformer.qformer.", "qformer."): value for name, value in case.weights_under(ALIGNER).items()
-    }
+    weights = encoder_weights(case, "model.sound_connector.")
     config = connector_config(
         case,
         case.config["mm_audio_hidden_size"],
@@ -308,13 +290,7 @@ def sound_connector(case: GoldenCase, attention: str = "sdpa") -> nn.Module:
 
 
 def speech_connector(case: GoldenCase, attention: str = "sdpa") -> nn.Module:
-    weights = {
-        name.replace("decoder.audio_decoder.", "decoder."): value
-        for name, value in case.weights_under(ALIGNER).items()
-    }
-    # The decoder is fed with queries, so its word embeddings do nothing.
-    del weights["decoder.embed_tokens.weight"]
-    weights["query_tokens"] = case.weights["model.query_tokens"]
+    weights = encoder_weights(case, "model.speech_connector.")
     config = connector_config(
         case,
         case.config["mm_audio_hidden_size"],

@@ -1,6 +1,5 @@
 """Audio front-ends against the original implementations' tensors, and their windows."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,54 +7,10 @@ import pytest
 import tiny_media
 from transformers import WhisperFeatureExtractor
 
-from unimoe.processing.feature_extraction_unimoe import FBANK_MEAN, FBANK_STD, UniMoeFeatureExtractor, kaldi_fbank
+from unimoe.processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from unimoe.processing.media_unimoe import MediaError
 
 TOLERANCE = 1e-4
-
-
-def golden(case: str) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    default = Path(__file__).resolve().parents[3] / "shared" / "golden"
-    path = Path(os.environ.get("UNIMOE_GOLDEN", default)) / case / "io.safetensors"
-    if not path.is_file():
-        reason = f"golden data missing: {path}; set UNIMOE_GOLDEN to its folder"
-        if os.environ.get("CI", "").lower() == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return load_file(path)
-
-
-def test_filter_banks_equal_the_original() -> None:
-    tensors = golden("unimoe-audio")
-    for index in range(3):
-        banks = kaldi_fbank(tensors[f"beats.wave{index}"][0], 16_000, 128)
-        normalised = (banks - FBANK_MEAN) / (2 * FBANK_STD)
-        np.testing.assert_allclose(normalised, tensors[f"beats.fbank{index}"][0], atol=TOLERANCE, rtol=0)
-
-
-def test_padded_sound_windows_equal_the_original() -> None:
-    tensors = golden("unimoe-audio")
-    extractor = UniMoeFeatureExtractor(speech=False, sound=True, window_seconds=1.0)
-    waves = tensors["beats.batch_wave"]
-    clips = [wave[:length] for wave, length in zip(waves, (16_000, 8_800, 12_800), strict=True)]
-    output = extractor(clips, return_tensors="np")
-    np.testing.assert_allclose(output["audio_features"], tensors["beats.batch_fbank"], atol=TOLERANCE, rtol=0)
-    assert output["audio_padding_mask"].dtype == bool
-    np.testing.assert_array_equal(output["audio_padding_mask"], tensors["beats.batch_padding_mask"])
-    output = extractor([tensors[f"wave.{i}"] for i in range(4)], return_tensors="np")
-    expected = [tensors["batch.input_features"][at][0] for at in ((0, 0), (1, 0), (1, 1), (1, 2))]
-    np.testing.assert_allclose(output["audio_features"], np.stack(expected), atol=TOLERANCE, rtol=0)
-
-
-def test_log_mel_equals_the_original() -> None:
-    tensors = golden("unimoe-speech")
-    extractor = UniMoeFeatureExtractor(window_seconds=2.0)
-    output = extractor([tensors[f"wave.{i}"] for i in range(4)], return_tensors="np")["speech_features"]
-    expected = [tensors["batch.input_features"][at] for at in ((0, 0), (1, 0), (1, 1), (1, 2))]
-    np.testing.assert_allclose(output, np.stack(expected), atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(output[1], tensors["whisper.mel"], atol=TOLERANCE, rtol=0)
 
 
 def test_log_mel_of_thirty_seconds_equals_whisper() -> None:

@@ -1,0 +1,89 @@
+"""`unimoe convert unimoe` and `export-unimoe`: a released Uni-MoE model becomes a folder of ours, and back."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+_EPILOG = """\
+examples:
+  unimoe convert unimoe --base Uni-MoE-speech-base-interval --finetuned Uni-MoE-speech-v1.5 \\
+      --clip clip-vit-large-patch14-336 --whisper whisper-small --out unimoe-v1.5
+  unimoe convert unimoe --base Uni-MoE-audio-base --finetuned Uni-MoE-audio-e2 \\
+      --clip clip-vit-large-patch14-336 --beats BEATs_iter3_plus_AS2M.pt --out unimoe-audio
+
+All folders as they were released; what they are is read off their tensors. OUT/receipt.json says what became of each.
+"""
+
+
+def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the conversion to those of `unimoe convert`."""
+    parser = kinds.add_parser(
+        "unimoe",
+        help="read a released Uni-MoE model (audio, speech, speech_dp, v1.5)",
+        description="Write a released Uni-MoE model as a Hugging Face folder that answers as the original does.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for flag, required, text in (
+        ("base", True, "the base model: shards, config.json, tokenizer"),
+        ("finetuned", False, "LoRA, routers and connectors (e2, v1.5); without: the base model alone"),
+        ("clip", True, "the vision encoder, clip-vit-large-patch14-336"),
+        ("whisper", False, "the speech encoder, whisper-small; for speech variants"),
+        ("experts", False, "expert files of the 8-expert variant (not read yet)"),
+    ):
+        parser.add_argument(f"--{flag}", required=required, type=Path, metavar="DIR", help=text)
+    parser.add_argument("--beats", type=Path, metavar="FILE.pt", help="the sound encoder; for the audio variant")
+    parser.add_argument(
+        "--qformer-config", type=Path, metavar="JSON", help="of a Q-Former that is not BLIP-2's; for the audio variant"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="store weights so (default: as in BASE)")
+    parser.add_argument("--keep-lora", action="store_true", help="leave LoRA as a PEFT adapter in OUT-lora")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this model repository when it is done")
+    parser.set_defaults(run=run)
+    export = kinds.add_parser(
+        "export-unimoe",
+        help="write a model in Uni-MoE's own layout",
+        description="Write a model of ours in the folders that Uni-MoE's own code loads.",
+    )
+    export.add_argument(
+        "model", metavar="MODEL", type=Path, help="folder of a Uni-MoE variant (audio, speech, speech_dp)"
+    )
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    export.set_defaults(run=run_export)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan, convert, print the receipt."""
+    import torch
+
+    from ..conversion.hub import push_folder
+    from ..conversion.import_unimoe import UniMoeFolders, plan_import, run_import
+
+    folders = UniMoeFolders(
+        base=args.base,
+        clip=args.clip,
+        finetuned=args.finetuned,
+        whisper=args.whisper,
+        beats=args.beats,
+        experts=args.experts,
+        qformer_config=args.qformer_config,
+    )
+    dtypes: dict[str | None, Any] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    plan = plan_import(folders, dtype=dtypes.get(args.dtype), keep_lora=args.keep_lora)
+    print("Plan", *plan.lines(), sep="\n  ", flush=True)
+    receipt = run_import(plan, args.out)
+    print("Receipt", *receipt.lines(), sep="\n  ")
+    print(f"Saved in {args.out} (with receipt.json).")
+    if args.push_to_hub is not None:
+        print(f"Uploaded to {push_folder(args.out, args.push_to_hub)}")
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Export and print what was written."""
+    from ..conversion.export_unimoe import export_unimoe
+
+    print("Wrote", *export_unimoe(args.model, args.out), sep="\n  ")
+    print(f"Saved in {args.out}.")
+    return 0

@@ -1,0 +1,215 @@
+"""A model of ours back into the folders that Uni-MoE's own code loads: base model, encoders, connectors.
+
+    OUT/base/      config.json, pytorch_model*.bin, mm_projector.bin, mm_audio_aligner.bin, tokenizer
+    OUT/clip/      the vision encoder in Hugging Face's layout
+    OUT/whisper/   the speech encoder, or OUT/BEATs.pt with OUT/qformer_config.json
+
+Importing these folders gives the same model again, to the last bit.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..errors import ConversionError
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from .io import DEFAULT_SHARD_BYTES, PICKLE, PICKLE_INDEX, Checkpoint, finished_folder, read_json
+from .unimoe_config import original_config
+from .unimoe_keys import (
+    ALIGNER,
+    AUDIO_TOWER,
+    PROJECTOR,
+    VISION_TOWER,
+    AudioKind,
+    KeyMap,
+    rules_for,
+    take,
+    vision_prefix,
+    weight_norm_magnitude,
+)
+
+BEATS_FILE = "BEATs.pt"
+_QUERY_EMBEDDINGS = ALIGNER + "decoder.audio_decoder.embed_tokens.weight"
+# What the original cannot compute, and the value that means "not used".
+_NEEDED: dict[str, Any] = {
+    "video_connector": None,
+    "vision_token_grid": None,
+    "video_pooling": "mean",
+}
+_NEEDED_TEXT: dict[str, Any] = {
+    "expert_groups": None,
+    "router_scoring": "softmax",
+    "norm_topk_prob": True,
+    "attention_bias": False,
+    "attention_output_bias": False,
+    "use_qk_norm": False,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+
+
+def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> list[str]:
+    """Write a model folder of ours in the original's layout; returns what was written, for a reader.
+
+    Raises:
+        ConversionError: the folder holds no model of ours, or one that the original's classes cannot compute.
+    """
+    if read_json(model / "config.json").get("model_type") != UniMoeConfig.model_type:
+        raise ConversionError(f"{model} holds no model of ours: give a folder that `unimoe convert unimoe` wrote.")
+    config = UniMoeConfig.from_pretrained(model)
+    audio = audio_kind(config)
+    checkpoint = Checkpoint(model)
+    key_map = KeyMap(rules_for(audio, vision_prefix(checkpoint.tensors)))
+    with finished_folder(out) as folder:
+        base = folder / "base"
+        base.mkdir()
+        written = _write_base(base, checkpoint, key_map, config, max_shard_bytes)
+        _write_json(
+            base / "config.json", original_config(config, "clip", "whisper" if audio == "whisper" else BEATS_FILE)
+        )
+        for path in model.glob("tokenizer*"):
+            shutil.copyfile(path, base / path.name)
+        written += _write_encoders(folder, checkpoint, key_map, config)
+        _write_preprocessors(folder, model)
+    return written
+
+
+def audio_kind(config: UniMoeConfig) -> AudioKind:
+    """Which audio side of the original a model has. Raises ConversionError when it has none of them."""
+    text = config.text_config
+    for owner, needed in ((config, _NEEDED), (text, _NEEDED_TEXT)):
+        for field, value in needed.items():
+            if getattr(owner, field) != value:
+                found = getattr(owner, field)
+                raise ConversionError(f"The original has no {field} = {found!r}; only {value!r} can be exported.")
+    connectors = [config.image_connector, config.speech_connector, config.sound_connector]
+    types = [connector.type if connector is not None else None for connector in connectors]
+    kinds: dict[tuple[str | None, ...], AudioKind] = {
+        ("mlp", "query_decoder", None): "whisper",
+        ("mlp", None, "qformer"): "beats",
+    }
+    if tuple(types) not in kinds or any(connector.output_norm for connector in connectors if connector is not None):
+        raise ConversionError(
+            f"The model's image, speech and sound connectors are {types}; the original has an mlp for images and either a "
+            "query decoder for speech or a Q-Former for sound, without norms."
+        )
+    if not text.sparse_layers:
+        raise ConversionError("The model is dense; the original's variants are mixtures of experts.")
+    return kinds[tuple(types)]
+
+
+class _Originals:
+    """The original tensors of a model of ours, one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig) -> None:
+        self.checkpoint, self.key_map, self.config = checkpoint, key_map, config
+        self.targets: dict[str, str] = {}
+        layers = config.audio_config.num_hidden_layers if config.audio_config is not None else 1
+        for name in checkpoint.tensors:
+            for original in key_map.originals(name, config.text_config.num_experts, layers):
+                self.targets[self._spelled(original)] = name
+
+    def names(self, *prefixes: str) -> list[str]:
+        return [name for name in self.targets if name.startswith(prefixes)]
+
+    def read(self, original: str) -> torch.Tensor:
+        place = self.key_map.place(original)
+        tensor = self.checkpoint.read(self.targets[original])
+        if place.rule.how == "weight_norm" and place.rule.part == 0:
+            return weight_norm_magnitude(tensor)
+        return take(tensor, place).clone()
+
+    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {name: self.read(name) for name in names}
+
+    def _spelled(self, original: str) -> str:
+        """A projector of one layer has no numbers in its names."""
+        if self.config.image_connector.depth > 1 or not original.startswith(PROJECTOR):
+            return original
+        return original.replace(PROJECTOR + "0.", PROJECTOR)
+
+
+def _write_base(
+    folder: Path, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig, max_shard_bytes: int
+) -> list[str]:
+    originals = _Originals(checkpoint, key_map, config)
+    towers = set(originals.names(VISION_TOWER, AUDIO_TOWER))
+    names = [name for name in originals.targets if name not in towers]
+    shards: list[list[str]] = [[]]
+    filled = 0
+    pieces = Counter(originals.targets[name] for name in names)
+    for name in names:
+        ours = originals.targets[name]
+        size = checkpoint.tensors[ours].num_bytes // pieces[ours]
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files = [PICKLE] if len(shards) == 1 else [_shard(i, len(shards)) for i in range(len(shards))]
+    for file, members in zip(files, shards, strict=True):
+        torch.save(originals.read_all(members), folder / file)
+    if len(shards) > 1:
+        weight_map = {name: file for file, members in zip(files, shards, strict=True) for name in members}
+        _write_json(folder / PICKLE_INDEX, {"metadata": {}, "weight_map": weight_map})
+    torch.save(originals.read_all(originals.names(PROJECTOR)), folder / "mm_projector.bin")
+    torch.save(_aligner(originals), folder / "mm_audio_aligner.bin")
+    return [f"base: {len(names)} tensors in {len(files)} file(s), mm_projector.bin, mm_audio_aligner.bin"]
+
+
+def _aligner(originals: _Originals) -> dict[str, torch.Tensor]:
+    """Queries first, which one of the original's loaders takes by position; then everything that it loads strictly."""
+    aligner = originals.read_all([*originals.names("model.query_tokens"), *originals.names(ALIGNER)])
+    whisper = originals.config.speech_config
+    if whisper is not None:
+        dtype = next(iter(aligner.values())).dtype
+        aligner[_QUERY_EMBEDDINGS] = torch.zeros(whisper.vocab_size, whisper.d_model, dtype=dtype)
+    return aligner
+
+
+def _write_encoders(folder: Path, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig) -> list[str]:
+    originals = _Originals(checkpoint, key_map, config)
+    vision = {n.removeprefix(VISION_TOWER): originals.read(n) for n in originals.names(VISION_TOWER)}
+    _write_hf(folder / "clip", config.vision_config, vision)
+    audio = {name.removeprefix(AUDIO_TOWER): originals.read(name) for name in originals.names(AUDIO_TOWER)}
+    if config.speech_config is not None:
+        _write_hf(folder / "whisper", config.speech_config, {f"encoder.{name}": t for name, t in audio.items()})
+        return [f"clip: {len(vision)} tensors", f"whisper: {len(audio)} tensors (encoder)"]
+    torch.save({"cfg": config.audio_config.to_original(), "model": audio}, folder / BEATS_FILE)
+    _write_json(folder / "qformer_config.json", config.sound_connector.qformer_config or {})
+    return [f"clip: {len(vision)} tensors", f"{BEATS_FILE}: {len(audio)} tensors"]
+
+
+def _write_hf(folder: Path, config: Any, tensors: dict[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_preprocessors(folder: Path, model: Path) -> None:
+    path = model / "processor_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    if settings.get("image_processor"):
+        _write_json(folder / "clip" / "preprocessor_config.json", settings["image_processor"])
+    extractor = settings.get("feature_extractor")
+    if extractor and (folder / "whisper").is_dir():
+        fields = ("feature_size", "sampling_rate", "hop_length", "n_fft", "padding_value")
+        whisper = {name: extractor[name] for name in fields if name in extractor}
+        whisper |= {"feature_extractor_type": "WhisperFeatureExtractor", "return_attention_mask": False}
+        _write_json(
+            folder / "whisper" / "preprocessor_config.json", whisper | {"chunk_length": extractor["window_seconds"]}
+        )
+
+
+def _shard(index: int, count: int) -> str:
+    return f"pytorch_model-{index + 1:05d}-of-{count:05d}.bin"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,80 @@
+"""The receipt of an import: what became of every tensor that was there, and what every tensor of ours is made of."""
+
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class SourceRecord:
+    """One tensor of a source file. `fate` is "consumed" (then `note` is our tensor) or "dropped" (then the reason)."""
+
+    shape: list[int]
+    dtype: str
+    fate: str
+    note: str
+
+
+@dataclass
+class TargetRecord:
+    """One tensor of ours. `sha256` is that of its bytes as stored."""
+
+    shape: list[int]
+    dtype: str
+    made_of: list[str]
+    lora_merged: int
+    sha256: str
+
+
+@dataclass
+class ImportReceipt:
+    """What an import did.
+
+    Args:
+        variant, evidence: what was recognised and by what.
+        sources: file -> tensor -> its record.
+        targets: tensor of ours -> its record.
+        notes: what the reader should know beyond tensors.
+        adapter: name of the folder that LoRA was left in, or None where it was merged.
+    """
+
+    variant: str
+    evidence: list[str]
+    out: str
+    dtype: str
+    parameters: int
+    parameters_active: int
+    sources: dict[str, dict[str, SourceRecord]]
+    targets: dict[str, TargetRecord]
+    notes: list[str] = field(default_factory=list)
+    adapter: str | None = None
+    bytes_written: int = 0
+    seconds_writing: float = 0.0
+
+    def lines(self) -> list[str]:
+        """The receipt for a reader."""
+        lines = [f"variant     {self.variant}", *(f"            {line}" for line in self.evidence)]
+        for file, records in self.sources.items():
+            fates = Counter(record.fate for record in records.values())
+            lines.append(f"read        {file}: {', '.join(f'{n} {fate}' for fate, n in sorted(fates.items()))}")
+        reasons = Counter(r.note for records in self.sources.values() for r in records.values() if r.fate == "dropped")
+        lines += [f"dropped     {count}: {reason}" for reason, count in reasons.most_common()]
+        merged = sum(record.lora_merged for record in self.targets.values())
+        lines.append(
+            f"produced    {len(self.targets)} tensors, all that the model has; LoRA merged into {merged} weights"
+        )
+        if self.adapter is not None:
+            lines.append(f"adapter     {self.adapter}")
+        lines.append(f"parameters  {self.parameters:,} ({self.parameters_active:,} active per token)")
+        rate = self.bytes_written / max(self.seconds_writing, 1e-3) / 1e6
+        written = f"{self.bytes_written / 1e6:,.1f} MB {self.dtype} in {self.seconds_writing:.1f} s ({rate:,.0f} MB/s)"
+        return [*lines, f"written     {written}", *(f"note        {note}" for note in self.notes)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

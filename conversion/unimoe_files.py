@@ -1,0 +1,260 @@
+"""The files of a released Uni-MoE model, laid over each other in the order in which the original loads them.
+
+    base shards  ->  non_lora_trainables.bin  ->  LoRA merged  ->  mm_audio_aligner.bin  ->  mlp_gates.bin
+
+What comes later replaces what was there, also a weight that LoRA had changed: so the LoRA of a router, which is in the
+files of two variants, has no effect. The encoders come from their own folders, as in every script of the original.
+"""
+
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..errors import ConversionError
+from .io import UNPICKLING_ERRORS, Checkpoint, TensorFile, TensorInfo, read_json, refuse_truncated
+from .unimoe_keys import AUDIO_TOWER, VISION_TOWER, Shape
+from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, read_lora_scale
+
+# Written by the saver of every variant; a folder without one of them is not complete.
+FINETUNED_FILES = (
+    "config.json",
+    "adapter_config.json",
+    "non_lora_trainables.bin",
+    "mm_audio_aligner.bin",
+    "mlp_gates.bin",
+)
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_BASE_EXTRAS = ("mm_projector.bin", "mm_audio_aligner.bin")
+_TOWERS = ("model.vision_tower.", "model.audio_tower.")
+
+# How the names in an encoder's own folder begin -> how the original's do, or None with the reason for dropping it.
+_ENCODER_NAMES: dict[str, tuple[tuple[str, str | None, str], ...]] = {
+    "clip": (
+        ("vision_model.", VISION_TOWER + "vision_model.", ""),
+        *((begin, VISION_TOWER + "vision_model." + begin, "") for begin in ("embeddings.", "encoder.")),
+        *((begin, VISION_TOWER + "vision_model." + begin, "") for begin in ("pre_layrnorm.", "post_layernorm.")),
+        *(
+            (begin, None, "the text half of CLIP and its projections, which no model here uses")
+            for begin in ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+        ),
+    ),
+    "whisper": (
+        ("model.encoder.", AUDIO_TOWER, ""),
+        ("encoder.", AUDIO_TOWER, ""),
+        *(
+            (begin, None, "the tower is Whisper's encoder; the query decoder is in the checkpoint")
+            for begin in ("model.decoder.", "decoder.", "proj_out.")
+        ),
+    ),
+    "beats": (("", AUDIO_TOWER, ""),),
+}
+
+
+@dataclass
+class SourceTensor:
+    """One tensor of one file and what became of it; `note` is our tensor's name, or why it was dropped."""
+
+    file: str
+    name: str
+    info: TensorInfo
+    checkpoint: Checkpoint = field(repr=False)
+    fate: Literal["consumed", "dropped", "unexpected"] = "unexpected"
+    note: str = ""
+
+    def drop(self, reason: str) -> None:
+        self.fate, self.note = "dropped", reason
+
+    def consume(self, ours: str) -> None:
+        self.fate, self.note = "consumed", ours
+
+    def read(self) -> torch.Tensor:
+        return self.checkpoint.read(self.name)
+
+
+@dataclass
+class Gathered:
+    """Everything that was read.
+
+    Args:
+        tensors: every tensor of every file.
+        live: original name -> the tensor that the original ends up with, before LoRA.
+        loras: original name of a weight -> what is added to it.
+    """
+
+    tensors: list[SourceTensor] = field(default_factory=list)
+    live: dict[str, SourceTensor] = field(default_factory=dict)
+    loras: dict[str, Lora] = field(default_factory=dict)
+    base_dtype: torch.dtype = torch.float32
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: tensor.info.shape for name, tensor in self.live.items()}
+
+    def read(self, original: str) -> torch.Tensor:
+        """A tensor with its LoRA, if it has one, merged in float32."""
+        tensor = self.live[original].read()
+        return tensor if original not in self.loras else self.loras[original].merged_into(tensor)
+
+    def put(self, original: str, tensor: SourceTensor) -> None:
+        """Lay a tensor over what is there; LoRA that was to change the old one goes with it."""
+        if original in self.live:
+            self.live[original].drop(f"replaced by {tensor.file}")
+        if original in self.loras:
+            for factor in self.loras.pop(original).tensors:
+                factor.drop(f"the weight that it changes is replaced by {tensor.file}")
+        self.live[original] = tensor
+
+    def add_file(self, label: str, checkpoint: Checkpoint) -> list[SourceTensor]:
+        labels = {file: f"{label}/{file.name}" for file in checkpoint.files}
+        added = [SourceTensor(labels[info.file], name, info, checkpoint) for name, info in checkpoint.tensors.items()]
+        self.tensors += added
+        return added
+
+
+def gather(base: Path, finetuned: Path | None) -> Gathered:
+    """The base model and, over it, the fine-tuned one. Only headers are read.
+
+    Raises:
+        ConversionError: a file is missing or damaged; the message names it.
+    """
+    gathered = Gathered()
+    _require(base, ("config.json",))
+    shards = Checkpoint(base)
+    gathered.base_dtype = _main_dtype(shards)
+    for tensor in gathered.add_file("base", shards):
+        if tensor.name.startswith(_TOWERS):
+            tensor.drop("the encoders are taken from their own folders, as the original does")
+        else:
+            gathered.put(tensor.name, tensor)
+    for name in _BASE_EXTRAS:
+        if (base / name).is_file():
+            _fill_in(gathered, TensorFile(base / name))
+    if finetuned is not None:
+        _lay_over(gathered, finetuned)
+    return gathered
+
+
+def add_encoder(gathered: Gathered, kind: Literal["clip", "whisper", "beats"], checkpoint: Checkpoint) -> None:
+    """Take an encoder from its own folder or file."""
+    for tensor in gathered.add_file(kind, checkpoint):
+        for begin, original, reason in _ENCODER_NAMES[kind]:
+            if not tensor.name.startswith(begin):
+                continue
+            if original is None:
+                tensor.drop(reason)
+            else:
+                gathered.put(original + tensor.name.removeprefix(begin), tensor)
+            break
+
+
+class BeatsFile(Checkpoint):
+    """A BEATs checkpoint: a pickled dict of `cfg` (a dict of plain values) and `model` (tensors).
+
+    Raises:
+        ConversionError: it is missing, damaged or something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cfg: dict[str, Any] = {}
+        self._weights: dict[str, torch.Tensor] = {}
+        super().__init__(path.parent)
+
+    def _read_headers(self) -> dict[str, TensorInfo]:
+        if not self.path.is_file():
+            raise ConversionError(f"{self.path} is missing. Give the BEATs checkpoint (.pt).")
+        refuse_truncated(self.path)
+        try:
+            mapped = zipfile.is_zipfile(self.path)
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
+        except UNPICKLING_ERRORS as error:
+            raise ConversionError(
+                f"{self.path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]})."
+            ) from error
+        cfg, weights = (content.get(name) if isinstance(content, dict) else None for name in ("cfg", "model"))
+        if not isinstance(cfg, dict) or not isinstance(weights, dict):
+            raise ConversionError(f"{self.path} is no BEATs checkpoint: it needs a 'cfg' and a 'model'.")
+        self.cfg, self._weights = cfg, {n: t for n, t in weights.items() if isinstance(t, torch.Tensor)}
+        return {name: TensorInfo(self.path, t.dtype, tuple(t.shape)) for name, t in self._weights.items()}
+
+    def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
+        return self._weights
+
+
+def reader(gathered: Gathered, merge_lora: bool) -> Callable[[str], torch.Tensor]:
+    """What reads a tensor by its original name, with or without LoRA."""
+    return gathered.read if merge_lora else lambda original: gathered.live[original].read()
+
+
+def _fill_in(gathered: Gathered, file: TensorFile) -> None:
+    """The base folder's extra files hold what the shards hold too; where these do not, they are the only source."""
+    for tensor in gathered.add_file("base", file):
+        if tensor.name in gathered.live:
+            tensor.drop(f"{gathered.live[tensor.name].file} holds it, and the original reads that")
+        else:
+            gathered.put(tensor.name, tensor)
+
+
+def _lay_over(gathered: Gathered, finetuned: Path) -> None:
+    _require(finetuned, FINETUNED_FILES)
+    adapter = next((finetuned / name for name in _ADAPTERS if (finetuned / name).is_file()), None)
+    if adapter is None:
+        raise ConversionError(f"{finetuned / _ADAPTERS[1]} is missing: the folder is not complete. Fetch the file.")
+    _replace(gathered, TensorFile(finetuned / "non_lora_trainables.bin"))
+    _add_loras(gathered, TensorFile(adapter), read_lora_scale(finetuned / "adapter_config.json"))
+    _replace(gathered, TensorFile(finetuned / "mm_audio_aligner.bin"))
+    _replace(gathered, TensorFile(finetuned / "mlp_gates.bin"))
+
+
+def _replace(gathered: Gathered, file: TensorFile) -> None:
+    for tensor in gathered.add_file("finetuned", file):
+        original = _without_wrappers(tensor.name)
+        if is_lora_of_router(original):
+            tensor.drop("LoRA of a router, which the original does not load")
+        else:
+            gathered.put(original, tensor)
+
+
+def _add_loras(gathered: Gathered, file: TensorFile, scale: Mapping[str, float]) -> None:
+    factors: dict[str, dict[str, SourceTensor]] = {}
+    for tensor in gathered.add_file("finetuned", file):
+        match = LORA_TENSOR.fullmatch(tensor.name)
+        original = _without_wrappers(match["module"]) + ".weight" if match else ""
+        if match and original in gathered.live:  # else it stays unexpected
+            factors.setdefault(original, {})[match["factor"]] = tensor
+    for original, pair in factors.items():
+        if set(pair) != {"A", "B"}:
+            given = next(iter(pair.values()))
+            raise ConversionError(f"{file.path} holds {given.name} without its other factor. Fetch the file again.")
+        gathered.loras[original] = Lora.fitting(
+            original, gathered.live[original].info.shape, pair["A"], pair["B"], scale
+        )
+
+
+def _without_wrappers(name: str) -> str:
+    """A name without PEFT's wrapping, which savers left in some files."""
+    name = name.removeprefix("base_model.model.")
+    return name.removeprefix("model.") if name.startswith("model.model.") else name
+
+
+def _require(folder: Path, files: tuple[str, ...]) -> None:
+    if not folder.is_dir():
+        raise ConversionError(f"{folder} is no folder.")
+    for name in files:
+        if not (folder / name).is_file():
+            raise ConversionError(f"{folder / name} is missing: the folder is not complete. Fetch the file.")
+        if name.endswith(".json"):
+            read_json(folder / name)
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most floating point values."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32

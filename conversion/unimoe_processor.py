@@ -1,0 +1,107 @@
+"""The processor and the generation settings of a released Uni-MoE model."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from ..errors import ConversionError
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..processing.chat_unimoe import MEDIA_TOKENS, VICUNA_CHAT_TEMPLATE, prepare_tokenizer
+from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
+from ..processing.media_inputs_unimoe import load_image_processor
+from ..processing.processing_unimoe import UniMoeProcessor
+from ..processing.video_processing_unimoe import UniMoeVideoProcessor
+from .io import read_json
+from .unimoe_config import PLACEHOLDERS
+
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+_PREPROCESSOR = "preprocessor_config.json"
+
+
+def load_tokenizer(*folders: Path | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the first folder that holds one, with the placeholder tokens added; None where none does.
+
+    Raises:
+        ConversionError: its files are damaged.
+    """
+    for folder in folders:
+        if folder is None or not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            continue
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ConversionError(
+                f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]})."
+            ) from error
+        prepare_tokenizer(tokenizer, chat_tokens=False)
+        return tokenizer
+    return None
+
+
+def placeholder_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the placeholder tokens, by the names that `our_config` wants."""
+    ids = tokenizer.convert_tokens_to_ids(list(MEDIA_TOKENS))
+    return dict(zip(PLACEHOLDERS, ids, strict=True))  # type: ignore[arg-type]
+
+
+def build_processor(
+    config: UniMoeConfig, tokenizer: PreTrainedTokenizerBase, clip: Path, whisper: Path | None
+) -> UniMoeProcessor:
+    """A processor that prepares inputs as the original does.
+
+    Args:
+        clip, whisper: the encoders' folders with their preprocessor_config.json.
+    """
+    pictures = load_image_processor(_settings(clip), str(clip))
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    speech, sound = config.speech_connector, config.sound_connector
+    return UniMoeProcessor(
+        image_processor=pictures,
+        video_processor=UniMoeVideoProcessor.from_image_processor(
+            pictures, num_frames=config.video_num_frames, sampling="unimoe"
+        ),
+        feature_extractor=_feature_extractor(config, whisper),
+        tokenizer=tokenizer,
+        chat_template=VICUNA_CHAT_TEMPLATE,
+        image_tokens=patches,
+        video_tokens=patches,
+        speech_tokens=speech.num_tokens if speech is not None else 0,
+        sound_tokens=sound.num_tokens if sound is not None else 0,
+    )
+
+
+def generation_config(config: UniMoeConfig) -> GenerationConfig:
+    """What the original's inference scripts use: temperature 0.2, up to 1024 new tokens."""
+    text = config.text_config
+    inside = [i for i in config.placeholder_ids.values() if i is not None and i < text.vocab_size]
+    return GenerationConfig(
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        do_sample=True,
+        temperature=0.2,
+        max_new_tokens=1024,
+        suppress_tokens=inside or None,
+    )
+
+
+def _feature_extractor(config: UniMoeConfig, whisper: Path | None) -> UniMoeFeatureExtractor:
+    if config.speech_connector is None or whisper is None:
+        return UniMoeFeatureExtractor(speech=False, sound=True)
+    settings = _settings(whisper)
+    return UniMoeFeatureExtractor(
+        speech=True,
+        feature_size=settings.get("feature_size", config.speech_config.num_mel_bins),
+        sampling_rate=settings.get("sampling_rate", 16_000),
+        window_seconds=float(settings.get("chunk_length", 30)),
+        n_fft=settings.get("n_fft", 400),
+        hop_length=settings.get("hop_length", 160),
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    if not (folder / _PREPROCESSOR).is_file():
+        raise ConversionError(f"{folder / _PREPROCESSOR} is missing: the folder is not complete. Fetch the file.")
+    return read_json(folder / _PREPROCESSOR)

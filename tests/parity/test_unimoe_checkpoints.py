@@ -1,0 +1,164 @@
+"""Uni-MoE's checkpoint folders through the converter: merged weights, logits, adapter, receipt."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from golden import GoldenCase, GoldenMismatchError, compare, discover, leave_for_lack_of_data
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from unimoe_case import original_batch
+
+from unimoe import UniMoeForCausalLM
+from unimoe.conversion.import_receipt import ImportReceipt
+from unimoe.conversion.import_unimoe import UniMoeFolders, plan_import, run_import
+from unimoe.conversion.io import Checkpoint, TensorFile
+from unimoe.conversion.unimoe_files import BeatsFile
+from unimoe.conversion.unimoe_keys import KeyMap, rules_for, vision_prefix
+
+CHECKPOINT = ("input_ids", "images", "image_mask", "input_features", "features_mask")
+
+
+def is_plain_checkpoint(case: GoldenCase) -> bool:
+    """Folders in the released layout, without DeepSpeed's expert files."""
+    return (case.path / "base" / "config.json").is_file() and not (case.path / "experts").is_dir()
+
+
+checkpoint = pytest.mark.golden(*CHECKPOINT, "logits_*", where=is_plain_checkpoint)
+with_lora = pytest.mark.parametrize("keep_lora", [False, True], ids=["merged", "adapter"])
+
+
+@checkpoint
+@with_lora
+def test_the_fine_tuned_model_answers_as_the_original(
+    golden_case: GoldenCase, tmp_path: Path, keep_lora: bool
+) -> None:
+    model, _ = converted(golden_case, tmp_path / "out", keep_lora=keep_lora)
+    check_logits(golden_case, model, "logits_merged")
+
+
+@checkpoint
+def test_the_base_model_answers_as_the_original(golden_case: GoldenCase, tmp_path: Path) -> None:
+    model, _ = converted(golden_case, tmp_path / "out", finetuned=False)
+    check_logits(golden_case, model, "logits_base")
+
+
+@checkpoint
+def test_what_the_original_loses_is_the_lora_of_the_routers(golden_case: GoldenCase, tmp_path: Path) -> None:
+    model, _ = converted(golden_case, tmp_path / "out")
+    gates = golden_case.path / "e2" / "mlp_gates.bin"
+    lora = {name: TensorFile(gates).read(name) for name in TensorFile(gates).tensors}
+    scale = json.loads((golden_case.path / "e2" / "adapter_config.json").read_text())
+    for name in [name for name in lora if ".lora_A." in name]:
+        layer = int(name.split(".")[2])
+        gate = model.model.language_model.layers[layer].mlp.gate.weight
+        gate.data += scale["lora_alpha"] / scale["r"] * lora[name.replace("lora_A", "lora_B")] @ lora[name]
+    check_logits(golden_case, model, "logits_training_model")
+
+
+@checkpoint
+@with_lora
+def test_merged_weights(golden_case: GoldenCase, tmp_path: Path, keep_lora: bool) -> None:
+    model, _ = converted(golden_case, tmp_path / "out", keep_lora=keep_lora)
+    check_weights(golden_case, model)
+
+
+@checkpoint
+def test_the_receipt_holds_every_tensor_of_every_file(golden_case: GoldenCase, tmp_path: Path) -> None:
+    model, receipt = converted(golden_case, tmp_path / "out")
+    read = {file: set(records) for file, records in receipt.sources.items()}
+    assert read == stored_tensors(golden_case)
+    fates = {(r.fate, bool(r.note)) for records in receipt.sources.values() for r in records.values()}
+    assert fates == {("consumed", True), ("dropped", True)}
+    assert set(receipt.targets) == set(model.state_dict())
+    consumed = {r.note for records in receipt.sources.values() for r in records.values() if r.fate == "consumed"}
+    assert consumed == set(receipt.targets)
+    saved = json.loads((tmp_path / "out" / "receipt.json").read_text())
+    assert saved == receipt.to_dict()
+    assert all(len(record["sha256"]) == 64 for record in saved["targets"].values())
+    golden_case.comparisons += 1  # of names, not tensors
+
+
+@pytest.mark.parametrize("tensor", ["logits_merged", "merged"])
+def test_one_changed_golden_value_is_noticed(tensor: str, tmp_path: Path) -> None:
+    cases = discover(*CHECKPOINT, "logits_merged", where=is_plain_checkpoint)
+    if not cases:
+        leave_for_lack_of_data()
+    shutil.copytree(cases[0].path, tmp_path / "case")
+    file = tmp_path / "case" / ("io.safetensors" if tensor == "logits_merged" else "merged_weights.safetensors")
+    name = tensor if tensor == "logits_merged" else "model.layers.0.mlp.experts.1.up_proj.weight"
+    stored = load_file(file)
+    stored[name].view(-1)[7] += 1e-3 * stored[name].abs().max()
+    save_file(stored, file)
+    case = GoldenCase(tmp_path / "case", ledger=None)
+    model, _ = converted(case, tmp_path / "out")
+    ours = re.escape(name if tensor == "logits_merged" else "experts.gate_up_proj")
+    with pytest.raises(GoldenMismatchError, match=ours):
+        (check_logits if tensor == "logits_merged" else check_weights)(case, model, *([name] * (name == tensor)))
+
+
+def check_logits(case: GoldenCase, model: UniMoeForCausalLM, name: str) -> None:
+    with torch.no_grad():
+        case.check_if_present(name, model(**original_batch(case, model, prefix="").inputs).logits)
+
+
+def check_weights(case: GoldenCase, model: UniMoeForCausalLM) -> None:
+    if not case.names("*", "merged_weights"):
+        pytest.skip(f"{case.name} holds no merged weights")
+    state = model.state_dict()
+    audio = "whisper" if model.config.speech_connector is not None else "beats"
+    golden = KeyMap(rules_for(audio, vision_prefix(state))).convert(
+        load_file(case.path / "merged_weights.safetensors")
+    )
+    assert set(golden) == set(state)
+    for name, expected in golden.items():
+        try:
+            compare(state[name], expected)
+        except GoldenMismatchError as error:
+            raise GoldenMismatchError(f"{name}: {error}") from None
+    case.comparisons += len(golden)
+
+
+def folders_of(case: GoldenCase, finetuned: bool = True) -> UniMoeFolders:
+    def if_there(name: str) -> Path | None:
+        return case.path / name if (case.path / name).exists() else None
+
+    return UniMoeFolders(
+        base=case.path / "base",
+        clip=case.path / "clip",
+        finetuned=case.path / "e2" if finetuned else None,
+        whisper=if_there("whisper"),
+        beats=next(case.path.glob("*.pt"), None),
+        qformer_config=if_there("qformer_config.json"),
+    )
+
+
+def converted(
+    case: GoldenCase, out: Path, finetuned: bool = True, keep_lora: bool = False
+) -> tuple[UniMoeForCausalLM, ImportReceipt]:
+    """The written model, loaded as users load it; an adapter is merged by PEFT."""
+    receipt = run_import(plan_import(folders_of(case, finetuned), keep_lora=keep_lora), out, progress=False)
+    model, info = UniMoeForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    if receipt.adapter is not None:
+        model = PeftModel.from_pretrained(model, out.with_name(receipt.adapter)).merge_and_unload()
+    assert (receipt.adapter is not None) == keep_lora
+    return model.eval(), receipt
+
+
+def stored_tensors(case: GoldenCase) -> dict[str, set[str]]:
+    folders = folders_of(case)
+    found: dict[str, set[str]] = {}
+    parts = {"base": folders.base, "clip": folders.clip, "whisper": folders.whisper}
+    for label, folder in parts.items():
+        for file in Checkpoint(folder).files if folder is not None else []:
+            found[f"{label}/{file.name}"] = set(TensorFile(file).tensors)
+    for label, folder in (("base", folders.base), ("finetuned", folders.finetuned)):
+        for file in folder.glob("*.bin"):
+            found[f"{label}/{file.name}"] = set(TensorFile(file).tensors)
+    if folders.beats is not None:
+        found[f"beats/{folders.beats.name}"] = set(BeatsFile(folders.beats).tensors)
+    return found

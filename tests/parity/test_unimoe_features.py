@@ -1,0 +1,131 @@
+"""Waveforms to features against golden data: Whisper's log-mel and BEATs' filter banks, windows and padding masks."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden import GoldenCase, GoldenMismatchError, discover, leave_for_lack_of_data
+from safetensors.torch import load_file, save_file
+
+from unimoe.processing.feature_extraction_unimoe import FBANK_MEAN, FBANK_STD, UniMoeFeatureExtractor, kaldi_fbank
+
+SAMPLING_RATE = 16_000
+# Logarithms of nearly empty bands: the last bits of two Fourier transforms show in the fifth digit.
+TOLERANCE = 1e-4
+
+
+def hears_speech(case: GoldenCase) -> bool:
+    return "_whisper_feature_extractor" in case.config
+
+
+BATCH = ("wave.[0-9]*", "batch.features_mask", "batch.input_features")
+REQUIREMENTS = {
+    "log_mel": pytest.mark.golden(*BATCH, where=hears_speech),
+    "sound_windows": pytest.mark.golden(*BATCH, "batch.padding_masks"),
+    "sound_clips": pytest.mark.golden("beats.wave[0-9]*", "beats.fbank[0-9]*"),
+    "sound_batch": pytest.mark.golden("beats.batch_wave", "beats.batch_padding_mask", "beats.batch_fbank"),
+    "checkpoint_waveforms": pytest.mark.golden("waveforms", "padding_masks", "input_features"),
+}
+
+
+@pytest.mark.parametrize("check", REQUIREMENTS)
+def test_features_equal_the_original(check: str) -> None:
+    cases = discover(*REQUIREMENTS[check].args, **REQUIREMENTS[check].kwargs)
+    if not cases:
+        leave_for_lack_of_data()
+    for case in cases:
+        globals()[f"check_{check}"](case)
+        assert case.comparisons
+
+
+@pytest.mark.parametrize(
+    ("check", "tensor"),
+    [
+        ("log_mel", "batch.input_features"),
+        ("log_mel", "whisper.mel"),
+        ("sound_windows", "batch.input_features"),
+        ("sound_windows", "batch.padding_masks"),
+        ("sound_clips", "beats.fbank0"),
+        ("sound_batch", "beats.batch_fbank"),
+        ("checkpoint_waveforms", "input_features"),
+    ],
+)
+def test_one_changed_golden_value_is_noticed(check: str, tensor: str, tmp_path: Path) -> None:
+    cases = discover(tensor, *REQUIREMENTS[check].args, **REQUIREMENTS[check].kwargs)
+    if not cases:
+        leave_for_lack_of_data()
+    shutil.copytree(cases[0].path, tmp_path, dirs_exist_ok=True)
+    stored = load_file(tmp_path / "io.safetensors")
+    first = stored[tensor].view(-1)  # of the first window, which is in use
+    first[7] = ~first[7] if first.dtype == torch.bool else first[7] + 1e-2 * first.abs().max()
+    save_file(stored, tmp_path / "io.safetensors")
+    run: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
+    with pytest.raises(GoldenMismatchError, match=re.escape(tensor)):
+        run(GoldenCase(tmp_path, ledger=None))
+
+
+def check_log_mel(case: GoldenCase) -> None:
+    settings = case.config["_whisper_feature_extractor"]
+    extractor = UniMoeFeatureExtractor(
+        feature_size=settings["feature_size"],
+        window_seconds=settings["chunk_length"],
+        n_fft=settings["n_fft"],
+        hop_length=settings["hop_length"],
+    )
+    windows = extractor(waves(case), return_tensors="pt")["speech_features"]
+    check_used_slots(case, "batch.input_features", windows)
+    if case.has("whisper.mel", "wave.1"):
+        case.check("whisper.mel", windows[1], rtol=TOLERANCE)
+
+
+def check_sound_windows(case: GoldenCase) -> None:
+    samples = case.input("batch.padding_masks").shape[-1]
+    extractor = UniMoeFeatureExtractor(speech=False, sound=True, window_seconds=samples / SAMPLING_RATE)
+    output = extractor(waves(case), return_tensors="pt")
+    check_used_slots(case, "batch.input_features", output["audio_features"][:, None])
+    check_used_slots(case, "batch.padding_masks", output["audio_padding_mask"][:, None])
+
+
+def check_sound_clips(case: GoldenCase) -> None:
+    for name in case.names("beats.wave[0-9]*"):
+        banks = torch.from_numpy(kaldi_fbank(case.input(name)[0].numpy(), SAMPLING_RATE, 128))
+        features = (banks - FBANK_MEAN) / (2 * FBANK_STD)
+        case.check_if_present(name.replace("wave", "fbank"), features[None], rtol=TOLERANCE)
+
+
+def check_sound_batch(case: GoldenCase) -> None:
+    padding = case.input("beats.batch_padding_mask")
+    clips = [wave[~mask].numpy() for wave, mask in zip(case.input("beats.batch_wave"), padding, strict=True)]
+    extractor = UniMoeFeatureExtractor(speech=False, sound=True, window_seconds=padding.shape[1] / SAMPLING_RATE)
+    output = extractor(clips, return_tensors="pt")
+    case.check("beats.batch_fbank", output["audio_features"], rtol=TOLERANCE)
+    case.check("beats.batch_padding_mask", output["audio_padding_mask"])
+
+
+def check_checkpoint_waveforms(case: GoldenCase) -> None:
+    padding, expected = case.input("padding_masks"), case.input("input_features")
+    clips = [
+        wave[~mask.flatten()].numpy() for wave, mask in zip(case.input("waveforms"), padding.flatten(1), strict=True)
+    ]
+    extractor = UniMoeFeatureExtractor(speech=False, sound=True, window_seconds=padding.shape[-1] / SAMPLING_RATE)
+    features: Any = extractor(clips, return_tensors="pt")["audio_features"]
+    case.check("input_features", features.view_as(expected), rtol=TOLERANCE)
+
+
+def waves(case: GoldenCase) -> list[np.ndarray]:
+    """The waveforms in the order of their numbers, which is that of the batch's windows."""
+    names = sorted(case.names("wave.[0-9]*"), key=lambda name: int(name.partition(".")[2]))
+    return [case.input(name).numpy() for name in names]
+
+
+def check_used_slots(case: GoldenCase, name: str, windows: torch.Tensor) -> None:
+    """Compare the slots of a batch that hold a window; the others hold whatever the collator filled them with."""
+    expected = case.input(name)
+    actual = expected.clone()
+    actual[case.input("batch.features_mask") > 0] = windows.to(expected.dtype)
+    case.check(name, actual, rtol=TOLERANCE)

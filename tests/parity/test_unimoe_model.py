@@ -1,0 +1,208 @@
+"""Uni-MoE's whole model against golden data: experts, routing, merging, logits, loss, gradients, greedy answers."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden import GoldenCase, GoldenMismatchError, discover, leave_for_lack_of_data
+from safetensors.torch import load_file, save_file
+from unimoe_case import greedy, original_batch, unimoe_model, zero_beyond
+
+from unimoe import UniMoeForCausalLM
+from unimoe.conversion.unimoe_keys import take
+
+experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+
+
+def is_plain(case: GoldenCase) -> bool:
+    """The variants without DeepSpeed's layout."""
+    return "moe_type" not in case.config and not case.names("*.deepspeed_moe.*", "weights")
+
+
+PLAIN = {"weights": ("model.embed_tokens.weight", "model.layers.*.mlp.experts.*"), "where": is_plain}
+BATCH = ("batch.input_ids", "batch.attention_mask", "batch.labels")
+REQUIREMENTS = {
+    "moe_alone": pytest.mark.golden("moe_alone.input", **PLAIN),
+    "forward": pytest.mark.golden(*BATCH, **PLAIN),
+    "gradients": pytest.mark.golden(*BATCH, "grad.*", **PLAIN),
+    "text": pytest.mark.golden("text.input_ids", "text.logits", **PLAIN),
+    "video": pytest.mark.golden("batch.videos", "batch.video_mask", "video.pooled_tokens", **PLAIN),
+    "greedy": pytest.mark.golden("batch.input_ids", "gen.*.input_ids", "gen.*.output_ids*", **PLAIN),
+}
+
+
+@REQUIREMENTS["moe_alone"]
+@experts
+def test_one_block_of_experts(golden_case: GoldenCase, experts: str) -> None:
+    check_moe_alone(golden_case, experts)
+
+
+@REQUIREMENTS["forward"]
+@experts
+def test_a_batch_of_all_media(golden_case: GoldenCase, experts: str) -> None:
+    check_forward(golden_case, experts)
+
+
+@REQUIREMENTS["gradients"]
+@experts
+def test_gradients(golden_case: GoldenCase, experts: str) -> None:
+    check_gradients(golden_case, experts)
+
+
+@REQUIREMENTS["text"]
+def test_text_alone(golden_case: GoldenCase) -> None:
+    check_text(golden_case)
+
+
+@REQUIREMENTS["video"]
+def test_video_features(golden_case: GoldenCase) -> None:
+    check_video(golden_case)
+
+
+@REQUIREMENTS["greedy"]
+def test_greedy_answers_with_and_without_cache(golden_case: GoldenCase) -> None:
+    check_greedy(golden_case)
+
+
+@pytest.mark.parametrize(
+    ("check", "tensor"),
+    [
+        ("moe_alone", "moe_alone.output"),
+        ("moe_alone", "moe_alone.topk_idx"),
+        ("forward", "merged.inputs_embeds"),
+        ("forward", "merged.attention_mask"),
+        ("forward", "merged.labels"),
+        ("forward", "full.layer0.router_logits"),
+        ("forward", "full.layer0.topk_idx"),
+        ("forward", "full.layer0.topk_weight"),
+        ("forward", "full.layer0.moe_out"),
+        ("forward", "full.layer0.hidden_out"),
+        ("forward", "full.logits"),
+        ("forward", "full.loss"),
+        ("gradients", "grad.model.layers.0.mlp.gate.weight"),
+        ("gradients", "grad.model.layers.0.mlp.experts.0.gate_proj.weight"),
+        ("text", "text.logits"),
+        ("video", "video.pooled_tokens"),
+        ("greedy", "gen.text.output_ids"),
+    ],
+)
+def test_one_changed_golden_value_is_noticed(check: str, tensor: str, tmp_path: Path) -> None:
+    requirements = REQUIREMENTS[check]
+    cases = discover(tensor, *requirements.args, **requirements.kwargs)
+    if not cases:
+        leave_for_lack_of_data()
+    shutil.copytree(cases[0].path, tmp_path, dirs_exist_ok=True)
+    stored = load_file(tmp_path / "io.safetensors")
+    changed = stored[tensor].clone().flatten()
+    index = int(torch.randint(changed.numel(), (), generator=torch.Generator().manual_seed(len(tensor))))
+    if changed.is_floating_point():
+        changed[index] += 1e-3 * changed.abs().max()
+    else:
+        changed[index] = ~changed[index] if changed.dtype == torch.bool else changed[index] + 1
+    stored[tensor] = changed.view_as(stored[tensor])
+    save_file(stored, tmp_path / "io.safetensors")
+    run: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
+    with pytest.raises(GoldenMismatchError, match=re.escape(tensor)):
+        run(GoldenCase(tmp_path, ledger=None))
+
+
+@torch.no_grad()
+def check_moe_alone(case: GoldenCase, experts: str = "eager") -> None:
+    model, _ = unimoe_model(case, experts)
+    layer = model.config.text_config.sparse_layers[0]
+    block = model.model.language_model.layers[layer].mlp
+    seen = record_router(block)
+    case.check_if_present("moe_alone.output", block(case.input("moe_alone.input")))
+    check_router(case, "moe_alone", seen)
+
+
+def check_forward(case: GoldenCase, experts: str = "eager") -> None:
+    model, _ = unimoe_model(case, experts)
+    batch = original_batch(case, model)
+    decoder = model.model.language_model
+    embeddings = zero_beyond(model, batch.lengths)
+    inner = {i: (record_router(decoder.layers[i].mlp), record(decoder.layers[i].mlp)) for i in sparse_layers(model)}
+    outer = [record(layer) for layer in decoder.layers]
+    with torch.no_grad():
+        output = model(**batch.inputs, labels=batch.labels, output_router_logits=True)
+
+    case.check_if_present("merged.inputs_embeds", embeddings[0])
+    case.check_if_present("merged.attention_mask", batch.inputs["attention_mask"].bool())
+    case.check_if_present("merged.labels", batch.labels)
+    for position, (layer, (router, block)) in enumerate(inner.items()):
+        case.check_if_present(f"full.layer{layer}.moe_in", block["input"])
+        case.check_if_present(f"full.layer{layer}.moe_out", block["output"])
+        case.check_if_present(f"full.layer{layer}.router_logits", output.router_logits[position])
+        check_router(case, f"full.layer{layer}", router)
+    for layer, states in enumerate(outer):
+        case.check_if_present(f"full.layer{layer}.hidden_out", states["output"])
+    case.check_if_present("full.logits", output.logits)
+    case.check_if_present("full.loss", output.loss)
+
+
+def check_gradients(case: GoldenCase, experts: str = "eager") -> None:
+    model, key_map = unimoe_model(case, experts)
+    batch = original_batch(case, model)
+    zero_beyond(model, batch.lengths)
+    model(**batch.inputs, labels=batch.labels).loss.backward()
+    parameters = dict(model.named_parameters())
+    for name in case.names("grad.*"):
+        place = key_map.place(name.removeprefix("grad."))
+        gradient = parameters[place.target].grad
+        assert gradient is not None, f"{place.target} got no gradient"
+        case.check(name, take(gradient, place))
+
+
+@torch.no_grad()
+def check_text(case: GoldenCase) -> None:
+    model, _ = unimoe_model(case)
+    case.check("text.logits", model(input_ids=case.input("text.input_ids")).logits)
+
+
+@torch.no_grad()
+def check_video(case: GoldenCase) -> None:
+    model, _ = unimoe_model(case)
+    videos = case.input("batch.videos")[case.input("batch.video_mask")][:1]
+    case.check("video.pooled_tokens", model.get_video_features(videos).pooler_output[0])
+
+
+@torch.no_grad()
+def check_greedy(case: GoldenCase) -> None:
+    rows = case.input("batch.input_ids")
+    for name in case.names("gen.*.input_ids"):
+        prompt, run = case.input(name), name.removesuffix("input_ids")
+        row = next(i for i, ids in enumerate(rows) if torch.equal(ids[: prompt.shape[1]], prompt[0]))
+        for suffix, caches in (("output_ids", (False, True)), ("output_ids_use_cache", (True,))):
+            if not case.has(run + suffix):
+                continue
+            expected = case.input(run + suffix)
+            for use_cache in caches:
+                model, _ = unimoe_model(case)
+                batch = original_batch(case, model, rows=[row], cut=prompt.shape[1])
+                case.check(run + suffix, greedy(model, batch.inputs, expected.shape[1], use_cache))
+
+
+def sparse_layers(model: UniMoeForCausalLM) -> list[int]:
+    return sorted(model.config.text_config.sparse_layers)
+
+
+def check_router(case: GoldenCase, name: str, router: dict[str, Any]) -> None:
+    logits, weights, index = router["output"]
+    case.check_if_present(f"{name}.router_logits", logits)
+    case.check_if_present(f"{name}.topk_weight", weights)
+    case.check_if_present(f"{name}.topk_idx", index)
+
+
+def record_router(block: torch.nn.Module) -> dict[str, Any]:
+    return record(block.gate)
+
+
+def record(module: torch.nn.Module) -> dict[str, Any]:
+    """A dict that receives the first input and the output of the last call of `module`."""
+    seen: dict[str, Any] = {}
+    module.register_forward_hook(lambda _, args, output: seen.update(input=args[0], output=output))
+    return seen

@@ -1,0 +1,193 @@
+"""Our models of golden Uni-MoE cases, and the original's batches as ours."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from golden import GoldenCase
+from transformers import CLIPVisionConfig, GenerationConfig, WhisperConfig
+
+from unimoe import UniMoeBeatsConfig, UniMoeForCausalLM
+from unimoe.conversion.sources import expected_tensors
+from unimoe.conversion.unimoe_config import Encoders, our_config
+from unimoe.conversion.unimoe_keys import (
+    ALIGNER,
+    AUDIO_TOWER,
+    PROJECTOR,
+    VISION_TOWER,
+    AudioKind,
+    KeyMap,
+    rules_for,
+    vision_prefix,
+)
+from unimoe.conversion.unimoe_variant import recognise
+from unimoe.processing.placeholders_unimoe import Run, expand, pad
+
+IMAGE, AUDIO, VIDEO = -200, -300, -400
+KINDS = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}
+_ENCODER_PREFIXES = (VISION_TOWER, AUDIO_TOWER, ALIGNER, PROJECTOR, "model.query_tokens")
+
+
+def audio_kind(case: GoldenCase) -> AudioKind:
+    return "beats" if case.names(f"{ALIGNER}qformer.*", "weights") else "whisper"
+
+
+def encoder_weights(case: GoldenCase, prefix: str) -> dict[str, torch.Tensor]:
+    """The weights of one tower or connector of ours, named without `prefix`; "model.vision_tower." may be nested."""
+    originals = {name: value for name, value in case.weights.items() if name.startswith(_ENCODER_PREFIXES)}
+    converted = KeyMap(rules_for(audio_kind(case), "model.vision_tower.")).convert(originals)
+    return {name[len(prefix) :]: value for name, value in converted.items() if name.startswith(prefix)}
+
+
+def encoders_of(case: GoldenCase) -> Encoders:
+    config = case.config
+    speaks = audio_kind(case) == "whisper"
+    return Encoders(
+        vision=CLIPVisionConfig(**config["_clip_vision_config"]),
+        whisper=WhisperConfig(**config["_whisper_config"]) if speaks else None,
+        beats=None if speaks else UniMoeBeatsConfig.from_original(config["_beats_cfg"]),
+        qformer=config.get("_qformer_config"),
+    )
+
+
+def unimoe_model(case: GoldenCase, experts: str | None = None) -> tuple[UniMoeForCausalLM, KeyMap]:
+    """Our model with the golden weights in float32, fresh, and the map that its weights came through."""
+    config, state, key_map = _converted(case.path)
+    model = UniMoeForCausalLM(type(config)(**{k: v for k, v in config.to_dict().items() if k != "model_type"}))
+    model.load_state_dict(state)
+    if experts is not None:
+        model.set_experts_implementation(experts)
+    return model.eval(), key_map
+
+
+@lru_cache(maxsize=4)
+def _converted(path: Path) -> tuple[Any, dict[str, torch.Tensor], KeyMap]:
+    case = GoldenCase(path, ledger=None)
+    shapes = {name: tuple(tensor.shape) for name, tensor in case.weights.items()}
+    variant = recognise(shapes, case.config)
+    config = our_config(case.config, variant, encoders_of(case), shapes)
+    key_map = KeyMap(rules_for(variant.audio, vision_prefix(expected_tensors(config))))
+    return config, key_map.convert(case.weights), key_map
+
+
+@dataclass
+class Batch:
+    """An original batch as inputs of ours.
+
+    Args:
+        inputs: for `UniMoeForCausalLM.forward`.
+        labels: [B, S].
+        lengths: per row, up to where the original fills with embeddings of its padding token; beyond are zero vectors.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    lengths: list[int] = field(default_factory=list)
+
+
+def original_batch(
+    case: GoldenCase, model: UniMoeForCausalLM, prefix: str = "batch.", rows: list[int] | None = None, cut: int = 0
+) -> Batch:
+    """Rows of the case's batch; `cut` keeps only the first so many ids of every row (0: all of them)."""
+    ids = case.input(f"{prefix}input_ids")
+    rows = list(range(len(ids))) if rows is None else rows
+    ids = ids[:, : cut or ids.shape[1]]
+    mask = case.input(f"{prefix}attention_mask")[:, : ids.shape[1]] if case.has(f"{prefix}attention_mask") else None
+    labels = case.input(f"{prefix}labels") if case.has(f"{prefix}labels") else torch.full_like(ids, -100)
+    samples: list[dict[str, list[int]]] = []
+    media: dict[str, list[torch.Tensor]] = {}
+    lengths = []
+    for row in rows:
+        runs = _runs(case, model, prefix, row, ids[row].tolist(), media)
+        kept = int(mask[row].sum()) if mask is not None else ids.shape[1]
+        learned = [label != -100 for label in labels[row].tolist()]
+        sample = expand(ids[row].tolist()[:kept], learned[:kept], KINDS, runs, f"row {row}")
+        answers = sample.pop("assistant_masks")
+        sample["labels"] = [i if answer else -100 for i, answer in zip(sample["input_ids"], answers, strict=True)]
+        samples.append(sample)
+        lengths.append(len(sample["input_ids"]) + ids.shape[1] - kept)
+    batch = {name: torch.tensor(values) for name, values in pad(samples, 0, "right", None, max(lengths)).items()}
+    batch.pop("mm_token_type_ids")
+    inputs = batch | {name: torch.cat(values) for name, values in media.items()}
+    return Batch(inputs, inputs.pop("labels"), lengths)
+
+
+def _runs(
+    case: GoldenCase,
+    model: UniMoeForCausalLM,
+    prefix: str,
+    row: int,
+    ids: list[int],
+    media: dict[str, list[torch.Tensor]],
+) -> dict[str, list[list[Run]]]:
+    """What every placeholder of a row becomes; the row's media are added to `media`."""
+    config = model.config
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    runs: dict[str, list[list[Run]]] = {kind: [] for kind in KINDS.values()}
+    for kind, token, placeholder in (
+        ("image", config.image_token_id, IMAGE),
+        ("video", config.video_token_id, VIDEO),
+    ):
+        if placeholder in ids and bool(case.input(f"{prefix}{kind}_mask")[row]):
+            name = {"image": "pixel_values", "video": "pixel_values_videos"}[kind]
+            media.setdefault(name, []).append(case.input(f"{prefix}{kind}s")[row : row + 1])
+            runs[kind].append([(token, patches, list(KINDS.values()).index(kind) + 1)])
+    for windows, features in _clips(case, prefix, row, ids.count(AUDIO)):
+        for name, value in features.items():
+            media.setdefault(name, []).append(value)
+        speaks = config.speech_connector is not None
+        connector = config.speech_connector if speaks else config.sound_connector
+        token = config.audio_token_id if speaks else config.sound_token_id
+        runs["audio"].append([(token, windows * connector.num_tokens, 3 if speaks else 4)])
+    return runs
+
+
+def _clips(
+    case: GoldenCase, prefix: str, row: int, placeholders: int
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Windows and features of a row's clips, as many as it has placeholders; equal marks belong to one clip."""
+    if not placeholders:
+        return
+    marks, features = case.input(f"{prefix}features_mask")[row], case.input(f"{prefix}input_features")[row]
+    for clip in range(1, placeholders + 1):
+        own = marks == clip
+        if audio_kind_of_features(features) == "whisper":
+            yield int(own.sum()), {"speech_features": features[own]}
+        else:
+            padding = case.input(f"{prefix}padding_masks")[row][own].flatten(0, 1)
+            yield int(own.sum()), {"audio_features": features[own].flatten(0, 1), "audio_padding_mask": padding}
+
+
+def audio_kind_of_features(features: torch.Tensor) -> AudioKind:
+    """Log-mel windows are [P, mels, frames], filter banks [P, 1, frames, mels]."""
+    return "whisper" if features.dim() == 3 else "beats"
+
+
+def zero_beyond(model: UniMoeForCausalLM, lengths: list[int]) -> list[torch.Tensor]:
+    """Make the decoder see zero vectors after each row's length, as the original fills up rows after merging.
+
+    Returns a list that receives the embeddings that the decoder gets.
+    """
+    seen: list[torch.Tensor] = []
+
+    def fill(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        embeds = kwargs["inputs_embeds"]
+        valid = torch.arange(embeds.shape[1])[None] < torch.tensor(lengths)[:, None]
+        seen.append(embeds * valid[..., None])
+        return args, {**kwargs, "inputs_embeds": seen[-1]}
+
+    model.model.language_model.register_forward_pre_hook(fill, with_kwargs=True)
+    return seen
+
+
+def greedy(
+    model: UniMoeForCausalLM, inputs: dict[str, torch.Tensor], new_tokens: int, use_cache: bool
+) -> torch.Tensor:
+    """The next `new_tokens` ids [B, new_tokens]; nothing stops generation."""
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, use_cache=use_cache, pad_token_id=0, bos_token_id=1
+    )
+    return model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]

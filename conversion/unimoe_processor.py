@@ -9,7 +9,7 @@ from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..processing.chat_unimoe import MEDIA_TOKENS, VICUNA_CHAT_TEMPLATE, prepare_tokenizer
 from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
-from ..processing.media_inputs_unimoe import load_image_processor
+from ..processing.processor_parts_unimoe import load_image_processor
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
 from .io import read_json
@@ -65,6 +65,7 @@ def build_processor(
         feature_extractor=_feature_extractor(config, whisper),
         tokenizer=tokenizer,
         chat_template=VICUNA_CHAT_TEMPLATE,
+        tokenization="spaced",  # the token ids that the released models were trained with
         image_tokens=patches,
         video_tokens=patches,
         speech_tokens=speech.num_tokens if speech is not None else 0,

@@ -167,8 +167,7 @@ class UniMoeProcessor(ProcessorMixin):
         Contents are strings or lists of items {"type": "text", "text": ...}, {"type": "image", "image": PIL | array |
         bytes | path} (also under "path", "url", "base64"), likewise "video" and "audio"; audio items take
         "sampling_rate" (for arrays) and "encoder": "speech", "sound" or "both". Control tokens in texts stay text.
-        A video item with "sound_track": True stands for two media, its own sound and then its pictures;
-        `load_audio_from_video=True` asks for that of every video.
+        A video with "sound_track": True is two media, its sound and its pictures; so is each with load_audio_from_video.
 
         Returns:
             `tokenize=False`: the prompt(s), unescaped. Else with `return_dict` a BatchFeature with input_ids,

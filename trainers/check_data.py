@@ -97,7 +97,8 @@ class _Checker:
         name = str(record.value.get("id", "")) if isinstance(record.value, dict) else ""
         try:
             sample = read(record.value, record.place)
-            read_messages(sample.get("messages", [{"role": "user"}]), self._policy.limits)
+            if "messages" in sample:
+                read_messages(sample["messages"], self._policy.limits)
         except (DataError, ConversationError, MediaError) as error:
             reason = str(error).removeprefix(record.place).lstrip(": ")
             self._note(self.report.problems, "record", "inconsistent", record, name, reason)

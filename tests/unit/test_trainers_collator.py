@@ -13,7 +13,8 @@ import torch
 
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import DataError
-from unimoe.trainers.collator import CachedCollator, RawCollator
+from unimoe.processing.processing_unimoe import VICUNA_CHAT_TEMPLATE
+from unimoe.trainers.collator import CachedCollator, RawCollator, TokenRows
 from unimoe.trainers.data import ConversationDataset, Draw
 from unimoe.trainers.encoder_cache import EncoderCache
 from unimoe.trainers.objective import columns_to_keep, training_loss
@@ -83,6 +84,17 @@ def test_sound_tracks_and_lists_of_frames_train_from_a_cache_too(
     raw, cached = RawCollator(processor)(dataset.samples), CachedCollator(processor, cache, pad_to=8)(dataset.samples)
     assert torch.equal(raw["input_ids"], cached["input_ids"])
     torch.testing.assert_close(loss_of(model, raw).total, loss_of(model, cached).total, rtol=1e-5, atol=1e-5)
+    (tmp_path / "1.png").write_bytes(tiny_media.encoded_picture(seed=7))
+    assert EncoderCache(tmp_path / "cache", model, processor).build(dataset.samples, progress=False) == 2
+
+
+def test_white_space_after_media_is_part_of_a_conversation() -> None:
+    processor = tiny_media.processor(chat_template=VICUNA_CHAT_TEMPLATE)
+    rows = TokenRows(processor)
+    items = [{"type": "image", "path": "x.png"}, {"type": "image", "path": "x.png", "after": ""}]
+    samples = [tiny_training._sample("image", 0, item, "What?", "cat") for item in items]
+    separate, close = (processor.tokenizer.decode(rows.row(sample)[0]) for sample in samples)
+    assert separate.replace("<image>\nWhat", "<image>What") == close != separate
 
 
 @pytest.mark.parametrize("modality", [*MODALITIES, "video"])

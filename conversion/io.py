@@ -159,6 +159,7 @@ class Checkpoint:
         """The content of a .bin file, mapped rather than read; the last file stays open."""
         if self._pickle is None or self._pickle[0] != path:
             refuse_truncated(path)
+            self._pickle = None  # unmaps the file that was open
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except UNPICKLING_ERRORS as error:

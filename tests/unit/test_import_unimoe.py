@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from hub_stand_in import running_hub
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_unimoe import ALPHA, RANK, Released, base_weights, released
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
@@ -93,6 +93,23 @@ def test_fine_tuned_files_are_laid_over_the_base_in_the_order_of_the_original(tm
         torch.testing.assert_close(written[name], tensor, rtol=1e-6, atol=1e-6)
     towers = {name for name in written if name.startswith(("model.vision_tower", "model.speech_tower", "model.audio"))}
     assert set(written) == set(expected) | towers
+
+
+def test_encoders_may_come_as_whole_models(tmp_path: Path) -> None:
+    folders = released(tmp_path).folders
+    import_unimoe(folders, tmp_path / "parts")
+    vision = json.loads((folders.clip / "config.json").read_text())
+    text = {"text_model.embeddings.position_ids": torch.arange(4), "logit_scale": torch.ones(())}
+    halves = load_file(folders.clip / "model.safetensors") | text | {"text_projection.weight": torch.ones(2, 2)}
+    halves["vision_model.embeddings.position_ids"] = torch.arange(5)
+    (folders.clip / "model.safetensors").unlink()
+    torch.save(halves, folders.clip / "pytorch_model.bin")
+    (folders.clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+    encoder = load_file(folders.whisper / "model.safetensors")
+    whole = {f"model.{name}": tensor for name, tensor in encoder.items()} | {"model.decoder.x": torch.ones(1)}
+    save_file(whole, folders.whisper / "model.safetensors")
+    import_unimoe(folders, tmp_path / "wholes")
+    assert same_tensors(tmp_path / "parts", tmp_path / "wholes")
 
 
 def test_the_command_reports_and_keeps_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,10 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
         lambda s: _truncate(s.folders.clip / "model.safetensors"),
         r"model\.safetensors has \d+ byt",
     ),
+    "pointers of Git LFS": (
+        lambda s: (s.folders.clip / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid"),
+        r"model\.safetensors is a pointer of Git LFS",
+    ),
     "empty file": (lambda s: (s.folders.finetuned / "mlp_gates.bin").write_bytes(b""), r"mlp_gates\.bin is empty"),
     "no gates": (lambda s: (s.folders.finetuned / "mlp_gates.bin").unlink(), r"mlp_gates\.bin is missing"),
     "no adapter": (lambda s: (s.folders.finetuned / "adapter_model.bin").unlink(), r"adapter_model\.bin is missing"),

@@ -126,6 +126,7 @@ def _runs(
     """What every placeholder of a row becomes; the row's media are added to `media`."""
     config = model.config
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    patches += config.vision_feature_select_strategy == "full"
     runs: dict[str, list[list[Run]]] = {kind: [] for kind in KINDS.values()}
     for kind, token, placeholder in (
         ("image", config.image_token_id, IMAGE),

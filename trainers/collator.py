@@ -1,11 +1,12 @@
 """Batches for training, from media files or from cached tower states, with one interface.
 
 A batch holds what `UniMoeForCausalLM.forward` takes, padded on the left so that the answers end in the same column and
-logits are needed for the last columns only, and two entries for messages and logs: `sample_ids` and `group`. `logits_to_keep` says how many columns that are.
+logits are needed for the last columns only (`logits_to_keep` says how many), and two entries for messages and logs:
+`sample_ids` and `group`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,8 +85,8 @@ class CachedCollator:
     """Batches whose media are tower states from a cache.
 
     Args:
-        pad_to: "longest" pads every batch to the longest sample of its group in the data set given to `fit`; a number
-            pads to a multiple of it.
+        pad_to_multiple_of: sequence lengths are rounded up to it; once `fit` was called, a batch is as long as the
+            longest sample of its group in that data set, so that a group has one shape.
         feature_noise: standard deviation of Gaussian noise, relative to that of every channel; one figure or one per
             "image", "video", "speech", "sound".
         token_dropout: probability that a position of the states becomes the mean state; likewise.
@@ -100,15 +101,14 @@ class CachedCollator:
         self,
         processor: Any,
         cache: EncoderCache,
-        pad_to: Literal["longest"] | int = "longest",
+        pad_to_multiple_of: int = 8,
         feature_noise: float | Mapping[str, float] = 0.0,
         token_dropout: float | Mapping[str, float] = 0.0,
         augment: Augment | None = None,
     ) -> None:
         self.processor = processor
         self.cache = cache
-        self.multiple = 8 if pad_to == "longest" else pad_to
-        self.to_longest = pad_to == "longest"
+        self.multiple = pad_to_multiple_of
         self.feature_noise = feature_noise
         self.token_dropout = token_dropout
         self.augment = augment
@@ -118,10 +118,8 @@ class CachedCollator:
     def fit(self, dataset: ConversationDataset) -> None:
         """Tokenise the data set, and remember the longest sample of every group."""
         for sample in dataset.samples:
-            length = len(self._row(sample)[0])
-            if self.to_longest:
-                group = group_of(sample)
-                self.lengths[group] = max(self.lengths.get(group, 0), length)
+            group = group_of(sample)
+            self.lengths[group] = max(self.lengths.get(group, 0), len(self._row(sample)[0]))
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         rows: list[Row] = []

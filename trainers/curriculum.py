@@ -2,7 +2,7 @@
 
 OUT/recipe.yaml
 OUT/<stage>/settings.json    what the stage was started with
-OUT/<stage>/plan.json        steps that were decided, and the stage's settings
+OUT/<stage>/plan.json        steps that were decided, and the speed that was measured for it
 OUT/<stage>/losses.jsonl     one line per log
 OUT/<stage>/checkpoints/     gone when the stage is done
 OUT/<stage>/model/           the model after the stage (not for "experts")
@@ -96,6 +96,8 @@ def run_curriculum(
         DataError, CheckpointError, TrainingError: see their makers.
     """
     recipe.check()
+    if cache is None and recipe.cache is None:
+        _refuse_settings_of_cached_training(recipe)
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out), _no_foreign_bars():
@@ -166,6 +168,7 @@ class _Curriculum:
         return CachedCollator(
             self.processor,
             self.cache,
+            self.recipe.pad_to_multiple_of,
             feature_noise=stage.feature_noise,
             token_dropout=stage.token_dropout,
             augment=self.augment,
@@ -263,9 +266,7 @@ class _Curriculum:
             dataset = self.dataset
         dataset = dataset.select(stage.modalities)
         if self.cache is None and self.recipe.cache is not None:
-            self.cache = EncoderCache(
-                self.recipe.cache, self.model, self.processor, variants=self.recipe.cache_variants
-            )
+            self.cache = EncoderCache(self.recipe.cache, self.model, self.processor)
         if self.cache is not None:
             self.cache.build(dataset.samples, progress=self.settings.progress_bar)
         return dataset
@@ -329,6 +330,18 @@ def _with_implementations(model: UniMoeForCausalLM, recipe: Recipe) -> UniMoeFor
     if recipe.experts_implementation is not None and model.config.text_config.sparse_layers:
         model.set_experts_implementation(recipe.experts_implementation)
     return model
+
+
+def _refuse_settings_of_cached_training(recipe: Recipe) -> None:
+    """Noise and dropout act on cached states; without a cache they would be silently left out."""
+    for stage in recipe.stages:
+        for name in ("feature_noise", "token_dropout"):
+            value = getattr(stage, name)
+            if any(value.values()) if isinstance(value, dict) else value:
+                raise RecipeError(
+                    f"The stage {stage.name!r} has {name} = {value!r}, which acts on cached tower states, but there is "
+                    f"no cache: set cache to a folder, or leave {name} out."
+                )
 
 
 @contextmanager

@@ -233,7 +233,6 @@ class Recipe:
         attention: "auto" takes "eager" on CPUs, where training with it is faster, and "sdpa" elsewhere.
         experts_implementation: of transformers ("grouped_mm", "batched_mm", "eager"); None leaves its default.
         cache: folder for the frozen towers' states; None runs the towers in every step.
-        cache_variants: differently augmented copies per medium, e.g. {"image": 3}; one without augmentation.
         pad_to_multiple_of: sequence lengths are rounded up to it, because every new shape costs time.
     """
 
@@ -248,7 +247,6 @@ class Recipe:
     attention: str = "auto"
     experts_implementation: str | None = None
     cache: str | None = None
-    cache_variants: dict[str, int] = field(default_factory=dict)
     pad_to_multiple_of: int = 8
 
     def check(self, where: str = "recipe") -> None:
@@ -256,9 +254,6 @@ class Recipe:
         require_choice("precision", self.precision, PRECISIONS)
         require_range("seed", self.seed, 0, (1 << 32) - 1)
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
-        for kind, count in self.cache_variants.items():
-            require_choice("cache_variants", kind, ("image", "video", "audio"))
-            require_range(f"cache_variants.{kind}", count, 1, 1000)
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):
             stage.check(f"stages[{index}] ({stage.name})")

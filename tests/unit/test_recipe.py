@@ -89,7 +89,6 @@ def stage(**overrides: Any) -> dict[str, Any]:
         (fields(seed="x"), r"seed is 'x'; it must be an integer"),
         (fields(seed=True), r"seed is True"),
         (fields(precision="fp8"), r"precision is 'fp8'; it must be one of 'float32', 'bfloat16'"),
-        (fields(cache_variants={"images": 2}), r"cache_variants is 'images'"),
         (fields(stages=[{"name": "a"}, {"name": "a"}]), r"stages is \['a'\]; it must be different names"),
         (fields(stages=[{"name": "../a"}]), r"name is '../a'"),
         (stage(steps=0), r"stages\[0\] \(one\)\.steps is 0; it must be between 1"),

@@ -80,7 +80,7 @@ def test_sound_tracks_and_lists_of_frames_train_from_a_cache_too(
     )
     cache = EncoderCache(tmp_path / "cache", model, processor)
     assert cache.build(dataset.samples, progress=False) == 4  # one clip, its sound, two lists of frames
-    raw, cached = RawCollator(processor)(dataset.samples), CachedCollator(processor, cache, pad_to=8)(dataset.samples)
+    raw, cached = RawCollator(processor)(dataset.samples), CachedCollator(processor, cache)(dataset.samples)
     assert torch.equal(raw["input_ids"], cached["input_ids"])
     torch.testing.assert_close(loss_of(model, raw).total, loss_of(model, cached).total, rtol=1e-5, atol=1e-5)
 
@@ -90,7 +90,7 @@ def test_cached_states_train_as_the_media_do(
     modality: str, model: UniMoeForCausalLM, processor: Any, dataset: ConversationDataset, cache: EncoderCache
 ) -> None:
     samples = dataset.select([modality]).samples
-    raw, cached = RawCollator(processor)(samples), CachedCollator(processor, cache, pad_to=8)(samples)
+    raw, cached = RawCollator(processor)(samples), CachedCollator(processor, cache)(samples)
     for name in ("input_ids", "labels", "attention_mask"):
         assert torch.equal(raw[name], cached[name])
     assert raw["group"] == cached["group"] == modality
@@ -153,6 +153,17 @@ def test_padding_is_on_the_left_and_constant_per_group(
     first = processor.tokenizer.decode(batch["input_ids"][0][batch["attention_mask"][0] == 1])
     assert first.startswith("<|im_start|>user")
     assert bool((batch["labels"][:, -2:] != -100).any(dim=1).all())
+
+
+def test_lengths_are_multiples_of_what_the_recipe_says(
+    processor: Any, dataset: ConversationDataset, cache: EncoderCache
+) -> None:
+    texts = dataset.select(["text"])
+    longest = max(len(CachedCollator(processor, cache, 1)([sample])["input_ids"][0]) for sample in texts.samples)
+    collator = CachedCollator(processor, cache, 7)
+    assert collator(texts.samples)["input_ids"].shape[1] == longest + -longest % 7
+    collator.fit(texts)
+    assert {collator([sample])["input_ids"].shape[1] for sample in texts.samples} == {longest + -longest % 7}
 
 
 def test_plain_text_is_learned_whole_and_its_placeholders_stay_text(processor: Any, cache: EncoderCache) -> None:
@@ -319,7 +330,7 @@ def test_one_branch_of_an_audio_item(
 ) -> None:
     sample = copy.deepcopy(dataset.select(["speech"])[0])
     sample["messages"][0]["content"][0]["encoder"] = "sound"
-    raw, cached = RawCollator(processor)([sample]), CachedCollator(processor, cache, pad_to=8)([sample])
+    raw, cached = RawCollator(processor)([sample]), CachedCollator(processor, cache)([sample])
     assert "speech_encoder_states" not in cached
     assert torch.equal(raw["input_ids"], cached["input_ids"])
     torch.testing.assert_close(loss_of(model, raw).total, loss_of(model, cached).total, rtol=1e-5, atol=1e-5)

@@ -295,7 +295,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(twin: Any) -> None:
 
 def test_every_weight_but_the_towers_learns(twin: Any) -> None:
     model, samples = copy.deepcopy(twin[0]).train(), twin[1]
-    # A Whisper decoder ends where the model's last hidden state begins; padding and positions see no token.
     got = gradients(model, collate(samples))
     idle = {name for name, p in model.named_parameters() if name not in got or not got[name].any()}
     towers = {name for name, _ in model.named_parameters() if "_tower." in name}

@@ -1,5 +1,7 @@
 """Recipes: YAML and dataclasses say the same, and what is impossible is refused with field, value and remedy."""
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,26 @@ def test_the_example_recipe_loads() -> None:
     recipe = load_recipe(EXAMPLE)
     assert [stage.kind for stage in recipe.stages] == ["train", "experts", "moe"]
     assert recipe.stages[2].lora == LoraSettings(rank=8, alpha=16.0)
-    assert [row.steps for row in plan_curriculum(recipe, {"connectors": 0.5})] == [1000, 1300, 2000]
-    assert plan_curriculum(recipe, {"connectors": 0.5})[0].seconds == 500
+    recipe.stages[1].time_limit_seconds = 10.0
+    plan = plan_curriculum(recipe)
+    assert [(row.steps, row.seconds) for row in plan] == [(1000, None), (1300, 40.0), (2000, None)]
+
+
+def test_the_example_recipe_explains_every_field_with_its_default() -> None:
+    text = EXAMPLE.read_text(encoding="utf-8")
+    classes = (Recipe, MoeConfig, StageConfig, LoraSettings, ExpertConfig)
+    for cls in classes:
+        for field in dataclasses.fields(cls):
+            assert re.search(rf"(?<!\w){field.name}:", text), f"{cls.__name__}.{field.name}"
+    commented = re.findall(r"^\s*# (\w+): (.+?) +# \S", text, re.MULTILINE)
+    assert len(commented) > 10
+    for name, value in commented:
+        owners = [field for cls in classes for field in dataclasses.fields(cls) if field.name == name]
+        assert owners, name
+        for field in owners:
+            made = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if made else field.default
+            assert yaml.safe_load(value) == default, name
 
 
 def test_paths_start_from_the_recipe(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from .chat_unimoe import (
 )
 from .feature_extraction_unimoe import UniMoeFeatureExtractor
 from .media_inputs_unimoe import check_token_counts, process_media, waiting_runs
-from .media_unimoe import DEFAULT_POLICY, ConversationError, PlaceholderError
+from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, PlaceholderError
 from .original_chat_unimoe import TOKENIZATIONS, build_encoder
 from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
 from .processor_parts_unimoe import PARTS, PresentParts, load_parts

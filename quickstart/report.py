@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 from PIL import Image
 
+from ..processing.media_unimoe import load_image
 from ..processing.media_video_unimoe import load_video
 from .stages import MOMENTS
 
@@ -167,7 +168,7 @@ def _medium(kind: str, path: Path) -> str:
     if kind == "audio":
         encoded = base64.b64encode(path.read_bytes()).decode()
         return f'<audio controls src="data:audio/{path.suffix[1:]};base64,{encoded}"></audio><br>'
-    frames = [Image.open(path).convert("RGB")] if kind == "image" else [load_video(str(path))[i] for i in (0, -1)]
+    frames = [load_image(str(path))] if kind == "image" else [load_video(str(path))[i] for i in (0, -1)]
     return "".join(f'<img alt="" src="{_data_url(frame)}"> ' for frame in frames) + "<br>"
 
 

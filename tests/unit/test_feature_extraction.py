@@ -9,7 +9,7 @@ import tiny_media
 from transformers import WhisperFeatureExtractor
 
 from unimoe.processing.feature_extraction_unimoe import FBANK_MEAN, FBANK_STD, UniMoeFeatureExtractor, kaldi_fbank
-from unimoe.processing.media_unimoe import MediaError
+from unimoe.processing.media_policy_unimoe import MediaError
 
 TOLERANCE = 1e-4
 

@@ -72,11 +72,9 @@ def test_the_example_recipe_explains_every_field_with_its_default() -> None:
     assert len(commented) > 10
     for name, value in commented:
         owners = [field for cls in classes for field in dataclasses.fields(cls) if field.name == name]
-        assert owners, name
-        for field in owners:
-            made = field.default_factory is not dataclasses.MISSING
-            default = field.default_factory() if made else field.default
-            assert yaml.safe_load(value) == default, name
+        made = [field for field in owners if field.default_factory is not dataclasses.MISSING]
+        defaults = [field.default_factory() if field in made else field.default for field in owners]
+        assert yaml.safe_load(value) in defaults, name
 
 
 def test_paths_start_from_the_recipe(tmp_path: Path) -> None:

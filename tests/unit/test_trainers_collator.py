@@ -1,6 +1,7 @@
 """Batches from media and from cached states, and the cache itself."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import tiny_training
 import torch
 
 from unimoe import UniMoeForCausalLM
-from unimoe.errors import DataError
+from unimoe.errors import DataError, MediaError
+from unimoe.processing.media_policy_unimoe import MediaLimits, MediaPolicy
 from unimoe.trainers.collator import CachedCollator, RawCollator
 from unimoe.trainers.data import ConversationDataset, Draw
 from unimoe.trainers.encoder_cache import EncoderCache
@@ -282,6 +284,25 @@ def test_augmentation_sees_transparency(model: UniMoeForCausalLM, processor: Any
     dataset = ConversationDataset.from_samples([sample], media_root=tmp_path)
     EncoderCache(tmp_path / "cache", model, processor, augment={"image": look}).build(dataset.samples, progress=False)
     assert seen == ["RGBA"]
+
+
+def test_what_a_path_names_is_opened_under_the_processors_policy(model: UniMoeForCausalLM, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    PIL.Image.new("RGB", (20, 20)).save(tmp_path / "big.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    names = {"big.png": r"allowed are 1 to 10", "pipe.png": "not a regular file"}
+    processor = tiny_training.processor()
+    cache = EncoderCache(tmp_path / "cache", model, processor)
+    for policy, reasons in (
+        (MediaPolicy(limits=MediaLimits(max_file_bytes=10)), names),
+        (MediaPolicy(media_root=str(tmp_path / "root")), dict.fromkeys(names, "outside of media_root")),
+    ):
+        processor.media_policy = policy
+        for name, reason in reasons.items():
+            item = {"type": "image", "path": str(tmp_path / name)}
+            sample = tiny_training._sample("image", 0, item, "?", "x")
+            with pytest.raises(MediaError, match=reason):
+                cache.states(sample)
 
 
 def test_pooled_states_connect_to_the_same_features(

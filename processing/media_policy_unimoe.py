@@ -7,9 +7,8 @@ for named hosts.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
-
-import numpy as np
 
 try:  # In a model folder on the Hub this file stands alone and the package may be absent.
     from unimoe.modeling_unimoe.errors_unimoe import UniMoeError
@@ -111,7 +110,7 @@ def refuse_on_failure(kind: str, where: str, reason: str) -> Iterator[None]:
 def check_audio(samples: int, rate: Any, channels: int, policy: MediaPolicy, where: str) -> None:
     """Refuse, from header figures alone, audio outside of the limits."""
     limits = policy.limits
-    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not float(rate).is_integer():
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not float(rate).is_integer():
         raise MediaError("audio", f"its sampling rate must be a whole number of Hz, got {rate!r}", where)
     if not limits.min_sampling_rate <= rate <= limits.max_sampling_rate:
         allowed = f"{limits.min_sampling_rate} to {limits.max_sampling_rate}"

@@ -23,7 +23,7 @@ from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
 from .language import MEDIA_TOKENS, Decoder
-from .shorten_whisper import shorten_whisper
+from .shorten_whisper import shortened_config, shortened_states
 
 WHISPER_PROMPT = ["<|startoftranscript|>", "<|notimestamps|>"]
 
@@ -89,7 +89,7 @@ def _model_config(
     shape: Shape,
 ) -> UniMoeConfig:
     hidden = text_config.hidden_size
-    speech_config = shorten_whisper(whisper, shape.window_seconds)[0].to_dict()
+    speech_config = shortened_config(whisper.config, shape.window_seconds).to_dict()
     vision_layer, vision_size = _vision_layer(vision)
 
     def connector(**fields: Any) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _load_whisper(model: UniMoeForCausalLM, whisper: WhisperForConditionalGenera
     The first two queries start as the embeddings of Whisper's own prompt (start of transcript, no timestamps): so the
     second one already decodes to the state from which Whisper would read off the first spoken word.
     """
-    _, encoder, decoder = shorten_whisper(whisper, shape.window_seconds)
+    encoder, decoder = shortened_states(whisper, shape.window_seconds)
     model.model.speech_tower.load_state_dict(encoder)
     connector = model.model.speech_connector
     if not isinstance(connector, QueryDecoderConnector):

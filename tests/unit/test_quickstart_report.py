@@ -1,5 +1,6 @@
 """The quickstart's report: every figure that was measured is in it, and it needs no other file."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,4 +72,9 @@ def test_pages_without_examples_are_written(tmp_path: Path) -> None:
     details = {**_details(), "examples": []}
     metrics = {"seconds": 1.0, "seed": 0, "stages": [], "heldout": HELDOUT, "peak_memory_bytes": 1}
     metrics["upcycling"] = {"max_abs_logit_difference": 0.0}
-    assert report.write_report(tmp_path, metrics, details).stat().st_size > 1000
+    page = report.write_report(tmp_path, metrics, details).read_text(encoding="utf-8")
+    assert "class=card>" not in page
+    assert "<audio" not in page
+    headings = re.findall("<h2>(.+?)</h2>", page)
+    assert headings[:3] == ["Held-out accuracy", "Some held-out answers", "What each stage trained"]
+    assert "62 %" in page

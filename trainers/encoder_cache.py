@@ -215,16 +215,9 @@ def _encode_audio(model: UniMoeForCausalLM, features: Mapping[str, torch.Tensor]
 
 
 def _pooled_lengths(model: UniMoeForCausalLM) -> dict[str, int]:
-    config = model.config
-    connectors = {
-        "image": config.image_connector,
-        "video": config.video_connector or config.image_connector,
-        "speech": config.speech_connector,
-        "sound": config.sound_connector,
-    }
     return {
         name: connector.num_tokens
-        for name, connector in connectors.items()
+        for name, connector in model.config.connectors.items()
         if connector is not None and connector.type == "mlp" and connector.num_tokens is not None
     }
 

@@ -78,7 +78,7 @@ class RawCollator:
                 kept = mask[position].bool()
                 rows.append((ids[position][kept].tolist(), labels[position][kept].tolist()))
                 position += 1
-        return _batch(samples, rows, _padding_id(self.processor), 0, self.multiple) | inputs
+        return _batch(self.processor, samples, rows, self.multiple) | inputs
 
 
 class CachedCollator:
@@ -135,7 +135,7 @@ class CachedCollator:
             for name, tensors in states.items():
                 media.setdefault(name, []).extend(tensors)
         length = max(self.lengths.get(group_of(sample), 0) for sample in samples)
-        batch = _batch(samples, rows, _padding_id(self.processor), length, self.multiple)
+        batch = _batch(self.processor, samples, rows, self.multiple, length)
         seed = samples[0].get("draw_seed")
         for name, tensors in media.items():
             joined = torch.cat(tensors) if name in ("speech", "sound") else torch.stack(tensors)
@@ -161,32 +161,17 @@ class CachedCollator:
 
 
 def _batch(
-    samples: Sequence[Sample], rows: Sequence[Row], padding_id: int, length: int, multiple: int
+    processor: Any, samples: Sequence[Sample], rows: Sequence[Row], multiple: int, length: int = 0
 ) -> dict[str, Any]:
     """Left-padded int64 tensors [B, L]; L is the longest row or `length`, rounded up to the multiple."""
-    width = max(length, *(len(ids) for ids, _ in rows))
-    width += -width % multiple
-    input_ids = np.full((len(rows), width), padding_id, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for index, (ids, answer) in enumerate(rows):
-        input_ids[index, width - len(ids) :] = ids
-        labels[index, width - len(ids) :] = answer
-        mask[index, width - len(ids) :] = 1
-    label_tensor = torch.from_numpy(labels)
+    named = [{"input_ids": ids, "labels": labels} for ids, labels in rows]
+    batch = processor.pad_tokens(named, "left", multiple, length=length)
     return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(mask),
-        "labels": label_tensor,
-        "logits_to_keep": columns_to_keep(label_tensor),
+        **batch,
+        "logits_to_keep": columns_to_keep(batch["labels"]),
         "sample_ids": [sample["id"] for sample in samples],
         "group": group_of(samples[0]),
     }
-
-
-def _padding_id(processor: Any) -> int:
-    tokenizer = processor.tokenizer
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _figure(setting: float | Mapping[str, float], name: str) -> float:

@@ -101,20 +101,22 @@ def run_curriculum(
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out), _no_foreign_bars():
-        run = _Curriculum(recipe, model, processor, dataset, cache, augment, on_stage_end)
+        run = _Curriculum(
+            recipe,
+            model,
+            processor,
+            dataset,
+            cache,
+            augment,
+            on_stage_end,
+            on_start=on_stage_start,
+            on_progress=on_progress,
+            progress_bar=progress_bar,
+            training_arguments=dict(training_arguments or {}),
+        )
         for stage in recipe.stages:
             run.require_same_settings(stage)
         save_recipe(recipe, out / "recipe.yaml")
-        run.settings = RunSettings(
-            processor=run.processor,
-            make_collator=run.collator,
-            seed=recipe.seed,
-            precision=recipe.precision,
-            progress_bar=progress_bar,
-            on_progress=on_progress,
-            on_start=on_stage_start,
-            training_arguments=dict(training_arguments or {}),
-        )
         return [run.stage(stage) for stage in recipe.stages]
 
 
@@ -124,7 +126,7 @@ def load_start_model(folder: str | Path, recipe: Recipe) -> UniMoeForCausalLM:
 
 
 class _Curriculum:
-    settings: RunSettings
+    """The state that goes from stage to stage; `run_options` are further fields of `RunSettings`."""
 
     def __init__(
         self,
@@ -135,6 +137,7 @@ class _Curriculum:
         cache: EncoderCache | None,
         augment: Augment | None,
         on_stage_end: OnStageEnd | None,
+        **run_options: Any,
     ) -> None:
         self.recipe = recipe
         self.model = None if model is None else _with_implementations(model, recipe)
@@ -145,6 +148,9 @@ class _Curriculum:
         self.augment = augment
         self.on_stage_end = on_stage_end
         self.expert_folders: list[Path] = []
+        self.settings = RunSettings(
+            self.processor, self.collator, seed=recipe.seed, precision=recipe.precision, **run_options
+        )
 
     def stage(self, stage: StageConfig) -> StageReport:
         """Run one stage, or take over what it left when it was done."""

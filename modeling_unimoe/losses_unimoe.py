@@ -4,10 +4,43 @@ Shape suffixes: T tokens, R gate rows of one layer, C those of one group (expert
 token, E experts.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .configuration_unimoe_text import UniMoeTextConfig
 from .routing_dynamic_unimoe import chosen_rows
+
+
+class BalanceTerms(NamedTuple):
+    """Float32 scalars: `weighted` is what joins the cross entropy, `balance` and `z` are its terms without weights."""
+
+    weighted: torch.Tensor
+    balance: torch.Tensor
+    z: torch.Tensor
+
+
+def balance_terms(
+    router_logits: tuple[torch.Tensor, ...],
+    config: UniMoeTextConfig,
+    token_groups: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    share_of_batch: torch.Tensor | float = 1.0,
+) -> BalanceTerms:
+    """What the routers add to the training loss.
+
+    Args:
+        router_logits: one [T, R] tensor per sparse layer.
+        token_groups: routing group of every position, [B, S]; None with one group.
+        attention_mask: [B, S], 1 for tokens, 0 for padding; None, or another shape, means no padding.
+        share_of_batch: share of an accumulated batch that these tokens are, so that the terms are averaged, not summed.
+    """
+    groups_T = None if token_groups is None else token_groups.reshape(-1)
+    mask_T = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask.reshape(-1)
+    balance = load_balancing_loss(router_logits, config, groups_T, mask_T)
+    z = router_z_loss(router_logits, mask_T)
+    weighted = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+    return BalanceTerms(weighted * share_of_batch, balance, z)
 
 
 def load_balancing_loss(

@@ -22,7 +22,7 @@ from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import init_connector_weights
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin
 from .errors_unimoe import ModalityError
-from .losses_unimoe import load_balancing_loss, router_z_loss
+from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
 
 
@@ -307,18 +307,12 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
     ) -> dict[str, torch.Tensor]:
         config = self.config.text_config
         ce_loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
-        losses = {"loss": ce_loss, "ce_loss": ce_loss}
         if not outputs.router_logits:
-            return losses
-        mask_T = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask.reshape(-1)
+            return {"loss": ce_loss, "ce_loss": ce_loss}
         groups = self.model.language_model.token_groups(outputs.last_hidden_state, outputs.mm_token_type_ids)
-        losses["aux_loss"] = load_balancing_loss(
-            outputs.router_logits, config, None if groups is None else groups.reshape(-1), mask_T
-        )
-        losses["z_loss"] = router_z_loss(outputs.router_logits, mask_T)
-        balance = config.router_aux_loss_coef * losses["aux_loss"] + config.router_z_loss_coef * losses["z_loss"]
-        losses["loss"] = ce_loss + balance * _share_of_batch(labels, kwargs.get("num_items_in_batch"))
-        return losses
+        share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+        terms = balance_terms(outputs.router_logits, config, groups, attention_mask, share)
+        return {"loss": ce_loss + terms.weighted, "ce_loss": ce_loss, "aux_loss": terms.balance, "z_loss": terms.z}
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from unimoe.modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from unimoe.modeling_unimoe.losses_unimoe import load_balancing_loss, router_z_loss
+from unimoe.modeling_unimoe.losses_unimoe import balance_terms
 
 IGNORED = -100
 # Columns of logits are computed in multiples of this many, so that the head sees few different shapes.
@@ -64,10 +64,6 @@ def training_loss(
     zero = torch.zeros((), device=logits.device)
     if not outputs.router_logits:
         return LossParts(cross_entropy, cross_entropy.detach(), zero, zero)
-    mask = None if attention_mask is None else attention_mask.reshape(-1)
-    groups = None if token_groups is None else token_groups.reshape(-1)
-    balance = load_balancing_loss(outputs.router_logits, config, groups, mask)
-    z = router_z_loss(outputs.router_logits, mask)
-    weighted = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
-    total = cross_entropy + weighted * (items / divisor)
-    return LossParts(total, cross_entropy.detach(), balance.detach(), z.detach())
+    terms = balance_terms(outputs.router_logits, config, token_groups, attention_mask, items / divisor)
+    total = cross_entropy + terms.weighted
+    return LossParts(total, cross_entropy.detach(), terms.balance.detach(), terms.z.detach())

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     language_model = args.language_model or ("default" if args.preset == "smollm2" else None)
     logging.disable_progress_bar()  # transformers' own: one per file it reads or writes
     budget = budget_for(args.minutes)
-    print_plan(args.minutes, budget, teach_language=language_model is None)
+    print_plan(budget, teach_language=language_model is None)
     run_quickstart(
         Quickstart(
             out=args.out,

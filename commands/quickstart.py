@@ -39,25 +39,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
+    from ..progress_bars import transformers_bars
     from ..quickstart.pipeline import run_quickstart
     from ..quickstart.run import Quickstart
     from ..quickstart.schedule import budget_for, print_plan
 
     language_model = args.language_model or ("default" if args.preset == "smollm2" else None)
-    logging.disable_progress_bar()  # transformers' own: one per file it reads or writes
     budget = budget_for(args.minutes)
     print_plan(budget, teach_language=language_model is None)
-    run_quickstart(
-        Quickstart(
-            out=args.out,
-            seed=args.seed,
-            budget=budget,
-            language_model=language_model,
-            vision_tower=args.vision_tower,
-            speech_tower=args.speech_tower,
-            compare=args.compare,
+    with transformers_bars(shown=False):
+        run_quickstart(
+            Quickstart(
+                out=args.out,
+                seed=args.seed,
+                budget=budget,
+                language_model=language_model,
+                vision_tower=args.vision_tower,
+                speech_tower=args.speech_tower,
+                compare=args.compare,
+            )
         )
-    )
     return 0

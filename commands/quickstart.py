@@ -17,7 +17,7 @@ DEFAULT_MINUTES = 13.0
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "quickstart",
-        help="make and train a sparse multimodal model from real parts, with a report",
+        help="make and train a sparse multimodal model, with a report",
         description="Make, train and test a sparse multimodal model from a language model, an image encoder and Whisper.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -256,7 +256,7 @@ def _fingerprint(
 def _content_digest(kind: str, value: Any, policy: MediaPolicy) -> str:
     if isinstance(value, str | bytes):
         with open_media(value, kind, policy, value if isinstance(value, str) else "") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:32]  # type: ignore[arg-type]
     if isinstance(value, list) and value and isinstance(value[0], str | bytes):  # a video's frames
         frames = (_content_digest("image", frame, policy) for frame in value)
         return hashlib.sha256("".join(frames).encode()).hexdigest()[:32]

@@ -236,7 +236,12 @@ def check_text_inputs(
 
 
 def begins_text(input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
-    """Whether these tokens are the first of their texts, so that the media of all their placeholders must come along."""
+    """Whether these tokens are the first of their texts, so that the media of all their placeholders must come along.
+
+    Never while compiling: looking for placeholders would break the graph of a text without any.
+    """
+    if torch.compiler.is_compiling():
+        return False
     if past_key_values is None:
         return True
     # Not asked of every generated token: the length of a static cache is on the device.

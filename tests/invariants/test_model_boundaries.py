@@ -74,6 +74,11 @@ def test_placeholders_of_a_batch_are_counted_at_once(
     assert 4 not in counts
 
 
+def test_looking_for_placeholders_breaks_no_graph(model: UniMoeForCausalLM) -> None:
+    assert torch._dynamo.explain(model.model)(input_ids=torch.tensor([[5, 6, 7]])).graph_break_count == 0
+    torch._dynamo.reset()
+
+
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 

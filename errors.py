@@ -4,7 +4,13 @@ Those of the Hub-bound files are defined beside the code that raises them, becau
 """
 
 from .modeling_unimoe.errors_unimoe import ConfigurationError, ModalityError, UniMoeError
-from .processing.media_policy_unimoe import ConversationError, MediaError, MissingPackageError, PlaceholderError
+from .processing.media_policy_unimoe import (
+    ConversationError,
+    MediaError,
+    MissingPackageError,
+    OptionError,
+    PlaceholderError,
+)
 
 
 class DataError(UniMoeError):
@@ -40,6 +46,7 @@ __all__ = [
     "MediaError",
     "MissingPackageError",
     "ModalityError",
+    "OptionError",
     "PartError",
     "PlaceholderError",
     "RecipeError",

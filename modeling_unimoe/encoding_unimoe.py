@@ -14,18 +14,20 @@ One audio item goes through both branches, unless its "encoder" names one of the
 """
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
 
 from .configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
+from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import build_connector
-from .errors_unimoe import ConfigurationError, ModalityError
+from .errors_unimoe import ConfigurationError, ModalityError, UniMoeError
 from .modeling_unimoe_beats import UniMoeBeatsModel
 
 # Inputs that belong to media rather than to token positions, by modality.
@@ -86,6 +88,11 @@ class MediaEncoderMixin:
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """States [n, P, C] of the vision tower for images [n, 3, H, W], pooled to the token grid."""
         tower = self._require(self.vision_tower, "image", "vision_config")
+        channels = getattr(tower.config, "num_channels", 3)
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+            raise ModalityError(
+                f"Pixels of images or frames have shape {list(pixel_values.shape)}; give [n, {channels}, height, width]."
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
             outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, return_dict=True)
             states = outputs.hidden_states[self.config.vision_feature_layer]
@@ -210,6 +217,79 @@ class MediaEncoderMixin:
         if self.config.vision_token_grid is not None:
             maps = nn.functional.adaptive_avg_pool2d(maps, self.config.vision_token_grid)
         return maps.flatten(2).transpose(1, 2)
+
+
+def check_text_inputs(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None
+) -> None:
+    """Raise unless exactly one of ids [B, S] and embeddings [B, S, H] is there, not empty, and the types fit it."""
+    tokens = inputs_embeds if input_ids is None else input_ids
+    if tokens is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+    if tokens.numel() == 0:
+        raise UniMoeError(f"The text is empty: its shape is {list(tokens.shape)}; give one token at least.")
+    if mm_token_type_ids is not None and mm_token_type_ids.shape != tokens.shape[:2]:
+        raise ModalityError(
+            f"mm_token_type_ids has shape {list(mm_token_type_ids.shape)}, the text {list(tokens.shape[:2])}: "
+            "give one per token, or leave them out where input_ids are given."
+        )
+
+
+def begins_text(input_ids: torch.Tensor, past_key_values: Cache | None) -> bool:
+    """Whether these tokens are the first of their texts, so that the media of all their placeholders must come along.
+
+    Never while compiling: looking for placeholders would break the graph of a text without any.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if past_key_values is None:
+        return True
+    # Not asked of every generated token: the length of a static cache is on the device.
+    return input_ids.shape[1] > 1 and int(past_key_values.get_seq_length()) == 0
+
+
+def place_features(
+    inputs_embeds: torch.Tensor,
+    modality_ids: torch.Tensor | None,
+    features: dict[str, torch.Tensor],
+    needed: Collection[str] = (),
+) -> torch.Tensor:
+    """Embeddings [B, S, H] with each modality's features [n, N, H], in order, at the positions of its placeholders.
+
+    Args:
+        modality_ids: of every position, [B, S]; may be None without features.
+        needed: modalities whose placeholders must not stand without features.
+
+    Raises:
+        ModalityError: the numbers differ, or modality_ids are needed.
+    """
+    counted = list(dict.fromkeys([*features, *needed]))
+    if not counted:
+        return inputs_embeds
+    if modality_ids is None:
+        raise ModalityError("inputs_embeds with media need mm_token_type_ids to say where the media go: give them.")
+    masks = {modality: modality_ids == MODALITIES.index(modality) for modality in counted}
+    # The one host sync buys errors that say what is wrong.
+    places = torch.stack([mask.sum() for mask in masks.values()]).tolist()
+    for modality, count in zip(counted, places, strict=True):
+        feature = features.get(modality)
+        if feature is None:
+            if count:
+                names = " or ".join(name for name in MEDIA_INPUTS[modality] if name != "audio_padding_mask")
+                raise ModalityError(
+                    f"The text has {count} {modality} placeholders but no {modality} features: give {names}, as the "
+                    "processor does, or leave the placeholders out."
+                )
+            continue
+        if count != feature.shape[0] * feature.shape[1]:
+            raise ModalityError(
+                f"The text has {count} {modality} placeholders but the media give {feature.shape[0] * feature.shape[1]}"
+                f" features ({feature.shape[0]} items of {feature.shape[1]}): use the processor, and do not truncate "
+                "its output."
+            )
+        feature = feature.to(inputs_embeds.device, inputs_embeds.dtype)
+        inputs_embeds = inputs_embeds.masked_scatter(masks[modality].unsqueeze(-1), feature)
+    return inputs_embeds
 
 
 def _square_map(states: torch.Tensor, config: UniMoeConfig) -> torch.Tensor:

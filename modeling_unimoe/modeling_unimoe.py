@@ -15,15 +15,16 @@ from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_torchvision_available
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchvision_available, logging
 
 from .configuration_unimoe import AUTO_MAP, UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import init_connector_weights
-from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin
-from .errors_unimoe import ModalityError
+from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin, begins_text, check_text_inputs, place_features
 from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -152,11 +153,14 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
     ) -> UniMoeModelOutputWithPast:
         """Run the model; shapes of the media as in `encode_*`.
 
+        mm_token_type_ids: [B, S] modality ids, read with inputs_embeds only: with input_ids they follow from the
+        placeholder tokens, and what is given must merely fit in shape.
+
         Raises:
-            ModalityError: media without tower, or a number of features that differs from the placeholders.
+            ModalityError: media without tower, a number of features that differs from the placeholders (0 features
+                included, where a text begins), or mm_token_type_ids that are missing or do not fit.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        check_text_inputs(input_ids, inputs_embeds, mm_token_type_ids)
         features = self.media_features(
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
@@ -168,14 +172,13 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
             speech_encoder_states=speech_encoder_states,
             sound_encoder_states=sound_encoder_states,
         )
+        needed: tuple[str, ...] = ()
         if input_ids is not None:
             mm_token_type_ids = self.modality_ids(input_ids)
             inputs_embeds = self._embed(input_ids, mm_token_type_ids)
-        elif features and mm_token_type_ids is None:
-            raise ModalityError(
-                "inputs_embeds with media need mm_token_type_ids to say where the media go: give them."
-            )
-        inputs_embeds = _merge(inputs_embeds, mm_token_type_ids, features)
+            if begins_text(input_ids, past_key_values):
+                needed = tuple(name for name, token_id in self.config.placeholder_ids.items() if token_id is not None)
+        inputs_embeds = place_features(inputs_embeds, mm_token_type_ids, features, needed)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -205,6 +208,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
+    _has_warned_of_length = False
 
     def __init__(self, config: UniMoeConfig) -> None:
         super().__init__(config)
@@ -256,7 +260,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
     ) -> UniMoeCausalLMOutputWithPast:
         """Run the model; arguments as in `UniMoeModel.forward`.
 
-        labels: [B, S] token ids, -100 where nothing is learned. output_router_logits: return them; by default they are
+        labels: [B, S] token ids, -100 where nothing is learned; if that is everywhere, the loss is 0. output_router_logits: return them; by default they are
         also collected, without being returned, when a balance term needs them. logits_to_keep: compute logits of only
         the last n positions (0 means all), or of the given positions.
         """
@@ -307,10 +311,14 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
     ) -> dict[str, torch.Tensor]:
         config = self.config.text_config
         ce_loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+        targets = labels[:, 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+        learned = (targets != -100).sum().to(ce_loss.device)
+        # Where nothing is learned the mean is 0 / 0: NaN.
+        ce_loss = torch.where(learned > 0, ce_loss, 0.0)
         if not outputs.router_logits:
             return {"loss": ce_loss, "ce_loss": ce_loss}
         groups = self.model.language_model.token_groups(outputs.last_hidden_state, outputs.mm_token_type_ids)
-        share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+        share = _share_of_batch(learned, kwargs.get("num_items_in_batch"))
         terms = balance_terms(outputs.router_logits, config, groups, attention_mask, share)
         return {"loss": ce_loss + terms.weighted, "ce_loss": ce_loss, "aux_loss": terms.balance, "z_loss": terms.z}
 
@@ -318,6 +326,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Media go in once, with the prompt; every generated token is text."""
+        self._warn_of_long_context(input_ids, kwargs.get("inputs_embeds") if is_first_iteration else None)
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         inputs.pop("mm_token_type_ids", None)
         if not is_first_iteration and kwargs.get("use_cache", True):
@@ -325,6 +334,16 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
                 for name in names:
                     inputs.pop(name, None)
         return inputs
+
+    def _warn_of_long_context(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None) -> None:
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        limit = self.config.text_config.max_position_embeddings
+        if length > limit and not self._has_warned_of_length:
+            self._has_warned_of_length = True
+            logger.warning(
+                f"The context has {length} tokens, more than the {limit} of max_position_embeddings that this model was "
+                "made for: its answers will suffer. Give a shorter conversation or fewer media, or generate less."
+            )
 
     def _expand_inputs_for_generation(
         self,
@@ -357,24 +376,6 @@ def _input_modalities(config: UniMoeConfig) -> tuple[str, ...]:
     return (("image", "video") if sees else ()) + (("audio",) if hears else ()) + ("text",)
 
 
-def _merge(
-    inputs_embeds: torch.Tensor, mm_token_type_ids: torch.Tensor | None, features: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    """Put each modality's features, in order, at the positions of its placeholders."""
-    for modality, feature in features.items():
-        mask = mm_token_type_ids == MODALITIES.index(modality)
-        # The one host sync per modality buys an error that says what is wrong.
-        places, given = int(mask.sum()), feature.shape[0] * feature.shape[1]
-        if places != given:
-            raise ModalityError(
-                f"The text has {places} {modality} placeholders but the media give {given} features "
-                f"({feature.shape[0]} items of {feature.shape[1]}): use the processor, and do not truncate its output."
-            )
-        feature = feature.to(inputs_embeds.device, inputs_embeds.dtype)
-        inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), feature)
-    return inputs_embeds
-
-
 def _repeat_media(media: torch.Tensor, mask_BS: torch.Tensor, expand_size: int) -> torch.Tensor:
     places_B = mask_BS.sum(dim=1)
     tokens_per_item = int(places_B.sum()) // len(media)
@@ -382,11 +383,11 @@ def _repeat_media(media: torch.Tensor, mask_BS: torch.Tensor, expand_size: int) 
     return torch.cat([sample for sample in media.split(counts) for _ in range(expand_size)])
 
 
-def _share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-    """Share of an accumulated batch that this micro-batch holds, so that balance terms are averaged, not summed."""
+def _share_of_batch(learned: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    """Share of an accumulated batch that a micro-batch holds, so that balance terms are averaged, not summed."""
     if num_items_in_batch is None:
-        return 1.0
-    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+        return (learned > 0).float()
+    return learned / torch.as_tensor(num_items_in_batch, device=learned.device).clamp(min=1)
 
 
 __all__ = ["UniMoeForCausalLM", "UniMoeModel", "UniMoePreTrainedModel"]

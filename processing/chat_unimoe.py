@@ -25,6 +25,7 @@ IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN, SOUND_TOKEN = MEDIA_TOKENS = ("<image>", 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 ROLES = ("system", "user", "assistant", "tool")
 _MAX_TEMPLATE_CHARACTERS = 200_000
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKS = [chr(c) for c in range(0xF0000, 0xF0100)]  # private-use characters; one that no text contains is taken
 
 _CONTENT_MACRO = """\
@@ -126,7 +127,8 @@ def read_messages(messages: Any, limits: MediaLimits, where: str = "") -> tuple[
     characters = 0
     for index, message in enumerate(messages):
         place = f"{where}message {index}"
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        is_message = isinstance(message, Mapping) and ("content" in message or message.get("tool_calls"))
+        if not is_message or message.get("role") not in ROLES:
             raise ConversationError(f"{place}: needs a 'role', one of {ROLES}, and a 'content'.")
         content = _read_content(message.get("content"), media, place)
         characters += sum(len(item.get("text", "")) for item in content) if isinstance(content, list) else len(content)
@@ -134,7 +136,29 @@ def read_messages(messages: Any, limits: MediaLimits, where: str = "") -> tuple[
             raise ConversationError(f"{place}: over {limits.max_text_characters} characters of text; shorten it.")
         others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
         plain.append({**others, "role": message["role"], "content": content})
+        check_encodable(plain[-1], place)
     return plain, media
+
+
+def check_encodable(value: Any, where: str) -> None:
+    """Raise a ConversationError if a string in `value` holds half a character, which tokenizers cannot encode."""
+    if isinstance(value, str):
+        if not value.isascii() and (found := _SURROGATE.search(value)):
+            raise ConversationError(
+                f"{where}: the text holds a lone surrogate, {found[0]!a}, which is no character; remove it, or decode "
+                "the text again from its bytes with errors='replace'."
+            )
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            check_encodable(item, where)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_encodable(item, where)
+
+
+def media_keys(kind: str) -> tuple[str, ...]:
+    """Where a content item may hold its medium."""
+    return (kind, "path", "url", "base64")
 
 
 def _read_content(content: Any, media: list[MediaItem], place: str) -> str | list[dict[str, Any]]:
@@ -169,6 +193,9 @@ def _read_media(item: Mapping[str, Any], where: str) -> list[MediaItem]:
     """The medium of an item, and before a video its sound track if asked for: Uni-MoE's order of placeholders."""
     kind = item["type"]
     value = None
+    given = [key for key in dict.fromkeys((kind, *media_keys(kind.removesuffix("_url")))) if item.get(key) is not None]
+    if len(given) > 1:
+        raise ConversationError(f"{where}: the medium is given {len(given)} times, under {given}; keep one of them.")
     if kind == "image_url":  # the form of OpenAI's API
         kind, value = "image", item.get("image_url")
         value = value.get("url") if isinstance(value, Mapping) else value
@@ -261,6 +288,7 @@ class ChatEncoder:
         escaped = self._escape(messages, mark)
         for name in ("tools", "documents"):
             if options.get(name):
+                check_encodable(options[name], name)
                 options[name] = self._escape(options[name], mark)
         prompt, spans = self.render(escaped, **options)
         encoded = EncodedChat([], [])

@@ -70,6 +70,7 @@ class UniMoeFeatureExtractor(SequenceFeatureExtractor):
         self.n_fft, self.hop_length, self.sound_mel_bins = n_fft, hop_length, sound_mel_bins
         self.legacy_whisper_chunks = legacy_whisper_chunks
         self.return_attention_mask = False
+        self.padding_side = None  # windows have one length; a side would only contradict the tokenizer's in pipelines
 
     @property
     def window_samples(self) -> int:
@@ -127,9 +128,12 @@ class UniMoeFeatureExtractor(SequenceFeatureExtractor):
 
     def fetch_audio(self, audio: Any, sampling_rate: int | None = None) -> list[np.ndarray] | np.ndarray:
         """Clips decoded under the default media policy; pipelines call this instead of opening files themselves."""
+        rate = self.sampling_rate if sampling_rate is None else sampling_rate
+        if rate < 1:
+            raise MediaError("audio", f"its sampling rate is {rate} Hz; give a positive one, or None")
         if isinstance(audio, list | tuple) and not _is_clip(audio):
-            return [load_audio(clip, sampling_rate or self.sampling_rate) for clip in audio]
-        return load_audio(audio, sampling_rate or self.sampling_rate)
+            return [load_audio(clip, rate) for clip in audio]
+        return load_audio(audio, rate)
 
     def _check_counts(self, counts: Iterable[int]) -> None:
         for index, count in enumerate(counts):

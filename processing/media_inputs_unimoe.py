@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from .chat_unimoe import MEDIA_KINDS, MediaItem
+from .chat_unimoe import MEDIA_KINDS, MediaItem, media_keys
 from .media_audio_unimoe import load_audio
-from .media_policy_unimoe import MediaPolicy, PlaceholderError
+from .media_policy_unimoe import MediaError, MediaPolicy, PlaceholderError
 from .media_unimoe import load_image
 from .media_video_unimoe import load_video
 from .placeholders_unimoe import Run
@@ -18,6 +18,9 @@ def process_media(
 ) -> tuple[dict[str, Any], dict[str, list[list[Run]]]]:
     """Model inputs of all media, and for each medium, by kind, the tokens that stand for it."""
     tensors: dict[str, Any] = {}
+    for item in media:
+        if item.value is None:
+            raise MediaError(item.kind, f"the item has none; give it under {media_keys(item.kind)}", item.where)
     images, videos, audio = ([item for item in media if item.kind == kind] for kind in MEDIA_KINDS)
     if images:
         pictures = [load_image(item.value, policy, item.where) for item in images]
@@ -26,16 +29,15 @@ def process_media(
         tensors["pixel_values"] = pixels["pixel_values"]
     if videos:
         frames_of, settings = _part(processor, "video_processor", "videos"), options.get("videos_kwargs", {})
-        count, rule = (
-            settings.get("num_frames") or frames_of.num_frames,
-            settings.get("sampling") or frames_of.sampling,
-        )
+        count, rule = settings.get("num_frames"), settings.get("sampling") or frames_of.sampling
+        count = frames_of.num_frames if count is None else count
         clips = [load_video(item.value, count, rule, policy, item.where) for item in videos]
         tensors |= frames_of(clips, return_tensors="pt", **settings)
     counts: list[int] = []
     if audio:
         extractor = _part(processor, "feature_extractor", "audio")
-        rates = [item.sampling_rate or options.get("sampling_rate") for item in audio]
+        asked = options.get("sampling_rate")
+        rates = [asked if item.sampling_rate is None else item.sampling_rate for item in audio]
         waves = [
             load_audio(item.value, extractor.sampling_rate, rate, policy, item.where)
             for item, rate in zip(audio, rates, strict=True)

@@ -38,6 +38,10 @@ class PlaceholderError(UniMoeError):
     """Placeholders in the text and media given do not match, or a limit would cut a medium's features."""
 
 
+class OptionError(UniMoeError):
+    """An option of a call has a value that cannot work."""
+
+
 class ConversationError(UniMoeError):
     """A conversation or a chat template does not have the expected form."""
 

@@ -62,17 +62,18 @@ def load_image(
     Args:
         value: PIL image, array or tensor ([H, W], [H, W, 1|3|4] or [1|3|4, H, W]; uint8, or floats in 0..1), bytes,
             path or allowed URL.
-        mode: "RGBA" keeps the transparency that "RGB" drops.
+        mode: "RGBA" keeps transparency; "RGB" shows what is transparent on white.
 
     Raises:
-        MediaError: not an image of `IMAGE_FORMATS`, damaged, also a ZIP archive, or over `max_image_pixels`.
+        MediaError: not an image of `IMAGE_FORMATS`, damaged, also a ZIP archive, over `max_image_pixels`, or grey with
+            32 bits, which have no common black and white (16 bits have, and become 8).
     """
     if isinstance(value, PIL.Image.Image):
         _check_pixels(value.size, policy, where)
         with refuse_on_failure("image", where, "the PIL image cannot be read"):
-            return value.convert(mode)
+            return _in_mode(_in_eight_bits(value, value.format, where), mode)
     if isinstance(value, np.ndarray | torch.Tensor):
-        return _image_from_array(value, policy, where).convert(mode)
+        return _in_mode(_image_from_array(value, policy, where), mode)
     with open_media(value, "image", policy, where) as stream:
         if zipfile.is_zipfile(stream):
             raise MediaError("image", "the file is also a ZIP archive", where)
@@ -80,9 +81,8 @@ def load_image(
         image = _open_image(stream, policy, where)
         _check_pixels(image.size, policy, where)
         with refuse_on_failure("image", where, "the image is damaged or incomplete"):
-            if "transparency" in image.info:  # a palette with alpha: straight to RGB would lose it with a warning
-                image = image.convert("RGBA")
-            return PIL.ImageOps.exif_transpose(image).convert(mode)
+            upright = PIL.ImageOps.exif_transpose(image)
+            return _in_mode(_in_eight_bits(upright, image.format, where), mode)
 
 
 def _open_path(path: str | bytes, kind: str, policy: MediaPolicy, where: str) -> BinaryIO:
@@ -130,6 +130,33 @@ def _check_pixels(size: tuple[int, int], policy: MediaPolicy, where: str) -> Non
     if width < 1 or height < 1 or width * height > policy.limits.max_image_pixels:
         allowed = policy.limits.max_image_pixels
         raise MediaError("image", f"it has {width} x {height} pixels; allowed are 1 to {allowed} in all", where)
+
+
+def _in_eight_bits(image: PIL.Image.Image, file_format: str | None, where: str) -> PIL.Image.Image:
+    """The image with 8 bits per channel; PIL itself would clip 16 bits to black and white."""
+    # Some versions of PIL open the 16 bits of these files as 32.
+    is_sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not is_sixteen_bit:
+        raise MediaError(
+            "image",
+            f"its mode {image.mode!r} has 32 bits per pixel and no fixed black and white; scale it to 0..255 and "
+            "convert it to mode 'L' first",
+            where,
+        )
+    if not is_sixteen_bit:
+        return image
+    values = np.asarray(image)
+    grey = PIL.Image.fromarray(np.rint(values.clip(0, 65_535) / 257).astype(np.uint8))
+    if isinstance(hidden := image.info.get("transparency"), int):
+        grey.putalpha(PIL.Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _in_mode(image: PIL.Image.Image, mode: Literal["RGB", "RGBA"]) -> PIL.Image.Image:
+    if mode == "RGB" and image.has_transparency_data:  # straight to RGB would show colours that nobody was to see
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
 
 
 def _image_from_array(value: np.ndarray | torch.Tensor, policy: MediaPolicy, where: str) -> PIL.Image.Image:

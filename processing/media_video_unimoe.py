@@ -48,6 +48,8 @@ def load_video(
         MediaError: not a readable video, or outside of the limits on seconds, frames and pixels.
         MissingPackageError: PyAV (`unimoe[video]`) is missing.
     """
+    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
+        raise MediaError("video", f"num_frames is {num_frames!r}; use a whole number from 1 on", where)
     if isinstance(value, np.ndarray | torch.Tensor) and value.ndim != 4:
         raise MediaError("video", f"an array of shape {tuple(value.shape)} is no [F, H, W, 3] or [F, 3, H, W]", where)
     if isinstance(value, np.ndarray | torch.Tensor | list | tuple):

@@ -13,7 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .call_options_unimoe import CALL_OPTIONS, flatten_media, is_batched, merge_options, messages_of
+from .call_options_unimoe import (
+    CALL_OPTIONS,
+    counts_per_text,
+    is_batched,
+    media_items,
+    merge_options,
+    messages_of,
+    prompts_of,
+)
 from .chat_unimoe import (
     AUDIO_TOKEN,
     DEFAULT_CHAT_TEMPLATE,
@@ -23,7 +31,6 @@ from .chat_unimoe import (
     VICUNA_CHAT_TEMPLATE,
     VIDEO_TOKEN,
     ChatEncoder,
-    MediaItem,
     choose_template,
     prepare_tokenizer,
     read_messages,
@@ -84,6 +91,7 @@ class UniMoeProcessor(ProcessorMixin):
         for name, part in zip(PARTS, parts, strict=True):
             if part is not None:
                 setattr(self, name, part)
+        tokenizer.padding_side = self.padding_side  # pipelines, which make their batches themselves, ask it
         self.chat_template = chat_template or DEFAULT_CHAT_TEMPLATE
         self.image_tokens, self.video_tokens = image_tokens, video_tokens
         self.speech_tokens, self.sound_tokens = speech_tokens, sound_tokens
@@ -114,34 +122,33 @@ class UniMoeProcessor(ProcessorMixin):
         The text is trusted: control tokens in it act. For text from users call `apply_chat_template`.
 
         Args:
-            images, videos, audio: media for the placeholders, in order; flat, or one list per text.
+            images, videos, audio: media for the placeholders, in order; flat, or one list per text, counted per text.
             text: a prompt or a list of prompts; None: only the media are processed.
             **kwargs: padding (True), padding_side, pad_to_multiple_of, truncation, max_length, return_tensors,
                 add_special_tokens; `sampling_rate` of audio arrays; `images_kwargs`, `videos_kwargs`, `audio_kwargs`.
 
         Raises:
-            PlaceholderError: another number of media than placeholders, or a limit that cuts a medium's features.
-            MediaError: a medium is refused.
+            PlaceholderError: other numbers of media than of placeholders, or a limit that cuts a medium's features.
+            MediaError, OptionError, ConversationError: a medium, an option or a text is refused.
         """
         options = merge_options(kwargs)
-        media = [
-            MediaItem(kind, value, sampling_rate=options.get("sampling_rate"), where=f"{kind} {index}")
-            for kind, values in zip(MEDIA_KINDS, (images, videos, audio), strict=True)
-            for index, value in enumerate(flatten_media(values, kind))
-        ]
+        prompts = [] if text is None else prompts_of(text)
+        given = dict(zip(MEDIA_KINDS, (images, videos, audio), strict=True))
+        media = media_items(given, options.get("sampling_rate"))
         if text is None and not media:
             raise ValueError("UniMoeProcessor needs text or media, got neither.")
+        counts = counts_per_text(given, len(prompts)) if prompts else {}
         tensors, waiting = process_media(self, media, options, self.media_policy)
         if text is None:
             return BatchFeature(tensors)
         samples = []
-        for index, prompt in enumerate([text] if isinstance(text, str) else text):
-            if not isinstance(prompt, str):
-                raise TypeError(f"UniMoeProcessor: text {index} is a {type(prompt).__name__}, not a string.")
+        for index, prompt in enumerate(prompts):
             bos = self.tokenizer.bos_token
             special = options.get("add_special_tokens", not (bos and prompt.startswith(bos)))
             ids = self.tokenizer.encode(prompt, add_special_tokens=special)
-            sample = expand(ids, [False] * len(ids), self._kinds, waiting, f"text {index}")
+            own = {kind: [waiting[kind].pop(0) for _ in range(numbers[index])] for kind, numbers in counts.items()}
+            sample = expand(ids, [False] * len(ids), self._kinds, {**waiting, **own}, f"text {index}")
+            check_all_used(own, f"text {index}")
             samples.append({name: sample[name] for name in ("input_ids", "mm_token_type_ids")})
         check_all_used(waiting, "the texts")
         return self._batch(samples, tensors, options)
@@ -222,10 +229,13 @@ class UniMoeProcessor(ProcessorMixin):
         at the end and raises where that would cut a medium.
 
         Raises:
-            ConversationError: also where a conversation has no answer to learn from.
+            ConversationError: also where a conversation has no answer to learn from, or where there is none.
+            OptionError: an option has an impossible value.
         """
-        options = {"padding_side": padding_side, "pad_to_multiple_of": pad_to_multiple_of, "max_length": max_length}
-        options |= {"return_tensors": return_tensors, "truncation": max_length is not None}
+        if not conversations:
+            raise ConversationError("training_inputs needs one conversation at least, got none.")
+        given = {"padding_side": padding_side, "pad_to_multiple_of": pad_to_multiple_of, "max_length": max_length}
+        options = merge_options({**given, "return_tensors": return_tensors, "truncation": max_length is not None})
         samples, tensors = self._process_conversations(conversations, self._encoder(None), {}, options, media_root)
         strict = self.tokenization != "original"
         labelled = [with_labels(sample, f"conversation {index}", strict) for index, sample in enumerate(samples)]

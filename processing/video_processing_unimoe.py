@@ -121,7 +121,7 @@ class UniMoeVideoProcessor(VideoProcessorMixin, PilBackend):
         ignored = {"do_sample_frames", "return_metadata", "video_metadata", "device"}
         if unknown := {name for name, value in kwargs.items() if value is not None} - ignored:
             raise TypeError(f"UniMoeVideoProcessor got unknown arguments: {sorted(unknown)}.")
-        count, rule = num_frames or self.num_frames, sampling or self.sampling
+        count, rule = self.num_frames if num_frames is None else num_frames, sampling or self.sampling
         clips = [load_video(video, count, rule, policy, f"video {i}") for i, video in enumerate(_as_list(videos))]
         pixels = [np.stack(self._frames_to_pixels(clip)) for clip in clips]
         return BatchFeature({"pixel_values_videos": pixels}, tensor_type=return_tensors)

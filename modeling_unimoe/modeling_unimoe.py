@@ -22,7 +22,7 @@ from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import init_connector_weights
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin
 from .errors_unimoe import ModalityError
-from .losses_unimoe import load_balancing_loss, router_z_loss
+from .losses_unimoe import router_losses, weighted_sum
 from .modeling_unimoe_text import UniMoeTextModel
 
 
@@ -42,8 +42,9 @@ class UniMoeModelOutputWithPast(ModelOutput):
 class UniMoeCausalLMOutputWithPast(ModelOutput):
     """Output of `UniMoeForCausalLM`.
 
-    loss: ce_loss + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss (scalars, float32).
-    ce_loss, aux_loss, z_loss: its parts, unweighted; the aux_loss of a top-k router is 1 for an even load.
+    loss: ce_loss plus the routers' losses, each times its coefficient in the configuration (scalars, float32).
+    ce_loss, aux_loss, z_loss, modality_loss, divergence_loss: its parts, unweighted; see `losses_unimoe.py`. The last two
+    are None unless they are part of it.
     logits: [B, S, vocab]; router_logits: one [B * S, gate rows] tensor per sparse layer.
     """
 
@@ -51,6 +52,8 @@ class UniMoeCausalLMOutputWithPast(ModelOutput):
     ce_loss: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
+    modality_loss: torch.Tensor | None = None
+    divergence_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -310,15 +313,13 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         losses = {"loss": ce_loss, "ce_loss": ce_loss}
         if not outputs.router_logits:
             return losses
-        mask_T = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask.reshape(-1)
-        groups = self.model.language_model.token_groups(outputs.last_hidden_state, outputs.mm_token_type_ids)
-        losses["aux_loss"] = load_balancing_loss(
-            outputs.router_logits, config, None if groups is None else groups.reshape(-1), mask_T
-        )
-        losses["z_loss"] = router_z_loss(outputs.router_logits, mask_T)
-        balance = config.router_aux_loss_coef * losses["aux_loss"] + config.router_z_loss_coef * losses["z_loss"]
-        losses["loss"] = ce_loss + balance * _share_of_batch(labels, kwargs.get("num_items_in_batch"))
-        return losses
+        modality_ids = outputs.mm_token_type_ids
+        groups = self.model.language_model.token_groups(outputs.last_hidden_state, modality_ids)
+        modality_ids = torch.zeros_like(labels) if modality_ids is None else modality_ids
+        mask = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask
+        terms = router_losses(outputs.router_logits, config, modality_ids, groups, mask)
+        share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+        return {**losses, **terms, "loss": ce_loss + weighted_sum(terms, config) * share}
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any

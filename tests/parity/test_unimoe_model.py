@@ -10,9 +10,16 @@ import pytest
 import torch
 from golden import GoldenCase, GoldenMismatchError, discover, leave_for_lack_of_data
 from safetensors.torch import load_file, save_file
-from unimoe_case import greedy, original_batch, unimoe_model, zero_beyond
+from unimoe_case import (
+    check_greedy,
+    check_text,
+    original_batch,
+    record,
+    sparse_layers,
+    unimoe_model,
+    zero_beyond,
+)
 
-from unimoe import UniMoeForCausalLM
 from unimoe.conversion.unimoe_keys import take
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
@@ -158,36 +165,10 @@ def check_gradients(case: GoldenCase, experts: str = "eager") -> None:
 
 
 @torch.no_grad()
-def check_text(case: GoldenCase) -> None:
-    model, _ = unimoe_model(case)
-    case.check("text.logits", model(input_ids=case.input("text.input_ids")).logits)
-
-
-@torch.no_grad()
 def check_video(case: GoldenCase) -> None:
     model, _ = unimoe_model(case)
     videos = case.input("batch.videos")[case.input("batch.video_mask")][:1]
     case.check("video.pooled_tokens", model.get_video_features(videos).pooler_output[0])
-
-
-@torch.no_grad()
-def check_greedy(case: GoldenCase) -> None:
-    rows = case.input("batch.input_ids")
-    for name in case.names("gen.*.input_ids"):
-        prompt, run = case.input(name), name.removesuffix("input_ids")
-        row = next(i for i, ids in enumerate(rows) if torch.equal(ids[: prompt.shape[1]], prompt[0]))
-        for suffix, caches in (("output_ids", (False, True)), ("output_ids_use_cache", (True,))):
-            if not case.has(run + suffix):
-                continue
-            expected = case.input(run + suffix)
-            for use_cache in caches:
-                model, _ = unimoe_model(case)
-                batch = original_batch(case, model, rows=[row], cut=prompt.shape[1])
-                case.check(run + suffix, greedy(model, batch.inputs, expected.shape[1], use_cache))
-
-
-def sparse_layers(model: UniMoeForCausalLM) -> list[int]:
-    return sorted(model.config.text_config.sparse_layers)
 
 
 def check_router(case: GoldenCase, name: str, router: dict[str, Any]) -> None:
@@ -199,10 +180,3 @@ def check_router(case: GoldenCase, name: str, router: dict[str, Any]) -> None:
 
 def record_router(block: torch.nn.Module) -> dict[str, Any]:
     return record(block.gate)
-
-
-def record(module: torch.nn.Module) -> dict[str, Any]:
-    """A dict that receives the first input and the output of the last call of `module`."""
-    seen: dict[str, Any] = {}
-    module.register_forward_hook(lambda _, args, output: seen.update(input=args[0], output=output))
-    return seen

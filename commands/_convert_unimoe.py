@@ -41,7 +41,9 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="store weights so (default: as in BASE)")
     parser.add_argument("--keep-lora", action="store_true", help="leave LoRA as a PEFT adapter in OUT-lora")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this model repository when it is done")
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload OUT to this model repository, OUT-lora to REPO-lora"
+    )
     parser.set_defaults(run=run)
     export = kinds.add_parser(
         "export-unimoe",
@@ -59,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
     import torch
 
-    from ..conversion.hub import push_folder
-    from ..conversion.import_unimoe import UniMoeFolders, plan_import, run_import
+    from ..conversion.import_unimoe import UniMoeFolders, plan_import, push_import, run_import
 
     folders = UniMoeFolders(
         base=args.base,
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     print("Receipt", *receipt.lines(), sep="\n  ")
     print(f"Saved in {args.out} (with receipt.json).")
     if args.push_to_hub is not None:
-        print(f"Uploaded to {push_folder(args.out, args.push_to_hub)}")
+        print(f"Uploaded to {', '.join(push_import(receipt, args.out, args.push_to_hub))}")
     return 0
 
 

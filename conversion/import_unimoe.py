@@ -2,6 +2,8 @@
 
 `plan_import` reads headers and configurations, recognises the variant, and accounts for every tensor: one that nothing
 knows, or one that is missing, ends it. `run_import` writes into a hidden folder that becomes the target at the end.
+
+The original casts everything to float16 before it adds LoRA to the weights. Here sums are float32 and rounded once.
 """
 
 import time
@@ -96,8 +98,16 @@ def import_unimoe(
     """
     receipt = run_import(plan_import(folders, **options), out)
     if push_to_hub is not None:
-        push_folder(out, push_to_hub)
+        push_import(receipt, out, push_to_hub)
     return receipt
+
+
+def push_import(receipt: ImportReceipt, out: Path, repository: str) -> list[str]:
+    """Upload a converted model, and its adapter, if it has one, to `REPOSITORY-lora`; returns the addresses."""
+    addresses = [push_folder(out, repository)]
+    if receipt.adapter is not None:
+        addresses.append(push_folder(out.with_name(receipt.adapter), f"{repository}-lora"))
+    return addresses
 
 
 def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, keep_lora: bool = False) -> ImportPlan:
@@ -145,14 +155,14 @@ def run_import(
     digests: dict[str, str] = {}
     with ExitStack() as stack:
         folder = stack.enter_context(finished_folder(out))
+        beside = stack.enter_context(finished_folder(adapter)) if adapter is not None else None
         started = time.monotonic()
         shards = write_checkpoint(
             folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
         )
         seconds = time.monotonic() - started
-        if adapter is not None:
-            folder_of_adapter = stack.enter_context(finished_folder(adapter))
-            write_adapter(folder_of_adapter, plan.config, plan.gathered.loras, out.name, plan.variant.layout)
+        if beside is not None:
+            write_adapter(beside, plan.config, plan.gathered.loras, out.name, plan.variant.layout)
         receipt = _receipt(plan, out.name, digests)
         receipt.adapter = adapter.name if adapter is not None else None
         receipt.bytes_written, receipt.seconds_writing = sum(p.stat().st_size for p in shards), round(seconds, 2)

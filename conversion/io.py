@@ -44,6 +44,7 @@ SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.j
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 DEFAULT_SHARD_BYTES = 4 << 30
+_LFS_POINTER = b"version https://git-lfs"
 # What torch.load raises on pickles that are damaged, too old to be mapped, or hold code.
 UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
 
@@ -159,6 +160,7 @@ class Checkpoint:
         """The content of a .bin file, mapped rather than read; the last file stays open."""
         if self._pickle is None or self._pickle[0] != path:
             refuse_truncated(path)
+            self._pickle = None  # unmaps the file that was open
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except UNPICKLING_ERRORS as error:
@@ -186,10 +188,14 @@ class TensorFile(Checkpoint):
 
 
 def refuse_truncated(path: Path) -> None:
-    """Raises ConversionError for a file of torch.save whose end, where its directory stands, is missing."""
+    """Raises ConversionError for a file that was not fetched, or one of torch.save whose end is missing."""
     with open(path, "rb") as file:
-        begins_as_zip = file.read(4) == b"PK\x03\x04"
-    if begins_as_zip and not zipfile.is_zipfile(path):
+        begin = file.read(len(_LFS_POINTER))
+    if begin == _LFS_POINTER:
+        raise ConversionError(
+            f"{path} is a pointer of Git LFS, not the file itself. Run `git lfs pull` in its folder."
+        )
+    if begin.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
         raise ConversionError(
             f"{path} is truncated ({path.stat().st_size} bytes, its end is missing). Fetch it again."
         )
@@ -217,6 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
+    refuse_truncated(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)

@@ -9,8 +9,8 @@ from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..processing.chat_unimoe import MEDIA_TOKENS, VICUNA_CHAT_TEMPLATE, prepare_tokenizer
 from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
-from ..processing.media_inputs_unimoe import load_image_processor
 from ..processing.processing_unimoe import UniMoeProcessor
+from ..processing.processor_parts_unimoe import load_image_processor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
 from .io import read_json
 from .unimoe_config import PLACEHOLDERS

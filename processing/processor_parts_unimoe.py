@@ -28,12 +28,12 @@ def load_parts(folder: str, saved: dict[str, Any], **kwargs: Any) -> list[Any]:
     own = {"video_processor": UniMoeVideoProcessor, "feature_extractor": UniMoeFeatureExtractor}
     parts = {name: cls_(**saved[name]) for name, cls_ in own.items() if saved.get(name) is not None}
     if saved.get("image_processor") is not None:
-        parts["image_processor"] = _load_image_processor(saved["image_processor"], folder, **kwargs)
+        parts["image_processor"] = load_image_processor(saved["image_processor"], folder, **kwargs)
     parts["tokenizer"] = AutoTokenizer.from_pretrained(folder, **kwargs)
     return [parts.get(name) for name in PARTS]
 
 
-def _load_image_processor(settings: dict[str, Any], folder: str, **kwargs: Any) -> Any:
+def load_image_processor(settings: dict[str, Any], folder: str, **kwargs: Any) -> Any:
     """An image processor on PIL from its saved settings; `folder` and kwargs serve one that is remote code."""
     # By its name where transformers has it: AutoImageProcessor of older versions asks for torchvision.
     pil_class = getattr(transformers, f"{settings.get('image_processor_type')}Pil", None)

@@ -46,7 +46,7 @@ REQUIREMENTS = {
     "ranges": pytest.mark.golden(*BATCH, "ranges.*", **EIGHT),
     "gradients": pytest.mark.golden(*BATCH, "grad.*", **EIGHT),
     "text": pytest.mark.golden("text.input_ids", "text.logits", **EIGHT),
-    "greedy": pytest.mark.golden("batch.input_ids", "gen.*.input_ids", "gen.*.output_ids*", **EIGHT),
+    "greedy": pytest.mark.golden(*BATCH, "gen.*.output_ids*", **EIGHT),
     "batch_of_four": pytest.mark.golden("batch4.input_ids", "batch4.logits_*", **EIGHT),
 }
 # The term that the original's flag switches on -> our coefficient and our name of the term.

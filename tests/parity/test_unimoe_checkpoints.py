@@ -24,7 +24,8 @@ CHECKPOINT = ("input_ids", "images", "image_mask", "input_features", "features_m
 
 def is_plain_checkpoint(case: GoldenCase) -> bool:
     """Folders in the released layout, without DeepSpeed's expert files."""
-    return (case.path / "base" / "config.json").is_file() and not (case.path / "experts").is_dir()
+    complete = all((case.path / folder / "config.json").is_file() for folder in ("base", "e2", "clip"))
+    return complete and not (case.path / "experts").is_dir()
 
 
 checkpoint = pytest.mark.golden(*CHECKPOINT, "logits_*", where=is_plain_checkpoint)
@@ -157,7 +158,7 @@ def stored_tensors(case: GoldenCase) -> dict[str, set[str]]:
         for file in Checkpoint(folder).files if folder is not None else []:
             found[f"{label}/{file.name}"] = set(TensorFile(file).tensors)
     for label, folder in (("base", folders.base), ("finetuned", folders.finetuned)):
-        for file in folder.glob("*.bin"):
+        for file in (path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors")):
             found[f"{label}/{file.name}"] = set(TensorFile(file).tensors)
     if folders.beats is not None:
         found[f"beats/{folders.beats.name}"] = set(BeatsFile(folders.beats).tensors)

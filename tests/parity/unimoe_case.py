@@ -134,6 +134,7 @@ def _runs(
     """What every placeholder of a row becomes; the row's media are added to `media`."""
     config = model.config
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    patches += config.vision_feature_select_strategy == "full"
     runs: dict[str, list[list[Run]]] = {kind: [] for kind in KINDS.values()}
     for kind, token, placeholder in (
         ("image", config.image_token_id, IMAGE),
@@ -209,18 +210,29 @@ def check_text(case: GoldenCase, **options: Any) -> None:
 
 @torch.no_grad()
 def check_greedy(case: GoldenCase) -> None:
+    for name in case.names("gen.*.output_ids*"):
+        run, _, suffix = name.rpartition(".")
+        row, length = prompt_of(case, run)
+        expected = case.input(name)
+        for use_cache in (True,) if suffix.endswith("_use_cache") else (False, True):
+            model, _ = unimoe_model(case)
+            batch = original_batch(case, model, rows=[row], cut=length)
+            case.check(name, greedy(model, batch.inputs, expected.shape[1], use_cache))
+
+
+def prompt_of(case: GoldenCase, run: str) -> tuple[int, int]:
+    """The row of the batch that a run continues, and how many of its ids the prompt is.
+
+    The stored prompt says so; without one, the run is named after its media, and its row's answer starts at the labels.
+    """
     rows = case.input("batch.input_ids")
-    for name in case.names("gen.*.input_ids"):
-        prompt, run = case.input(name), name.removesuffix("input_ids")
-        row = next(i for i, ids in enumerate(rows) if torch.equal(ids[: prompt.shape[1]], prompt[0]))
-        for suffix, caches in (("output_ids", (False, True)), ("output_ids_use_cache", (True,))):
-            if not case.has(run + suffix):
-                continue
-            expected = case.input(run + suffix)
-            for use_cache in caches:
-                model, _ = unimoe_model(case)
-                batch = original_batch(case, model, rows=[row], cut=prompt.shape[1])
-                case.check(run + suffix, greedy(model, batch.inputs, expected.shape[1], use_cache))
+    if case.has(f"{run}.input_ids"):
+        prompt = case.input(f"{run}.input_ids")[0]
+        return next(i for i, ids in enumerate(rows) if torch.equal(ids[: len(prompt)], prompt)), len(prompt)
+    kinds = {kind: placeholder for placeholder, kind in KINDS.items() if kind != "audio"}
+    wanted = {placeholder for kind, placeholder in kinds.items() if kind in run}
+    row = next(i for i, ids in enumerate(rows.tolist()) if set(ids) & set(kinds.values()) == wanted)
+    return row, int((case.input("batch.labels")[row] != -100).int().argmax())
 
 
 def sparse_layers(model: UniMoeForCausalLM) -> list[int]:

@@ -20,7 +20,7 @@ _ORDER = ("quickstart", "train", "check_data", "convert", "chat", "inspect")
 _DESCRIPTION = "Makes a multimodal Mixture of Experts of a dense language model and encoders."
 _EXAMPLES = """\
 examples:
-  unimoe quickstart                     a small model from nothing, in minutes
+  unimoe quickstart                     a small model from parts, in minutes
   unimoe chat quickstart-out/model      talk to it; --image F shows it one
   unimoe train recipe.yaml              a curriculum of your own
   unimoe COMMAND --help                 the options of one command

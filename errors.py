@@ -4,7 +4,7 @@ Those of the Hub-bound files are defined beside the code that raises them, becau
 """
 
 from .modeling_unimoe.errors_unimoe import ConfigurationError, ModalityError, UniMoeError
-from .processing.media_policy_unimoe import ConversationError, MediaError, PlaceholderError
+from .processing.media_policy_unimoe import ConversationError, MediaError, MissingPackageError, PlaceholderError
 
 
 class DataError(UniMoeError):
@@ -38,6 +38,7 @@ __all__ = [
     "ConversionError",
     "DataError",
     "MediaError",
+    "MissingPackageError",
     "ModalityError",
     "PartError",
     "PlaceholderError",

@@ -68,7 +68,7 @@ def _cell(share: float, num_experts: int, width: int) -> str:
 
 
 def _pattern(model: "ModelDescription") -> str:
-    """E.g. "6: ·S·S·S (S sparse, · dense)"."""
+    """E.g. "6: ·S·S·S (3 sparse S, the rest dense ·)"."""
     marks = "".join("S" if layer in model.sparse_layers else "·" for layer in range(model.num_layers))
     return f"{model.num_layers}: {marks} ({len(model.sparse_layers)} sparse S, the rest dense ·)"
 

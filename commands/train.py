@@ -28,7 +28,6 @@ def add_parser(subparsers: Any) -> None:
         help="override a field, e.g. seed=1 or connectors.steps=100 (stage name, field); may be repeated",
     )
     parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -136,14 +136,8 @@ def _towers(config: UniMoeConfig) -> dict[str, str]:
 
 
 def _connectors(config: UniMoeConfig) -> dict[str, str]:
-    connectors = {
-        "image": config.image_connector,
-        "video": config.video_connector,
-        "speech": config.speech_connector,
-        "sound": config.sound_connector,
-    }
-    lines = {name: _connector(connector) for name, connector in connectors.items() if connector is not None}
-    if "image" in lines and "video" not in lines:
+    lines = {name: _connector(connector) for name, connector in config.connectors.items() if connector is not None}
+    if "video" in lines and config.video_connector is None:
         lines["video"] = "the image connector"
     return lines
 

@@ -36,13 +36,7 @@ print(processor.decode(answer, skip_special_tokens=True))
 
 def modalities_of(config: UniMoeConfig) -> list[str]:
     """What the model takes, in the order image, video, speech, sound, text."""
-    branches = {
-        "image": config.image_connector,
-        "video": config.image_connector or config.video_connector,
-        "speech": config.speech_connector,
-        "sound": config.sound_connector,
-    }
-    return [name for name, connector in branches.items() if connector is not None] + ["text"]
+    return [name for name, connector in config.connectors.items() if connector is not None] + ["text"]
 
 
 def model_card(

@@ -65,6 +65,7 @@ def build_processor(
         feature_extractor=_feature_extractor(config, whisper),
         tokenizer=tokenizer,
         chat_template=VICUNA_CHAT_TEMPLATE,
+        tokenization="spaced",  # the token ids that the released models were trained with
         image_tokens=patches,
         video_tokens=patches,
         speech_tokens=speech.num_tokens if speech is not None else 0,

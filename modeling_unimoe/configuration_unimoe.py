@@ -7,8 +7,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from .configuration_unimoe_beats import UniMoeBeatsConfig
-from .configuration_unimoe_text import MAX_HIDDEN_SIZE, UniMoeTextConfig, require_range
+from .configuration_unimoe_text import UniMoeTextConfig
 from .errors_unimoe import ConfigurationError
+from .validation_unimoe import MAX_HIDDEN_SIZE, MAX_QUERIES, require_range, require_sizes
 
 # Which class is in which file of a folder that carries this code; `config.json` of such a folder holds it.
 AUTO_MAP = {
@@ -54,14 +55,13 @@ class UniMoeConnectorConfig(PreTrainedConfig):
     qformer_config: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for field in ("input_size", "output_size"):
-            require_range("UniMoeConnectorConfig", field, getattr(self, field), 1, MAX_HIDDEN_SIZE)
-        require_range("UniMoeConnectorConfig", "depth", self.depth, 1, 16)
+        owner = "UniMoeConnectorConfig"
+        require_sizes(owner, self, {"input_size": MAX_HIDDEN_SIZE, "output_size": MAX_HIDDEN_SIZE, "depth": 16})
         if self.num_tokens is not None:
-            require_range("UniMoeConnectorConfig", "num_tokens", self.num_tokens, 1, 1 << 16)
+            require_range(owner, "num_tokens", self.num_tokens, 1, MAX_QUERIES)
         elif self.type != "mlp":
             raise ConfigurationError(
-                f"UniMoeConnectorConfig.num_tokens is None; type {self.type!r} needs a number of queries (Uni-MoE: 50)."
+                f"{owner}.num_tokens is None; type {self.type!r} needs a number of queries (Uni-MoE: 50)."
             )
         super().__post_init__(**kwargs)
 
@@ -134,6 +134,16 @@ class UniMoeConfig(PreTrainedConfig):
             require_range("UniMoeConfig", "vision_token_grid", self.vision_token_grid, 1, 256)
         require_range("UniMoeConfig", "video_num_frames", self.video_num_frames, 1, 4096)
         super().__post_init__(**kwargs)
+
+    @property
+    def connectors(self) -> dict[str, UniMoeConnectorConfig | None]:
+        """The connector that each media modality goes through, None where it has none; `image`'s serves videos too."""
+        return {
+            "image": self.image_connector,
+            "video": self.image_connector if self.video_connector is None else self.video_connector,
+            "speech": self.speech_connector,
+            "sound": self.sound_connector,
+        }
 
     @property
     def placeholder_ids(self) -> dict[str, int | None]:

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .errors_unimoe import ConfigurationError
+from .validation_unimoe import MAX_HEADS, MAX_HIDDEN_SIZE, MAX_INTERMEDIATE_SIZE, MAX_LAYERS, require_sizes
 
 # Field of a released checkpoint's `cfg` -> (our field, the value the original code uses when the field is absent).
 _ORIGINAL_FIELDS: dict[str, tuple[str, Any]] = {
@@ -33,17 +34,16 @@ _ORIGINAL_FIELDS: dict[str, tuple[str, Any]] = {
     "gru_rel_pos": ("gru_rel_pos", False),
 }
 
-# A configuration comes from strangers: these caps keep a hostile one from asking for a terabyte.
 _LARGEST = {
     "num_mel_bins": 4096,
     "patch_size": 1024,
-    "embed_dim": 65_536,
-    "hidden_size": 65_536,
-    "intermediate_size": 1 << 20,
-    "num_hidden_layers": 1024,
-    "num_attention_heads": 4096,
+    "embed_dim": MAX_HIDDEN_SIZE,
+    "hidden_size": MAX_HIDDEN_SIZE,
+    "intermediate_size": MAX_INTERMEDIATE_SIZE,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": MAX_HEADS,
     "num_conv_pos_embeddings": 4096,
-    "num_conv_pos_embedding_groups": 65_536,
+    "num_conv_pos_embedding_groups": MAX_HIDDEN_SIZE,
     "num_buckets": 1 << 16,
     "max_distance": 1 << 24,
 }
@@ -140,8 +140,7 @@ class UniMoeBeatsConfig(PreTrainedConfig):
         return math.pow(2 * self.num_hidden_layers, 0.25) if self.deep_norm else 1.0
 
     def _check(self) -> None:
-        for field, largest in _LARGEST.items():
-            self._require(field, 1 <= getattr(self, field) <= largest, f"it must be between 1 and {largest}")
+        require_sizes("UniMoeBeatsConfig", self, _LARGEST)
         for field in ("hidden_dropout", "attention_dropout", "activation_dropout", "feature_dropout"):
             self._require(field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
         self._require("layer_norm_eps", 0 < self.layer_norm_eps < 1, "it must be between 0 and 1")

@@ -9,6 +9,17 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .errors_unimoe import ConfigurationError
+from .validation_unimoe import (
+    MAX_EXPERTS,
+    MAX_HEADS,
+    MAX_HIDDEN_SIZE,
+    MAX_INTERMEDIATE_SIZE,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCAB_SIZE,
+    require_range,
+    require_sizes,
+)
 
 # The position of a name in this tuple is its id in `mm_token_type_ids`.
 # "speech" is audio that went through the speech tower, "sound" audio that went through the sound branch.
@@ -21,19 +32,18 @@ LOSS_COEFFICIENTS = {
     "divergence_loss": "router_divergence_loss_coef",
 }
 
-# A configuration comes from strangers: these caps keep a hostile one from asking for a terabyte.
-MAX_EXPERTS = 4096
-MAX_LAYERS = 1024
-MAX_HIDDEN_SIZE = 65_536
-MAX_INTERMEDIATE_SIZE = 1 << 20
-MAX_VOCAB_SIZE = 1 << 24
-MAX_HEADS = 4096
-
-
-def require_range(owner: str, field: str, value: float, low: float, high: float) -> None:
-    """Raises a ConfigurationError unless low <= value <= high."""
-    if not (low <= value <= high):
-        raise ConfigurationError(f"{owner}.{field} is {value!r}; it must be between {low} and {high}.")
+_LARGEST = {
+    "vocab_size": MAX_VOCAB_SIZE,
+    "hidden_size": MAX_HIDDEN_SIZE,
+    "intermediate_size": MAX_INTERMEDIATE_SIZE,
+    "moe_intermediate_size": MAX_INTERMEDIATE_SIZE,
+    "shared_intermediate_size": MAX_INTERMEDIATE_SIZE,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": MAX_HEADS,
+    "num_key_value_heads": MAX_HEADS,
+    "head_dim": MAX_HIDDEN_SIZE,
+    "max_position_embeddings": MAX_POSITIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -256,26 +266,14 @@ class UniMoeTextConfig(PreTrainedConfig):
 
     def _check_sizes(self) -> None:
         owner = "UniMoeTextConfig"
-        for field, high in (
-            ("vocab_size", MAX_VOCAB_SIZE),
-            ("hidden_size", MAX_HIDDEN_SIZE),
-            ("intermediate_size", MAX_INTERMEDIATE_SIZE),
-            ("moe_intermediate_size", MAX_INTERMEDIATE_SIZE),
-            ("shared_intermediate_size", MAX_INTERMEDIATE_SIZE),
-            ("num_hidden_layers", MAX_LAYERS),
-            ("num_attention_heads", MAX_HEADS),
-            ("num_key_value_heads", MAX_HEADS),
-            ("head_dim", MAX_HIDDEN_SIZE),
-            ("max_position_embeddings", 1 << 31),
-        ):
-            require_range(owner, field, getattr(self, field), 1, high)
+        require_sizes(owner, self, _LARGEST)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigurationError(
                 f"{owner}.num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
         if self.sliding_window is not None:
-            require_range(owner, "sliding_window", self.sliding_window, 1, 1 << 31)
+            require_range(owner, "sliding_window", self.sliding_window, 1, MAX_POSITIONS)
         if self.pad_token_id is not None:
             require_range(owner, "pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
         for field in ("initializer_range", "rms_norm_eps", "attention_dropout"):

@@ -9,7 +9,7 @@ embeddings [batch, tokens, output_size] out.
 """
 
 from itertools import pairwise
-from typing import Any, Protocol, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,19 +18,22 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel, WhisperConfig
 from transformers import initialization as init
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
+from .configuration_unimoe import UniMoeConnectorConfig
 from .errors_unimoe import ConfigurationError
 from .modeling_unimoe_text import UniMoeRMSNorm
+from .validation_unimoe import MAX_HIDDEN_SIZE, MAX_INTERMEDIATE_SIZE, MAX_LAYERS, MAX_QUERIES, require_sizes
 
 OUTPUT_NORM_EPS = 1e-6
 
-# A configuration comes from strangers: these caps keep a hostile one from asking for a terabyte.
-_LARGEST = {
-    "decoder_layers": 1024,
-    "num_hidden_layers": 1024,
-    "decoder_ffn_dim": 1 << 20,
-    "intermediate_size": 1 << 20,
-    "max_target_positions": 1 << 16,
-    "hidden_size": 65_536,
+_LARGEST_DECODER = {
+    "decoder_layers": MAX_LAYERS,
+    "decoder_ffn_dim": MAX_INTERMEDIATE_SIZE,
+    "max_target_positions": MAX_QUERIES,
+}
+_LARGEST_QFORMER = {
+    "num_hidden_layers": MAX_LAYERS,
+    "intermediate_size": MAX_INTERMEDIATE_SIZE,
+    "hidden_size": MAX_HIDDEN_SIZE,
 }
 
 # A query decoder has no vocabulary (see QueryDecoderConnector); one row is the least that a WhisperConfig describes.
@@ -43,23 +46,10 @@ _NO_VOCABULARY = {
 }
 
 
-class ConnectorConfig(Protocol):
-    """The fields that a connector reads; `UniMoeConnectorConfig` has them."""
-
-    type: Any
-    input_size: int
-    output_size: int
-    depth: int
-    num_tokens: int | None
-    output_norm: bool
-    decoder_config: dict[str, Any] | None
-    qformer_config: dict[str, Any] | None
-
-
 class UniMoeConnector(nn.Module):
     """What the three kinds share: `output_norm` and the order of steps."""
 
-    def __init__(self, config: ConnectorConfig) -> None:
+    def __init__(self, config: UniMoeConnectorConfig) -> None:
         super().__init__()
         self.output_norm = UniMoeRMSNorm(config.output_size, OUTPUT_NORM_EPS) if config.output_norm else nn.Identity()
 
@@ -82,7 +72,7 @@ class UniMoeConnector(nn.Module):
 class MlpConnector(UniMoeConnector):
     """`depth` linear layers with exact GELU between them; the positions are average-pooled to `num_tokens` first."""
 
-    def __init__(self, config: ConnectorConfig) -> None:
+    def __init__(self, config: UniMoeConnectorConfig) -> None:
         super().__init__(config)
         self.num_tokens = config.num_tokens
         widths = [config.input_size] + [config.output_size] * config.depth
@@ -108,7 +98,7 @@ class QueryDecoderConnector(UniMoeConnector):
     other and freely to the tower's states.
     """
 
-    def __init__(self, config: ConnectorConfig) -> None:
+    def __init__(self, config: UniMoeConnectorConfig) -> None:
         super().__init__(config)
         decoder_config = _whisper_decoder_config(config)
         self.query_tokens = nn.Parameter(torch.zeros(1, _num_queries(config), decoder_config.d_model))
@@ -128,7 +118,7 @@ class QueryDecoderConnector(UniMoeConnector):
 class QFormerConnector(UniMoeConnector):
     """Learned queries through a BLIP-2 Q-Former that attends to all states, then one linear layer (Uni-MoE's audio)."""
 
-    def __init__(self, config: ConnectorConfig) -> None:
+    def __init__(self, config: UniMoeConnectorConfig) -> None:
         super().__init__(config)
         qformer_config = _qformer_config(config)
         self.query_tokens = nn.Parameter(torch.zeros(1, _num_queries(config), qformer_config.hidden_size))
@@ -148,7 +138,7 @@ CONNECTORS: dict[str, type[UniMoeConnector]] = {
 }
 
 
-def build_connector(config: ConnectorConfig) -> UniMoeConnector:
+def build_connector(config: UniMoeConnectorConfig) -> UniMoeConnector:
     """Builds the connector that `config.type` names, with the attention implementation set on `config`.
 
     Raises:
@@ -172,7 +162,7 @@ def init_connector_weights(module: nn.Module, initializer_range: float = 0.02) -
         init.normal_(module.query_tokens, mean=0.0, std=initializer_range)
 
 
-def _num_queries(config: ConnectorConfig) -> int:
+def _num_queries(config: UniMoeConnectorConfig) -> int:
     if config.num_tokens is None:
         raise ConfigurationError(
             f"num_tokens is None; a {config.type!r} connector needs a number of queries (Uni-MoE: 50)."
@@ -180,14 +170,14 @@ def _num_queries(config: ConnectorConfig) -> int:
     return config.num_tokens
 
 
-def _whisper_decoder_config(config: ConnectorConfig) -> WhisperConfig:
+def _whisper_decoder_config(config: UniMoeConnectorConfig) -> WhisperConfig:
     if config.decoder_config is None:
         raise ConfigurationError(
             "A 'query_decoder' connector has no decoder_config: give the WhisperConfig fields of its decoder "
             "(d_model, decoder_layers, decoder_attention_heads, decoder_ffn_dim, max_target_positions)."
         )
     decoder = WhisperConfig(**{**config.decoder_config, **_NO_VOCABULARY})
-    _cap("decoder_config", decoder, ("decoder_layers", "decoder_ffn_dim", "max_target_positions"))
+    require_sizes("decoder_config", decoder, _LARGEST_DECODER)
     if decoder.d_model != config.input_size:
         raise ConfigurationError(
             f"decoder_config.d_model is {decoder.d_model} but the connector's input_size is {config.input_size}; a "
@@ -202,10 +192,10 @@ def _whisper_decoder_config(config: ConnectorConfig) -> WhisperConfig:
     return decoder
 
 
-def _qformer_config(config: ConnectorConfig) -> Blip2QFormerConfig:
+def _qformer_config(config: UniMoeConnectorConfig) -> Blip2QFormerConfig:
     fields = {"encoder_hidden_size": config.input_size, **(config.qformer_config or {})}
     qformer = Blip2QFormerConfig(**fields)
-    _cap("qformer_config", qformer, ("num_hidden_layers", "intermediate_size", "hidden_size"))
+    require_sizes("qformer_config", qformer, _LARGEST_QFORMER)
     if qformer.encoder_hidden_size != config.input_size:
         raise ConfigurationError(
             f"qformer_config.encoder_hidden_size is {qformer.encoder_hidden_size} but the connector's input_size is "
@@ -213,13 +203,6 @@ def _qformer_config(config: ConnectorConfig) -> Blip2QFormerConfig:
         )
     qformer._attn_implementation = getattr(config, "_attn_implementation", None)
     return qformer
-
-
-def _cap(owner: str, config: Any, fields: tuple[str, ...]) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        if not 1 <= value <= _LARGEST[field]:
-            raise ConfigurationError(f"{owner}.{field} is {value!r}; it must be between 1 and {_LARGEST[field]}.")
 
 
 __all__ = [

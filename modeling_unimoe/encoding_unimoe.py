@@ -1,5 +1,19 @@
-"""Media to features: frozen towers encode, connectors map their states to embeddings of the decoder."""
+"""Media to features: frozen towers encode, connectors map their states to embeddings of the decoder.
 
+What a modality is called in messages, in the configuration, in the text and in `forward`:
+
+    modality  content item  tower          connector         placeholder  raw input            cached input
+    image     image         vision_config  image_connector   <image>      pixel_values         image_encoder_states
+    video     video         vision_config  video_connector*  <video>      pixel_values_videos  video_encoder_states
+    speech    audio         speech_config  speech_connector  <audio>      speech_features      speech_encoder_states
+    sound     audio         audio_config** sound_connector   <sound>      audio_features       sound_encoder_states
+
+    *  None: the image connector    ** None: the speech tower
+
+One audio item goes through both branches, unless its "encoder" names one of them. BEATs also takes audio_padding_mask.
+"""
+
+import math
 from typing import Any
 
 import torch
@@ -11,7 +25,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from .connectors_unimoe import build_connector
-from .errors_unimoe import ModalityError
+from .errors_unimoe import ConfigurationError, ModalityError
 from .modeling_unimoe_beats import UniMoeBeatsModel
 
 # Inputs that belong to media rather than to token positions, by modality.
@@ -192,11 +206,23 @@ class MediaEncoderMixin:
                 states = states[:, 1:]
             if self.config.vision_token_grid is None:
                 return states
-            side = round(states.shape[1] ** 0.5)
-            maps = states.transpose(1, 2).unflatten(2, (side, side))
+            maps = _square_map(states, self.config)
         if self.config.vision_token_grid is not None:
             maps = nn.functional.adaptive_avg_pool2d(maps, self.config.vision_token_grid)
         return maps.flatten(2).transpose(1, 2)
+
+
+def _square_map(states: torch.Tensor, config: UniMoeConfig) -> torch.Tensor:
+    """[n, P, C] patches -> [n, C, side, side]."""
+    patches = states.shape[1]
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ConfigurationError(
+            f"vision_token_grid is {config.vision_token_grid}, but the vision tower gives {patches} patches, which are no "
+            f"square map: set vision_token_grid to None, or change vision_feature_select_strategy (now "
+            f"{config.vision_feature_select_strategy!r}; 'patch' drops a first class token, 'full' keeps everything)."
+        )
+    return states.transpose(1, 2).unflatten(2, (side, side))
 
 
 def _build_optional_connector(config: UniMoeConnectorConfig | None) -> nn.Module | None:

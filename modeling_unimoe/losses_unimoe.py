@@ -8,7 +8,7 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, R gate rows of one layer,
 experts), K experts per token, E experts, M modalities.
 """
 
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -19,40 +19,45 @@ from .routing_dynamic_unimoe import chosen_rows
 _RELEASED_PAIRS = (("image", "speech"), ("image", "text"), ("speech", "text"), ("speech", "video"), ("video", "text"))
 
 
-def router_losses(
+class BalanceTerms(NamedTuple):
+    """Float32 scalars: `weighted` is what joins the cross entropy, `losses` its terms, unweighted, by their names."""
+
+    weighted: torch.Tensor
+    losses: dict[str, torch.Tensor]
+
+
+def balance_terms(
     router_logits: tuple[torch.Tensor, ...],
     config: UniMoeTextConfig,
-    modality_ids_BS: torch.Tensor,
-    token_group_BS: torch.Tensor | None = None,
-    attention_mask_BS: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:
-    """The routers' losses, unweighted, by the names in `LOSS_COEFFICIENTS`.
+    modality_ids: torch.Tensor,
+    token_groups: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    share_of_batch: torch.Tensor | float = 1.0,
+) -> BalanceTerms:
+    """What the routers add to the training loss; the names are those in `LOSS_COEFFICIENTS`.
 
-    Those that look at modalities are there only when their coefficient is not 0.
+    Losses that look at modalities are there only when their coefficient is not 0.
 
     Args:
         router_logits: one [B * S, R] tensor per sparse layer.
-        modality_ids_BS: modality id of every position.
-        token_group_BS: index of each position's routing group; None with one group.
-        attention_mask_BS: 1 for tokens, 0 for padding; None means that there is no padding.
+        modality_ids: modality id of every position, [B, S].
+        token_groups: routing group of every position, [B, S]; None with one group.
+        attention_mask: [B, S], 1 for tokens, 0 for padding; None, or another shape, means no padding.
+        share_of_batch: share of an accumulated batch that these tokens are, so that the terms are averaged, not summed.
     """
-    mask_T = None if attention_mask_BS is None else attention_mask_BS.reshape(-1)
-    group_T = None if token_group_BS is None else token_group_BS.reshape(-1)
+    mask_BS = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask
+    mask_T = None if mask_BS is None else mask_BS.reshape(-1)
+    groups_T = None if token_groups is None else token_groups.reshape(-1)
     losses = {
-        "aux_loss": load_balancing_loss(router_logits, config, group_T, mask_T),
+        "aux_loss": load_balancing_loss(router_logits, config, groups_T, mask_T),
         "z_loss": router_z_loss(router_logits, mask_T),
     }
     if config.router_modality_loss_coef:
-        losses["modality_loss"] = modality_loss(router_logits, config, modality_ids_BS, attention_mask_BS)
+        losses["modality_loss"] = modality_loss(router_logits, config, modality_ids, mask_BS)
     if config.router_divergence_loss_coef:
-        losses["divergence_loss"] = divergence_loss(router_logits, config, modality_ids_BS, attention_mask_BS)
-    return losses
-
-
-def weighted_sum(losses: Mapping[str, torch.Tensor], config: UniMoeTextConfig) -> torch.Tensor:
-    """The routers' losses, each times its coefficient."""
-    terms = [getattr(config, LOSS_COEFFICIENTS[name]) * loss for name, loss in losses.items()]
-    return torch.stack(terms).sum()
+        losses["divergence_loss"] = divergence_loss(router_logits, config, modality_ids, mask_BS)
+    weighted = torch.stack([getattr(config, LOSS_COEFFICIENTS[name]) * loss for name, loss in losses.items()]).sum()
+    return BalanceTerms(weighted * share_of_batch, losses)
 
 
 def load_balancing_loss(
@@ -137,7 +142,7 @@ def modality_loss(
     nothing. As released: per token the mean distance of its probabilities from a row of ones (own experts) and zeros
     (others), summed over tokens and layers and divided by S. The two differ by factors and constants.
 
-    Args: as those of `router_losses`. Returns a float32 scalar.
+    Args: as those of `balance_terms`. Returns a float32 scalar.
     """
     modality_T = modality_ids_BS.reshape(-1)
     mask_T = None if attention_mask_BS is None else attention_mask_BS.reshape(-1)
@@ -171,7 +176,7 @@ def divergence_loss(
     mean over all ordered pairs that the sample holds. Then the mean over layers and samples that hold a pair; 0 when
     none does. As released: five pairs only, second softmax, divergence divided by C, sum over layers and samples.
 
-    Args: as those of `router_losses`. Returns a float32 scalar.
+    Args: as those of `balance_terms`. Returns a float32 scalar.
     """
     released = config.router_losses_as_released
     batch, length = modality_ids_BS.shape

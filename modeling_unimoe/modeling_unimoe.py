@@ -22,7 +22,7 @@ from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import init_connector_weights
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin
 from .errors_unimoe import ModalityError
-from .losses_unimoe import router_losses, weighted_sum
+from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
 
 
@@ -310,16 +310,13 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
     ) -> dict[str, torch.Tensor]:
         config = self.config.text_config
         ce_loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
-        losses = {"loss": ce_loss, "ce_loss": ce_loss}
         if not outputs.router_logits:
-            return losses
-        modality_ids = outputs.mm_token_type_ids
-        groups = self.model.language_model.token_groups(outputs.last_hidden_state, modality_ids)
-        modality_ids = torch.zeros_like(labels) if modality_ids is None else modality_ids
-        mask = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask
-        terms = router_losses(outputs.router_logits, config, modality_ids, groups, mask)
+            return {"loss": ce_loss, "ce_loss": ce_loss}
+        modality_ids = torch.zeros_like(labels) if outputs.mm_token_type_ids is None else outputs.mm_token_type_ids
+        groups = self.model.language_model.token_groups(outputs.last_hidden_state, outputs.mm_token_type_ids)
         share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
-        return {**losses, **terms, "loss": ce_loss + weighted_sum(terms, config) * share}
+        terms = balance_terms(outputs.router_logits, config, modality_ids, groups, attention_mask, share)
+        return {"loss": ce_loss + terms.weighted, "ce_loss": ce_loss, **terms.losses}
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any

@@ -193,8 +193,8 @@ def _after(item: Mapping[str, Any], where: str) -> dict[str, str]:
     """What a template that separates media from the text writes after this one, in place of its own choice."""
     if item.get("after") is None:
         return {}
-    if not isinstance(item["after"], str) or item["after"].strip():
-        raise ConversationError(f"{where}: 'after' is {item['after']!r}; it may hold white space only.")
+    if not isinstance(item["after"], str) or item["after"].strip() or len(item["after"]) > 8:
+        raise ConversationError(f"{where}: 'after' must be white space, 8 characters at most, or nothing.")
     return {"after": item["after"]}
 
 

@@ -14,7 +14,8 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 
-from .media_unimoe import DEFAULT_POLICY, MediaError, MediaPolicy, load_audio
+from .media_audio_unimoe import load_audio
+from .media_policy_unimoe import DEFAULT_POLICY, MediaError, MediaPolicy
 
 ENCODER_CHOICES = ("both", "speech", "sound")
 # BEATs normalises its filter banks by these figures of AudioSet (arXiv 2212.09058).

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from .chat_unimoe import MEDIA_KINDS, MediaItem
-from .media_unimoe import MediaPolicy, PlaceholderError, load_audio, load_image
+from .media_audio_unimoe import load_audio
+from .media_policy_unimoe import MediaPolicy, PlaceholderError
+from .media_unimoe import load_image
 from .media_video_unimoe import load_video
 from .placeholders_unimoe import Run
 

@@ -7,6 +7,8 @@ for named hosts.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
 
 try:  # In a model folder on the Hub this file stands alone and the package may be absent.
     from unimoe.modeling_unimoe.errors_unimoe import UniMoeError
@@ -26,6 +28,10 @@ class MediaError(UniMoeError):
     def __init__(self, kind: str, reason: str, where: str = "") -> None:
         self.kind, self.reason, self.where = kind, reason, where
         super().__init__(f"{kind} at {where}: {reason}" if where else f"{kind}: {reason}")
+
+
+class MissingPackageError(UniMoeError, ImportError):
+    """An input needs an optional package that is not installed; the message names the extra that brings it."""
 
 
 class PlaceholderError(UniMoeError):
@@ -99,3 +105,20 @@ def refuse_on_failure(kind: str, where: str, reason: str) -> Iterator[None]:
         raise
     except Exception:
         raise MediaError(kind, reason, where) from None
+
+
+def check_audio(samples: int, rate: Any, channels: int, policy: MediaPolicy, where: str) -> None:
+    """Refuse, from header figures alone, audio outside of the limits."""
+    limits = policy.limits
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not float(rate).is_integer():
+        raise MediaError("audio", f"its sampling rate must be a whole number of Hz, got {rate!r}", where)
+    if not limits.min_sampling_rate <= rate <= limits.max_sampling_rate:
+        allowed = f"{limits.min_sampling_rate} to {limits.max_sampling_rate}"
+        raise MediaError("audio", f"its sampling rate is {rate} Hz; allowed are {allowed} Hz", where)
+    if not 1 <= channels <= limits.max_audio_channels:
+        raise MediaError("audio", f"it has {channels} channels; allowed are 1 to {limits.max_audio_channels}", where)
+    if samples < limits.min_audio_samples:
+        raise MediaError("audio", "it is empty", where)
+    if samples > limits.max_audio_seconds * rate:
+        seconds = f"{samples / rate:.0f} s; allowed are {limits.max_audio_seconds:g} s"
+        raise MediaError("audio", f"it lasts {seconds}", where)

@@ -1,7 +1,7 @@
-"""Opens images and audio given as arrays, PIL images, bytes, paths or (when allowed) URLs, under limits.
+"""Opens files and images given as arrays, PIL images, bytes, paths or (when allowed) URLs, under limits.
 
-This module and its siblings `media_fetch_unimoe` (URLs) and `media_video_unimoe` (videos) are the only places that
-open a path or a URL. Every refusal is a `MediaError` that names the place in the input and the reason.
+`open_media` and its sibling `media_fetch_unimoe` (URLs) are the only places that open what a message names; audio and
+videos go through them too. Every refusal is a `MediaError` that names the place in the input and the reason.
 """
 
 import io
@@ -9,10 +9,9 @@ import os
 import re
 import stat
 import warnings
-import wave
 import zipfile
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import PIL.Image
@@ -20,30 +19,7 @@ import PIL.ImageOps
 import torch
 
 from .media_fetch_unimoe import fetch, is_url
-from .media_policy_unimoe import (
-    DEFAULT_POLICY,
-    ConversationError,
-    MediaError,
-    MediaLimits,
-    MediaPolicy,
-    PlaceholderError,
-    UniMoeError,
-    refuse_on_failure,
-)
-
-__all__ = [
-    "DEFAULT_POLICY",
-    "ConversationError",
-    "MediaError",
-    "MediaLimits",
-    "MediaPolicy",
-    "PlaceholderError",
-    "UniMoeError",
-    "load_audio",
-    "load_image",
-    "open_media",
-    "resample",
-]
+from .media_policy_unimoe import DEFAULT_POLICY, MediaError, MediaPolicy, refuse_on_failure
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM")
 _SUFFIXES = {
@@ -54,15 +30,6 @@ _SUFFIXES = {
 _SUFFIXES["audio"] |= _SUFFIXES["video"] - {".gif"}  # a video's own sound track is audio too
 _KNOWN_SUFFIXES = set().union(*_SUFFIXES.values())
 _DEVICE_NAMES = re.compile(r"(?:CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?:\..*)?", re.IGNORECASE)
-# First bytes of what libsndfile is allowed to open; the rest of its formats are rare and less tested.
-_AUDIO_MAGIC = re.compile(
-    rb"RIFF....WAVE|RF64....WAVE|FORM....AIF[FC]|fLaC|OggS|ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", re.S
-)
-# MP4, Matroska/WebM, ADTS AAC, AVI, FLV, MPEG, MPEG-TS, Ogg with pictures.
-_CONTAINER_MAGIC = re.compile(
-    rb"....ftyp|\x1aE\xdf\xa3|\xff[\xf1\xf9]|RIFF....AVI |FLV\x01|\x00\x00\x01\xba|G.{187}G|OggS.{24,56}theora", re.S
-)
-_INT_SCALE = {np.dtype(d): float(np.iinfo(d).max) + 1 for d in (np.int8, np.int16, np.int32)}
 
 
 def open_media(value: Any, kind: str, policy: MediaPolicy = DEFAULT_POLICY, where: str = "") -> BinaryIO:
@@ -87,12 +54,15 @@ def open_media(value: Any, kind: str, policy: MediaPolicy = DEFAULT_POLICY, wher
     return stream
 
 
-def load_image(value: Any, policy: MediaPolicy = DEFAULT_POLICY, where: str = "") -> PIL.Image.Image:
-    """An RGB image, upright by its EXIF orientation; of animations the first frame.
+def load_image(
+    value: Any, policy: MediaPolicy = DEFAULT_POLICY, where: str = "", mode: Literal["RGB", "RGBA"] = "RGB"
+) -> PIL.Image.Image:
+    """An image, upright by its EXIF orientation; of animations the first frame.
 
     Args:
         value: PIL image, array or tensor ([H, W], [H, W, 1|3|4] or [1|3|4, H, W]; uint8, or floats in 0..1), bytes,
             path or allowed URL.
+        mode: "RGBA" keeps the transparency that "RGB" drops.
 
     Raises:
         MediaError: not an image of `IMAGE_FORMATS`, damaged, also a ZIP archive, or over `max_image_pixels`.
@@ -100,9 +70,9 @@ def load_image(value: Any, policy: MediaPolicy = DEFAULT_POLICY, where: str = ""
     if isinstance(value, PIL.Image.Image):
         _check_pixels(value.size, policy, where)
         with refuse_on_failure("image", where, "the PIL image cannot be read"):
-            return value.convert("RGB")
+            return value.convert(mode)
     if isinstance(value, np.ndarray | torch.Tensor):
-        return _image_from_array(value, policy, where)
+        return _image_from_array(value, policy, where).convert(mode)
     with open_media(value, "image", policy, where) as stream:
         if zipfile.is_zipfile(stream):
             raise MediaError("image", "the file is also a ZIP archive", where)
@@ -112,73 +82,7 @@ def load_image(value: Any, policy: MediaPolicy = DEFAULT_POLICY, where: str = ""
         with refuse_on_failure("image", where, "the image is damaged or incomplete"):
             if "transparency" in image.info:  # a palette with alpha: straight to RGB would lose it with a warning
                 image = image.convert("RGBA")
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
-
-
-def load_audio(
-    value: Any,
-    target_rate: int = 16_000,
-    sampling_rate: int | None = None,
-    policy: MediaPolicy = DEFAULT_POLICY,
-    where: str = "",
-) -> np.ndarray:
-    """Mono float32 samples [samples] at `target_rate` Hz, full scale = 1.
-
-    Args:
-        value: array or tensor ([samples], [channels, samples] or [samples, channels]; floats, or integers scaled by
-            their range), a `(array, rate)` pair, a `{"array": ..., "sampling_rate": ...}` dict, bytes, path or URL.
-        sampling_rate: rate of an array in Hz; None: `target_rate`. Files carry their own.
-
-    Raises:
-        MediaError: not decodable, empty, NaN or infinite, or outside of the limits on seconds, rate and channels.
-        ImportError: a package of `unimoe[audio]` is missing.
-    """
-    if isinstance(value, dict) and "array" in value:
-        value, sampling_rate = value["array"], value.get("sampling_rate", sampling_rate)
-    elif isinstance(value, tuple) and len(value) == 2 and np.ndim(value[1]) == 0:
-        value, sampling_rate = value
-    if isinstance(value, list | tuple):
-        with refuse_on_failure("audio", where, "the list is not a list of numbers"):
-            value = np.asarray(value, dtype=np.float32)
-    if isinstance(value, np.ndarray | torch.Tensor):
-        rate = target_rate if sampling_rate is None else sampling_rate
-        samples = _samples_from_array(value, rate, policy, where)
-    else:
-        samples, rate = _read_audio(value, policy, where)
-    if not np.isfinite(samples).all():
-        raise MediaError("audio", "it holds NaN or infinite samples", where)
-    return resample(samples.mean(axis=1, dtype=np.float32), int(rate), target_rate)
-
-
-def resample(samples: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
-    """Samples [n] at another rate (soxr, high quality); the same array if the rates are equal."""
-    if rate == target_rate:
-        return samples
-    try:
-        import soxr
-    except ImportError:
-        raise ImportError(
-            f"Audio at {rate} Hz must be resampled to {target_rate} Hz: pip install 'unimoe[audio]'."
-        ) from None
-    resampled = soxr.resample(samples, rate, target_rate).astype(np.float32)
-    return resampled if len(resampled) else np.zeros(1, np.float32)
-
-
-def check_audio(samples: int, rate: Any, channels: int, policy: MediaPolicy, where: str) -> None:
-    """Refuse, from header figures alone, audio outside of the limits."""
-    limits = policy.limits
-    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not float(rate).is_integer():
-        raise MediaError("audio", f"its sampling rate must be a whole number of Hz, got {rate!r}", where)
-    if not limits.min_sampling_rate <= rate <= limits.max_sampling_rate:
-        allowed = f"{limits.min_sampling_rate} to {limits.max_sampling_rate}"
-        raise MediaError("audio", f"its sampling rate is {rate} Hz; allowed are {allowed} Hz", where)
-    if not 1 <= channels <= limits.max_audio_channels:
-        raise MediaError("audio", f"it has {channels} channels; allowed are 1 to {limits.max_audio_channels}", where)
-    if samples < limits.min_audio_samples:
-        raise MediaError("audio", "it is empty", where)
-    if samples > limits.max_audio_seconds * rate:
-        seconds = f"{samples / rate:.0f} s; allowed are {limits.max_audio_seconds:g} s"
-        raise MediaError("audio", f"it lasts {seconds}", where)
+            return PIL.ImageOps.exif_transpose(image).convert(mode)
 
 
 def _open_path(path: str | bytes, kind: str, policy: MediaPolicy, where: str) -> BinaryIO:
@@ -238,7 +142,7 @@ def _image_from_array(value: np.ndarray | torch.Tensor, policy: MediaPolicy, whe
         raise MediaError("image", f"an array of shape {tuple(value.shape)} is no [H, W, 3] or [3, H, W] image", where)
     _check_pixels((array.shape[1], array.shape[0]), policy, where)
     array = _to_uint8(array, where)
-    return PIL.Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array)).convert("RGB")
+    return PIL.Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
 
 
 def _to_uint8(array: np.ndarray, where: str) -> np.ndarray:
@@ -255,102 +159,3 @@ def _to_uint8(array: np.ndarray, where: str) -> np.ndarray:
             "image", f"its values span {low:g} to {high:g}; use uint8 0..255 or floats 0..1, before normalising", where
         )
     return np.rint(array * (255.0 / top)).astype(np.uint8)
-
-
-def _samples_from_array(value: np.ndarray | torch.Tensor, rate: Any, policy: MediaPolicy, where: str) -> np.ndarray:
-    """[samples, channels] float32 of an audio array; its size is checked before anything is computed."""
-    if value.ndim not in (1, 2):
-        raise MediaError(
-            "audio", f"an array of shape {tuple(value.shape)} is no [samples] or [channels, samples]", where
-        )
-    channels, samples = (1, len(value)) if value.ndim == 1 else sorted(value.shape)
-    if 0 in value.shape:
-        raise MediaError("audio", "it is empty", where)
-    check_audio(samples, rate, channels, policy, where)
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = value.float().numpy() if value.is_floating_point() else value.numpy()
-    array = value[:, None] if value.ndim == 1 else (value if value.shape == (samples, channels) else value.T)
-    if np.issubdtype(array.dtype, np.floating):
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused as such
-            return array.astype(np.float32)
-    if array.dtype in _INT_SCALE:
-        return (array / _INT_SCALE[array.dtype]).astype(np.float32)
-    raise MediaError("audio", f"its samples are {array.dtype}; use floats in -1..1, int16 or int32", where)
-
-
-class _ClampedSeek(io.RawIOBase):
-    """A stream for libsndfile, which seeks before the start on damaged files and then prints a traceback."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._stream.tell()}.get(whence)
-        if base is None:
-            base = self._stream.seek(0, io.SEEK_END)
-        return self._stream.seek(min(max(0, base + offset), 1 << 62))
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-
-def _read_audio(value: Any, policy: MediaPolicy, where: str) -> tuple[np.ndarray, int]:
-    """[samples, channels] float32 and the rate of an encoded clip."""
-    with open_media(value, "audio", policy, where) as stream:
-        head = stream.read(256)
-        stream.seek(0)
-        if _CONTAINER_MAGIC.match(head):
-            from .media_video_unimoe import read_audio_track
-
-            return read_audio_track(stream, policy, where)
-        if not _AUDIO_MAGIC.match(head):
-            reason = "not a readable audio file; accepted are WAV, FLAC, Ogg, MP3, AIFF, MP4, WebM and AAC"
-            raise MediaError("audio", reason, where)
-        try:
-            import soundfile
-        except ImportError:
-            return _read_wave(stream, head, policy, where)
-        guard = refuse_on_failure("audio", where, "the audio file is damaged or incomplete")
-        with guard, soundfile.SoundFile(_ClampedSeek(stream)) as file:
-            rate = file.samplerate
-            check_audio(file.frames, rate, file.channels, policy, where)
-            samples = file.read(frames=file.frames, dtype="float32", always_2d=True)
-        check_audio(len(samples), rate, samples.shape[1], policy, where)
-        return samples, rate
-
-
-def _read_wave(stream: BinaryIO, head: bytes, policy: MediaPolicy, where: str) -> tuple[np.ndarray, int]:
-    """PCM WAV through the standard library, for installations without soundfile."""
-    if not head.startswith(b"RIFF"):
-        raise ImportError("Only WAV files can be read without soundfile: pip install 'unimoe[audio]'.")
-    with refuse_on_failure("audio", where, "the WAV file is damaged, incomplete or not PCM"):
-        with wave.open(stream) as file:
-            width, channels, rate, frames = (
-                file.getsampwidth(),
-                file.getnchannels(),
-                file.getframerate(),
-                file.getnframes(),
-            )
-            check_audio(frames, rate, channels, policy, where)
-            raw = np.frombuffer(file.readframes(frames), np.uint8)
-        raw = raw[: len(raw) // (width * channels) * width * channels].reshape(-1, width)
-        if width == 1:
-            values = raw[:, 0].astype(np.float32) / 128 - 1
-        else:  # left-align in 32 bits, so that 16, 24 and 32 bit samples share one scale
-            padded = np.zeros((len(raw), 4), np.uint8)
-            padded[:, 4 - width :] = raw
-            values = padded.view("<i4")[:, 0].astype(np.float32) / 2**31
-    check_audio(len(values) // channels, rate, channels, policy, where)
-    return values.reshape(-1, channels), rate

@@ -1,10 +1,9 @@
-"""Opens videos: a few frames spread over the whole clip, and the clip's own sound track, through PyAV.
+"""Opens videos: a few frames spread over the whole clip, through PyAV.
 
 Work is bounded: the packets are listed without decoding, the frames wanted are chosen by their time stamps, and at
 most `MediaLimits.max_decoded_frames` frames are decoded, by seeking when the clip is longer than that.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -12,22 +11,11 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .media_container_unimoe import duration, open_container
 from .media_policy_unimoe import DEFAULT_POLICY, MediaError, MediaPolicy, refuse_on_failure
-from .media_unimoe import check_audio, load_image, open_media, resample
+from .media_unimoe import load_image, open_media
 
 SAMPLING_RULES = ("uniform", "unimoe")
-# The demuxer is forced by the file's first bytes: left to guess, it would also open playlists, which name other files.
-_DEMUXERS = (
-    (re.compile(rb"....ftyp", re.S), "mov"),
-    (re.compile(rb"\x1aE\xdf\xa3"), "matroska"),
-    (re.compile(rb"RIFF....AVI ", re.S), "avi"),
-    (re.compile(rb"OggS"), "ogg"),
-    (re.compile(rb"GIF8[79]a"), "gif"),
-    (re.compile(rb"FLV\x01"), "flv"),
-    (re.compile(rb"\x00\x00\x01\xba"), "mpeg"),
-    (re.compile(rb"G.{187}G", re.S), "mpegts"),
-    (re.compile(rb"\xff[\xf1\xf9]"), "aac"),
-)
 
 
 def sample_indices(total: int, num_frames: int, sampling: str = "uniform") -> list[int]:
@@ -58,7 +46,7 @@ def load_video(
 
     Raises:
         MediaError: not a readable video, or outside of the limits on seconds, frames and pixels.
-        ImportError: PyAV (`unimoe[video]`) is missing.
+        MissingPackageError: PyAV (`unimoe[video]`) is missing.
     """
     if isinstance(value, np.ndarray | torch.Tensor) and value.ndim != 4:
         raise MediaError("video", f"an array of shape {tuple(value.shape)} is no [F, H, W, 3] or [F, 3, H, W]", where)
@@ -73,85 +61,18 @@ def load_video(
         return _read_frames(stream, num_frames, sampling, policy, where)
 
 
-def load_video_audio(
-    value: Any, target_rate: int = 16_000, policy: MediaPolicy = DEFAULT_POLICY, where: str = ""
-) -> np.ndarray:
-    """A video's own sound track: mono float32 samples [samples] at `target_rate` Hz. Errors as `load_audio`."""
-    with open_media(value, "video", policy, where) as stream:
-        samples, rate = read_audio_track(stream, policy, where)
-    return resample(samples.mean(axis=1, dtype=np.float32), rate, target_rate)
-
-
-def read_audio_track(stream: BinaryIO, policy: MediaPolicy, where: str) -> tuple[np.ndarray, int]:
-    """[samples, channels] float32 and the rate of the first sound track in a container."""
-    guard = refuse_on_failure("audio", where, "the sound track is damaged or cannot be decoded")
-    with guard, _open_container(stream, "audio", where) as container:
-        if not container.streams.audio:
-            raise MediaError("audio", "the file has no sound track", where)
-        track = container.streams.audio[0]
-        rate, channels = int(track.rate or 0), int(track.channels or 0)
-        seconds = _duration(container, track)
-        check_audio(max(1, int(seconds * rate)), rate, channels, policy, where)
-        blocks, total = [], 0
-        for frame in container.decode(track):
-            block = _frame_samples(frame)
-            total += len(block)
-            if frame.sample_rate != rate or block.shape[1] != channels:
-                raise MediaError("audio", "its format changes within the clip", where)
-            check_audio(total, rate, channels, policy, where)
-            blocks.append(block)
-    if not blocks:
-        raise MediaError("audio", "it is empty", where)
-    samples = np.concatenate(blocks)
-    if not np.isfinite(samples).all():
-        raise MediaError("audio", "it holds NaN or infinite samples", where)
-    return samples, rate
-
-
-def _frame_samples(frame: Any) -> np.ndarray:
-    array = frame.to_ndarray()
-    channels = frame.layout.nb_channels
-    array = array.T if frame.format.is_planar else array.reshape(-1, channels)
-    if np.issubdtype(array.dtype, np.floating):
-        return array.astype(np.float32)
-    if array.dtype == np.uint8:
-        return array.astype(np.float32) / 128 - 1
-    return (array / (float(np.iinfo(array.dtype).max) + 1)).astype(np.float32)
-
-
-def _open_container(stream: BinaryIO, kind: str, where: str) -> Any:
-    try:
-        import av
-    except ImportError:
-        raise ImportError("Reading videos and their sound needs PyAV: pip install 'unimoe[video]'.") from None
-    stream.seek(0)
-    head = stream.read(256)
-    stream.seek(0)
-    demuxer = next((name for magic, name in _DEMUXERS if magic.match(head)), None)
-    if demuxer is None:
-        raise MediaError(kind, "not a readable video; accepted are MP4/MOV, MKV/WebM, AVI, Ogg, MPEG, FLV, GIF", where)
-    return av.open(stream, format=demuxer, options={"protocol_whitelist": "none"})
-
-
-def _duration(container: Any, track: Any) -> float:
-    """Seconds by the header; 0.0 if it does not say."""
-    if track.duration is not None and track.time_base is not None:
-        return max(0.0, float(track.duration * track.time_base))
-    return max(0.0, (container.duration or 0) / 1_000_000)
-
-
 def _read_frames(
     stream: BinaryIO, num_frames: int, sampling: str, policy: MediaPolicy, where: str
 ) -> list[PIL.Image.Image]:
     with refuse_on_failure("video", where, "the video is damaged or cannot be decoded"):
-        with _open_container(stream, "video", where) as container:
+        with open_container(stream, "video", where) as container:
             if not container.streams.video:
                 raise MediaError("video", "the file has no picture track", where)
             track = container.streams.video[0]
-            _check_video(track.width, track.height, _duration(container, track), policy, where)
+            _check_video(track.width, track.height, duration(container, track), policy, where)
             times = _presentation_times(container, track, policy, where)
         # A container that was read to its end is opened again: not every format can seek back to packet 0.
-        with _open_container(stream, "video", where) as container:
+        with open_container(stream, "video", where) as container:
             track = container.streams.video[0]
             wanted = [times[i] for i in sample_indices(len(times), num_frames, sampling)]
             pick = _pick_in_one_pass if len(times) <= policy.limits.max_decoded_frames else _pick_by_seeking

@@ -30,7 +30,7 @@ from .chat_unimoe import (
 )
 from .feature_extraction_unimoe import UniMoeFeatureExtractor
 from .media_inputs_unimoe import check_token_counts, process_media, waiting_runs
-from .media_unimoe import DEFAULT_POLICY, ConversationError, PlaceholderError
+from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, PlaceholderError
 from .original_chat_unimoe import TOKENIZATIONS, build_encoder
 from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
 from .processor_parts_unimoe import PARTS, PresentParts, load_parts
@@ -167,8 +167,7 @@ class UniMoeProcessor(ProcessorMixin):
         Contents are strings or lists of items {"type": "text", "text": ...}, {"type": "image", "image": PIL | array |
         bytes | path} (also under "path", "url", "base64"), likewise "video" and "audio"; audio items take
         "sampling_rate" (for arrays) and "encoder": "speech", "sound" or "both". Control tokens in texts stay text.
-        A video item with "sound_track": True stands for two media, its own sound and then its pictures;
-        `load_audio_from_video=True` asks for that of every video.
+        A video with "sound_track": True is two media, its sound and its pictures; so is each with load_audio_from_video.
 
         Returns:
             `tokenize=False`: the prompt(s), unescaped. Else with `return_dict` a BatchFeature with input_ids,
@@ -257,9 +256,13 @@ class UniMoeProcessor(ProcessorMixin):
         padding_side: str = "right",
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = "pt",
+        length: int = 0,
     ) -> dict[str, Any]:
-        """One batch of results of `tokenize_conversation`, int64 [B, S] each, with `attention_mask`."""
-        return to_tensors(pad(samples, self._padding_id, padding_side, pad_to_multiple_of), return_tensors)
+        """One batch of results of `tokenize_conversation`, int64 [B, S] each, with `attention_mask`.
+
+        S is the longest sample's, or `length` if that is more, rounded up to the multiple.
+        """
+        return to_tensors(pad(samples, self.padding_id, padding_side, pad_to_multiple_of, length), return_tensors)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -329,8 +332,8 @@ class UniMoeProcessor(ProcessorMixin):
         return {i: kind for i, kind in zip(ids, (*MEDIA_KINDS, "sound"), strict=True) if i is not None}
 
     @property
-    def _padding_id(self) -> int:
-        """Any id does: padding is masked out of attention, loss and media."""
+    def padding_id(self) -> int:
+        """The token in places of padding; any does, as padding is masked out of attention, loss and media."""
         tokenizer = self.tokenizer
         return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
@@ -380,7 +383,7 @@ class UniMoeProcessor(ProcessorMixin):
         else:
             side = options.get("padding_side") or self.padding_side
             length = max_length if padding == "max_length" and max_length else 0
-            batch = pad(samples, self._padding_id, side, options.get("pad_to_multiple_of"), length)
+            batch = pad(samples, self.padding_id, side, options.get("pad_to_multiple_of"), length)
         if options.get("return_mm_token_type_ids") is False:
             del batch["mm_token_type_ids"]
         return BatchFeature({**to_tensors(batch, options.get("return_tensors")), **tensors})

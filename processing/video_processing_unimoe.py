@@ -14,7 +14,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 from transformers.processing_utils import VideosKwargs
 
-from .media_unimoe import DEFAULT_POLICY, MediaPolicy
+from .media_policy_unimoe import DEFAULT_POLICY, MediaPolicy
 from .media_video_unimoe import SAMPLING_RULES, load_video
 
 try:

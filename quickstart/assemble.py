@@ -19,11 +19,12 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..modeling_unimoe.connectors_unimoe import QueryDecoderConnector
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..processing.chat_unimoe import AUDIO_TOKEN, IMAGE_TOKEN, SOUND_TOKEN, VIDEO_TOKEN
 from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
-from .language import MEDIA_TOKENS, Decoder
-from .shorten_whisper import shorten_whisper
+from .language import Decoder
+from .shorten_whisper import shortened_config, shortened_states
 
 WHISPER_PROMPT = ["<|startoftranscript|>", "<|notimestamps|>"]
 
@@ -89,14 +90,14 @@ def _model_config(
     shape: Shape,
 ) -> UniMoeConfig:
     hidden = text_config.hidden_size
-    speech_config = shorten_whisper(whisper, shape.window_seconds)[0].to_dict()
+    speech_config = shortened_config(whisper.config, shape.window_seconds).to_dict()
     vision_layer, vision_size = _vision_layer(vision)
 
     def connector(**fields: Any) -> dict[str, Any]:
         return {"output_size": hidden, "output_norm": True, **fields}
 
-    def token_id(name: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(MEDIA_TOKENS[name]))  # type: ignore[arg-type]
+    def token_id(token: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
 
     return UniMoeConfig(
         text_config=text_config,
@@ -111,10 +112,10 @@ def _model_config(
             decoder_config=speech_config,
         ),
         sound_connector=connector(type="mlp", input_size=whisper.config.d_model, num_tokens=shape.sound_tokens),
-        image_token_id=token_id("image"),
-        video_token_id=token_id("video"),
-        audio_token_id=token_id("audio"),
-        sound_token_id=token_id("sound"),
+        image_token_id=token_id(IMAGE_TOKEN),
+        video_token_id=token_id(VIDEO_TOKEN),
+        audio_token_id=token_id(AUDIO_TOKEN),
+        sound_token_id=token_id(SOUND_TOKEN),
         vision_feature_layer=vision_layer,
         vision_token_grid=shape.grid,
         video_pooling="none",
@@ -138,7 +139,7 @@ def _load_whisper(model: UniMoeForCausalLM, whisper: WhisperForConditionalGenera
     The first two queries start as the embeddings of Whisper's own prompt (start of transcript, no timestamps): so the
     second one already decodes to the state from which Whisper would read off the first spoken word.
     """
-    _, encoder, decoder = shorten_whisper(whisper, shape.window_seconds)
+    encoder, decoder = shortened_states(whisper, shape.window_seconds)
     model.model.speech_tower.load_state_dict(encoder)
     connector = model.model.speech_connector
     if not isinstance(connector, QueryDecoderConnector):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..processing.media_unimoe import load_image
 from ..starter_corpus.corpus import compose_image
 from ..trainers.encoder_cache import EncoderCache
 from .evaluate import TASKS, truth_of
@@ -67,8 +68,7 @@ def _pixels(samples: Samples, composed: bool) -> ProbeData:
 
     rows, features = [], []
     for index, sample in enumerate(samples):
-        with Image.open(sample["messages"][0]["content"][0]["path"]) as opened:
-            picture = opened.convert("RGB" if composed else "RGBA")
+        picture = load_image(sample["messages"][0]["content"][0]["path"], mode="RGB" if composed else "RGBA")
         for variant in range(1 if composed else IMAGE_VARIANTS):
             shown = picture if composed else compose_image(picture, np.random.default_rng([index, variant]))
             small = shown.resize((PIXEL_GRID, PIXEL_GRID), Image.Resampling.BOX)

@@ -11,6 +11,7 @@ from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..trainers.collator import CachedCollator
 from ..trainers.encoder_cache import EncoderCache
+from ..trainers.objective import IGNORED
 
 TASKS = ("image", "speech", "sound", "video_direction", "video_object", "text")
 MAX_ANSWER_TOKENS = 12
@@ -106,16 +107,10 @@ def _generate(
     batch = collator(samples)
     prompts = []
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
-        answer_start = int((labels != -100).nonzero()[0])
-        prompts.append(ids[:answer_start][mask[:answer_start].bool()])
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), processor.tokenizer.pad_token_id)
-    masks = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = prompt
-        masks[row, width - len(prompt) :] = 1
+        answer_start = int((labels != IGNORED).nonzero()[0])
+        prompts.append({"input_ids": ids[:answer_start][mask[:answer_start].bool()].tolist()})
+    inputs = processor.pad_tokens(prompts, "left")
     states = {name: value for name, value in batch.items() if name.endswith("_encoder_states")}
-    output = model.generate(
-        input_ids=input_ids, attention_mask=masks, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, **states
-    )
-    return [text.strip() for text in processor.batch_decode(output[:, width:], skip_special_tokens=True)]
+    output = model.generate(**inputs, **states, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
+from .evaluate import MAX_ANSWER_TOKENS
 
 _SCRIPT = """
 import json, sys
@@ -21,7 +22,7 @@ sys.meta_path.insert(0, Refuse())
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-folder, questions = sys.argv[1], json.loads(sys.stdin.read())
+folder, max_new_tokens, questions = sys.argv[1], int(sys.argv[2]), json.loads(sys.stdin.read())
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 answers = []
@@ -29,7 +30,7 @@ for messages in questions:
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers.append(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
 print(json.dumps(answers))
 """
@@ -44,7 +45,7 @@ def answer_in_fresh_process(folder: Path, examples: list[dict[str, Any]]) -> lis
     questions = [example["messages"][:-1] for example in examples]
     with tempfile.TemporaryDirectory() as elsewhere:
         done = subprocess.run(
-            [sys.executable, "-c", _SCRIPT, str(folder.resolve())],
+            [sys.executable, "-c", _SCRIPT, str(folder.resolve()), str(MAX_ANSWER_TOKENS)],
             input=json.dumps(questions),
             capture_output=True,
             text=True,

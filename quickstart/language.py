@@ -16,10 +16,12 @@ from ..conversion.llama_family import dense_from
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..processing.chat_unimoe import CHAT_TOKENS, MEDIA_TOKENS
 from ..processing.processing_unimoe import prepare_tokenizer
 from ..starter_corpus.corpus import load_samples
 
-PAD, BOS, END_OF_TURN, START_OF_TURN = "<|pad|>", "<|endoftext|>", "<|im_end|>", "<|im_start|>"
+PAD, BOS = "<|pad|>", "<|endoftext|>"
+START_OF_TURN, END_OF_TURN = CHAT_TOKENS
 # ChatML, except that an answer starts with a space on its role's line: a word is then the same token in an answer as in
 # the middle of a sentence, so that a small model can answer by copying.
 COMPACT_CHAT_TEMPLATE = """\
@@ -39,7 +41,6 @@ COMPACT_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant' -}}{%- endif -%}
 """
-MEDIA_TOKENS = {"image": "<image>", "video": "<video>", "audio": "<audio>", "sound": "<sound>"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1536) -> PreTrainedT
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [PAD, BOS, START_OF_TURN, END_OF_TURN, *MEDIA_TOKENS.values()]
+    special = [PAD, BOS, START_OF_TURN, END_OF_TURN, *MEDIA_TOKENS]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,

@@ -41,10 +41,16 @@ def run_quickstart(run: Quickstart) -> dict[str, Any]:
         model, processor = assemble_start(run, parts)
         caches = encode_media(run, model, processor, heldout)
         trained = _Training(run, processor, *caches, heldout)
-        reports = trained.language() if run.language_model is None else []
+        reports = []
+        if run.language_model is None:
+            recipe = language_recipe(run.work / "start", run.work, run.seed, run.budget, run.precision())
+            reports = trained.run_stages(recipe, run.language_dataset())
         dense = prepare_dense(run, Path(reports[-1].model) if reports else run.work / "start", processor)
-        reports += trained.multimodal(dense, model.config.text_config.num_hidden_layers)
-        outcome = _finish(run, trained, reports, parts)
+        layers = model.config.text_config.num_hidden_layers
+        recipe = multimodal_recipe(dense, run.work, run.seed, run.budget, layers, run.precision())
+        reports += trained.run_stages(recipe, ConversationDataset.from_samples(run.training_samples()))
+        model = load_start_model(reports[-1].model, recipe)
+        outcome = _finish(run, trained, model, reports, parts)
     if run.compare:
         caches = (trained.train_cache, trained.test_cache)
         outcome.metrics["dense_twin"] = train_dense_twin(run, reports, processor, caches, heldout)
@@ -68,19 +74,8 @@ class _Training:
         self.train_cache, self.test_cache = train_cache, test_cache
         self.heldout = heldout
         self.accuracy: dict[str, dict[str, float]] = {}
-        self.recipe: Recipe | None = None
 
-    def language(self) -> list[StageReport]:
-        run = self.run
-        self.recipe = language_recipe(run.work / "start", run.work, run.seed, run.budget, run.precision())
-        return self._run(self.recipe, run.language_dataset())
-
-    def multimodal(self, dense: Path, num_layers: int) -> list[StageReport]:
-        run = self.run
-        self.recipe = multimodal_recipe(dense, run.work, run.seed, run.budget, num_layers, run.precision())
-        return self._run(self.recipe, ConversationDataset.from_samples(self.run.training_samples()))
-
-    def _run(self, recipe: Recipe, dataset: ConversationDataset) -> list[StageReport]:
+    def run_stages(self, recipe: Recipe, dataset: ConversationDataset) -> list[StageReport]:
         reports = run_curriculum(
             recipe,
             processor=self.processor,
@@ -88,7 +83,7 @@ class _Training:
             cache=self.train_cache,
             augment=vary_videos,
             on_stage_start=self._announce,
-            on_stage_end=self._after_stage,
+            on_stage_end=lambda report, model, _: self._after_stage(recipe, report, model),
         )
         for report in reports:
             if report.name in MOMENTS:
@@ -99,15 +94,15 @@ class _Training:
         trained = ", ".join(f"{row.trainable:,} {row.role}" for row in table if row.trainable)
         self.run.say(f"{name}: {steps} steps; trains {trained} parameters")
 
-    def _after_stage(self, report: StageReport, model: UniMoeForCausalLM, _: Any) -> dict[str, Any] | None:
+    def _after_stage(self, recipe: Recipe, report: StageReport, model: UniMoeForCausalLM) -> dict[str, Any] | None:
         self.run.say(
             f"{report.name}: loss {report.loss_first:.2f} -> {report.loss_last:.2f} in {report.seconds:.0f} s"
         )
         if report.name not in MOMENTS:
             return None
         if report.kind == "experts":
-            folders = [Path(self.recipe.out) / report.name / name for name in EXPERTS]
-            model = assemble(load_start_model(report.model, self.recipe), self.recipe.moe, folders, self.recipe.seed)
+            folders = [Path(recipe.out) / report.name / name for name in EXPERTS]
+            model = assemble(load_start_model(report.model, recipe), recipe.moe, folders, recipe.seed)
         samples = spread(self.heldout, INTERIM_SAMPLES_PER_TASK)
         accuracy = accuracy_by_task(answer_samples(model, self.processor, self.test_cache, samples))
         shown = ", ".join(f"{task} {100 * value:.0f} %" for task, value in accuracy.items())
@@ -115,14 +110,19 @@ class _Training:
         return {"accuracy": accuracy}
 
 
-def _finish(run: Quickstart, trained: _Training, reports: list[StageReport], parts: list[Part]) -> Outcome:
+def _finish(
+    run: Quickstart, trained: _Training, model: UniMoeForCausalLM, reports: list[StageReport], parts: list[Part]
+) -> Outcome:
     """Evaluate the final model, save it with its numbers, and let it answer in a process without this package."""
     run.say("The final model answers all held-out questions, freely, as text")
-    model = load_start_model(reports[-1].model, trained.recipe)
     answers = answer_samples(model, trained.processor, trained.test_cache, trained.heldout)
     accuracy = accuracy_by_task(answers)
     baselines = heldout_baselines(run.training_samples(), trained.heldout, trained.train_cache, trained.test_cache)
-    router_load = load_by_modality(model, trained.processor, trained.test_cache, trained.heldout)
+    router_load = {
+        "layers": sorted(model.config.text_config.sparse_layers),
+        "experts": list(EXPERTS),
+        "modalities": load_by_modality(model, trained.processor, trained.test_cache, trained.heldout),
+    }
     metrics = {
         "seconds": run.total_seconds,
         "seed": run.seed,

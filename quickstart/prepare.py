@@ -95,6 +95,9 @@ def prepare_dense(run: Quickstart, taught: Path, processor: UniMoeProcessor) -> 
 def prove_upcycling(dense: UniMoeForCausalLM, processor: UniMoeProcessor) -> dict[str, Any]:
     """Dense to sparse must change no answer: compare every logit on held-out questions.
 
+    The router starts at zero, so that equal experts are averaged with equal weights: uneven ones would round, on logits
+    as large as SmolLM2's by more than the bound.
+
     Raises:
         ConversionError: a logit differs by more than 1e-5.
     """
@@ -103,6 +106,7 @@ def prove_upcycling(dense: UniMoeForCausalLM, processor: UniMoeProcessor) -> dic
         num_experts=len(EXPERTS),
         num_experts_per_tok=EXPERTS_PER_TOKEN,
         sparse_layers=sparse_layers(dense.config.text_config.num_hidden_layers),
+        router_init="zeros",
     ).eval()
     questions = [sample["messages"] for sample in load_samples("heldout", "text")[::8]]
     batch = processor.apply_chat_template(questions, tokenize=True, return_dict=True, return_tensors="pt")

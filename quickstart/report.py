@@ -3,13 +3,16 @@
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from PIL import Image
 
+from ..processing.media_unimoe import load_image
 from ..processing.media_video_unimoe import load_video
+from .accuracy_table import accuracy_rows
 from .stages import MOMENTS
 
 matplotlib.use("Agg")
@@ -40,9 +43,9 @@ def write_report(folder: Path, metrics: dict[str, Any], details: dict[str, Any])
 
     Args:
         metrics: the content of metrics.json.
-        details: "loss_curves" {stage: [(step, loss)]}, "expert_load" {modality: [layers][experts]}, "sparse_layers",
-            "experts" (names), "parts" (rows of name, licence, source, digest), "accuracy_by_stage" {stage: {task: acc}},
-            "examples" (rows of task, question, answer, truth, media [(type, file)]), "limits" (sentences), "machine".
+        details: "loss_curves" {stage: [(step, loss)]}, "router_load" (see `Outcome`), "parts" (rows of name, licence,
+            source, digest), "examples" (rows of task, question, answer, truth, media [(type, file)]), "limits"
+            (sentences), "machine".
     """
     sections = [
         f"<h1>A sparse multimodal model, made in {metrics['seconds'] / 60:.1f} minutes</h1>",
@@ -50,8 +53,8 @@ def write_report(folder: Path, metrics: dict[str, Any], details: dict[str, Any])
         f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB. Every answer below was generated freely as text and counts "
         "only when it is exactly right.</p>",
         "<h2>Held-out accuracy</h2>",
-        _picture(_accuracy_figure(metrics["heldout"], details["accuracy_by_stage"]), "accuracy per task"),
-        _accuracy_table(metrics["heldout"], details["accuracy_by_stage"]),
+        _picture(_accuracy_figure(metrics["heldout"], metrics["accuracy_by_stage"]), "accuracy per task"),
+        _accuracy_table(metrics),
         "<h2>Some held-out answers</h2>",
         "".join(_example_card(example) for example in details["examples"]),
         "<h2>What each stage trained</h2>",
@@ -59,7 +62,7 @@ def write_report(folder: Path, metrics: dict[str, Any], details: dict[str, Any])
         _picture(_loss_figure(details["loss_curves"]), "training loss per stage"),
         "<h2>Who answers: expert load per layer and modality</h2>",
         "<p class=note>Share of a modality's tokens that each expert received (rows sum to 100 %).</p>",
-        _picture(_load_figure(details), "expert load"),
+        _picture(_load_figure(details["router_load"]), "expert load"),
         "<h2>Upcycling</h2>",
         f"<p>Dense to sparse: largest difference of any logit {metrics['upcycling']['max_abs_logit_difference']:.1e} "
         "(float32).</p>",
@@ -114,8 +117,8 @@ def _loss_figure(curves: dict[str, list[tuple[int, float]]]) -> plt.Figure:
     return figure
 
 
-def _load_figure(details: dict[str, Any]) -> plt.Figure:
-    load, layers, experts = details["expert_load"], details["sparse_layers"], details["experts"]
+def _load_figure(record: dict[str, Any]) -> plt.Figure:
+    load, layers, experts = record["modalities"], record["layers"], record["experts"]
     figure, grid = plt.subplots(1, len(layers), figsize=(10, 2.8), layout="constrained", squeeze=False)
     for column, layer in enumerate(layers):
         axes = grid[0][column]
@@ -130,17 +133,9 @@ def _load_figure(details: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-def _accuracy_table(heldout: dict[str, Any], by_stage: dict[str, dict[str, float]]) -> str:
-    stages = list(by_stage)
-    rows = []
-    for task, row in heldout.items():
-        probe = _percent(row["probe_accuracy"])
-        if row.get("pixel_probe_accuracy") is not None:
-            probe += f" (pixels {_percent(row['pixel_probe_accuracy'])})"
-        trail = [_percent(by_stage[stage].get(task)) for stage in stages]
-        baselines = (_percent(row["chance"]), _percent(row["majority"]), probe)
-        rows.append((TASK_TITLES[task], row["n"], *baselines, *trail, _percent(row["accuracy"])))
-    return _table(("task", "n", "chance", "majority", "linear probe", *stages, "final"), rows, "accuracy")
+def _accuracy_table(metrics: dict[str, Any]) -> str:
+    header, rows = accuracy_rows(metrics)
+    return _table(header, [[TASK_TITLES[task], *cells] for task, *cells in rows], "accuracy")
 
 
 def _stage_table(stages: list[dict[str, Any]]) -> str:
@@ -167,7 +162,7 @@ def _medium(kind: str, path: Path) -> str:
     if kind == "audio":
         encoded = base64.b64encode(path.read_bytes()).decode()
         return f'<audio controls src="data:audio/{path.suffix[1:]};base64,{encoded}"></audio><br>'
-    frames = [Image.open(path).convert("RGB")] if kind == "image" else [load_video(str(path))[i] for i in (0, -1)]
+    frames = [load_image(str(path))] if kind == "image" else [load_video(str(path))[i] for i in (0, -1)]
     return "".join(f'<img alt="" src="{_data_url(frame)}"> ' for frame in frames) + "<br>"
 
 
@@ -177,7 +172,7 @@ def _data_url(picture: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]], kind: str = "") -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table class='{kind}'><tr>{head}</tr>{body}</table>"
@@ -188,7 +183,3 @@ def _picture(figure: plt.Figure, description: str) -> str:
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     return f'<img alt="{description}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"

@@ -14,11 +14,11 @@ from ..conversion.parameters import count_parameters
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..trainers.stage import StageReport
+from .accuracy_table import accuracy_rows
 from .evaluate import TASKS, Answer
 from .parts import Part
 from .report import write_report
 from .run import Quickstart
-from .stages import EXPERTS, sparse_layers
 
 LIMITS = (
     "The default decoder has about 4 M parameters and knows only the corpus's English. --preset smollm2 runs the same "
@@ -37,14 +37,15 @@ class Outcome:
     """A finished run: the content of metrics.json, and what the report and the screen show beside it.
 
     Args:
-        router_load: see `load_by_modality`.
+        router_load: the record of router_load.json: "layers", names of the "experts", and by name the "modalities", each
+            a table [layers][experts] of shares.
         examples: see `example_rows`; `said` are their questions answered by the saved folder in a fresh process.
     """
 
     metrics: dict[str, Any]
     reports: list[StageReport]
     parts: list[Part]
-    router_load: dict[str, list[list[float]]]
+    router_load: dict[str, Any]
     examples: list[dict[str, Any]]
     said: list[str]
 
@@ -78,7 +79,7 @@ def save_model_folder(
     model: UniMoeForCausalLM,
     processor: UniMoeProcessor,
     metrics: dict[str, Any],
-    router_load: dict[str, list[list[float]]],
+    router_load: dict[str, Any],
     parts: list[Part],
 ) -> None:
     """The folder that `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` loads."""
@@ -90,33 +91,22 @@ def save_model_folder(
     )
     folder = run.out / "model"
     save_bundle(model, processor, folder, card)
-    layers = sparse_layers(model.config.text_config.num_hidden_layers)
-    record = {"layers": layers, "experts": list(EXPERTS), "modalities": router_load}
-    (folder / "router_load.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / "router_load.json").write_text(json.dumps(router_load, indent=1), encoding="utf-8")
 
 
 def write_results(run: Quickstart, outcome: Outcome) -> None:
     """metrics.json and report.html."""
-    metrics, router_load = outcome.metrics, outcome.router_load
+    metrics = outcome.metrics
     (run.out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     details = {
         "loss_curves": _loss_curves(run, outcome.reports),
-        "expert_load": router_load,
-        "sparse_layers": sparse_layers(2 * len(next(iter(router_load.values())))),
-        "experts": list(EXPERTS),
+        "router_load": outcome.router_load,
         "parts": [(part.name, part.licence, part.source, part.digest[:16]) for part in outcome.parts],
-        "accuracy_by_stage": accuracy_columns(metrics),
         "examples": [{**row, "answer": text} for row, text in zip(outcome.examples, outcome.said, strict=True)],
         "limits": LIMITS,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
     }
     write_report(run.out, metrics, details)
-
-
-def accuracy_columns(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What stands beside the final model's accuracy: the model after each stage and, with --compare, its dense twin."""
-    twin = {"dense twin": metrics["dense_twin"]["accuracy"]} if "dense_twin" in metrics else {}
-    return {**metrics["accuracy_by_stage"], **twin}
 
 
 def print_outcome(run: Quickstart, outcome: Outcome) -> None:
@@ -133,16 +123,8 @@ def print_outcome(run: Quickstart, outcome: Outcome) -> None:
 
 
 def _print_accuracy(metrics: dict[str, Any]) -> None:
-    columns = accuracy_columns(metrics)
-    header = ["task", "n", "chance", "majority", "probe", *columns, "final"]
-    lines = [header]
-    for task, row in metrics["heldout"].items():
-        probe = _percent(row["probe_accuracy"])
-        if "pixel_probe_accuracy" in row:
-            probe += f" (pixels {_percent(row['pixel_probe_accuracy'])})"
-        trail = [_percent(accuracy.get(task)) for accuracy in columns.values()]
-        baselines = [_percent(row["chance"]), _percent(row["majority"]), probe]
-        lines.append([task, str(row["n"]), *baselines, *trail, _percent(row["accuracy"])])
+    header, rows = accuracy_rows(metrics)
+    lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     print()
     for line in lines:
@@ -162,16 +144,10 @@ def _loss_curves(run: Quickstart, reports: list[StageReport]) -> dict[str, list[
 
 
 def _accuracy_markdown(metrics: dict[str, Any]) -> str:
-    rows = ["| task | n | majority | linear probe | model |", "|---|---|---|---|---|"]
-    for task, row in metrics["heldout"].items():
-        figures = (_percent(row["majority"]), _percent(row["probe_accuracy"]), _percent(row["accuracy"]))
-        rows.append(f"| {task} | {row['n']} | {' | '.join(figures)} |")
-    return "\n".join([*rows, "", "Exact answers, generated freely as text, on things the model has never seen."])
+    header, rows = accuracy_rows(metrics)
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join([*lines, "", "Exact answers, generated freely as text, on things the model has never seen."])
 
 
 def _parts_markdown(parts: list[Part]) -> str:
     return "\n".join(f"- {part.name} ({part.licence}), {part.source}, sha256 {part.digest}" for part in parts)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"

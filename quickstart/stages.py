@@ -77,7 +77,6 @@ def multimodal_recipe(start: Path, work: Path, seed: int, budget: Budget, num_la
         ),
         precision=precision,  # type: ignore[arg-type]
         cache=str(work / "tower_states"),
-        cache_variants={"image": IMAGE_VARIANTS},
     )
 
 
@@ -103,7 +102,6 @@ def dense_twin_recipe(start: Path, work: Path, seed: int, steps: int, precision:
         stages=[stage],
         precision=precision,  # type: ignore[arg-type]
         cache=str(work / "tower_states"),
-        cache_variants={"image": IMAGE_VARIANTS},
     )
 
 

@@ -86,7 +86,7 @@ def build_sounds(out: Path, files: dict[str, Path], unpacked: Path) -> list[Row]
     rows = []
     for sound_class in SOUND_CLASSES:
         recordings = _recordings_of(sound_class, banks)
-        for recording, split in zip(recordings, split_recordings(sound_class.label, recordings), strict=True):
+        for recording, split in zip(recordings, split_recordings(recordings), strict=True):
             name = re.sub(r"[^a-z0-9]+", "-", f"{sound_class.label}_{recording.source}_{recording.name}".lower())
             path = f"sounds/{name}.ogg"
             write_audio(out / path, recording.wave, SECONDS, SOUND_COMPRESSION)
@@ -111,7 +111,7 @@ def _recordings_of(sound_class: SoundClass, banks: dict[str, dict[str, Waveform]
     return [found[index] for index in order[:MOST_PER_CLASS]]
 
 
-def split_recordings(label: str, recordings: list[Recording]) -> list[str]:
+def split_recordings(recordings: list[Recording]) -> list[str]:
     """Assigns each recording to a split; recordings that are copies of each other go to the same one.
 
     Returns:

@@ -168,7 +168,6 @@ def _parse_table() -> tuple[Concept, ...]:
 
 
 CONCEPTS: tuple[Concept, ...] = _parse_table()
-CONCEPT_OF_WORD: dict[str, Concept] = {concept.word: concept for concept in CONCEPTS}
 
 # Every question about these is held out; their facts appear in the stage-0 sentences only. A fifth of each category.
 HELDOUT_TEXT_WORDS = frozenset(

@@ -25,8 +25,6 @@ ESPEAK_TRAIN_VARIANTS = (
 )
 ESPEAK_HELDOUT_VARIANTS = ("f4", "m7", "Andrea", "edward")
 
-Speak = Callable[[str], Waveform]
-
 
 def is_heldout_voice(voice: str) -> bool:
     """Whether `voice` ("flite-slt", "espeak-en-us+f4", "hibari-heart") is used for evaluation only."""

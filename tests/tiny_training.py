@@ -41,14 +41,14 @@ def samples(folder: Path, per_modality: int = 8) -> list[dict[str, Any]]:
         colour = list(COLOURS)[index % len(COLOURS)]
         pixels = np.array(COLOURS[colour]) + rng.integers(-15, 15, (20, 24, 3))
         PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.png")
-        made.append(_sample("image", index, {"type": "image", "path": f"{index}.png"}, "What is it?", colour))
+        made.append(sample("image", index, {"type": "image", "path": f"{index}.png"}, "What is it?", colour))
         pitch = list(PITCHES)[index % len(PITCHES)]
         wave = 0.4 * np.sin(2 * np.pi * PITCHES[pitch] * np.arange(6000) / 16_000 + index)
         (folder / f"{index}.wav").write_bytes(tiny_media.wav(wave.astype(np.float32)))
         clip = {"type": "audio", "path": f"{index}.wav"}
-        made.append(_sample("speech", index, clip, "Who speaks?", pitch))
-        made.append(_sample("sound", index, clip, "What sounds?", pitch))
-        made.append(_sample("text", index, None, f"Say {colour}.", colour))
+        made.append(sample("speech", index, clip, "Who speaks?", pitch))
+        made.append(sample("sound", index, clip, "What sounds?", pitch))
+        made.append(sample("text", index, None, f"Say {colour}.", colour))
     return made
 
 
@@ -59,7 +59,7 @@ def write_jsonl(folder: Path, per_modality: int = 8) -> Path:
     return file
 
 
-def _sample(modality: str, index: int, medium: dict[str, Any] | None, question: str, answer: str) -> dict[str, Any]:
+def sample(modality: str, index: int, medium: dict[str, Any] | None, question: str, answer: str) -> dict[str, Any]:
     asked: list[dict[str, Any]] = [{"type": "text", "text": question}]
     return {
         "id": f"{modality}-{index}",

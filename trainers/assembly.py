@@ -16,12 +16,6 @@ from .recipe import ExpertConfig, MoeConfig
 EXPERT_FILE = "expert.safetensors"
 CONNECTORS_FILE = "connectors.safetensors"
 ROUTER_MEANS_FILE = "router_means.safetensors"
-CONNECTOR_OF = {
-    "image": "image_connector",
-    "video": "video_connector",
-    "speech": "speech_connector",
-    "sound": "sound_connector",
-}
 _LANGUAGE = "model.language_model."
 # Means of fewer batches than this wobble; more cost time and change nothing.
 _MEAN_BATCHES = 8
@@ -48,11 +42,11 @@ def connector_owners(model: UniMoeForCausalLM, experts: Sequence[tuple[str, Iter
     owners: dict[str, str] = {}
     for name, modalities in experts:
         for modality in modalities:
-            connector = CONNECTOR_OF.get(modality)
-            if connector is not None and getattr(model.model, connector) is not None:
+            connector = f"{modality}_connector"
+            if getattr(model.config, connector, None) is not None:
                 owners.setdefault(connector, name)
-    has_shared = model.model.image_connector is not None and model.model.video_connector is None
-    if has_shared and "image_connector" not in owners:
+    is_shared = model.config.image_connector is not None and model.config.video_connector is None
+    if is_shared and "image_connector" not in owners:
         for name, modalities in experts:
             if "video" in modalities:
                 owners["image_connector"] = name

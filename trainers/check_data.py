@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from unimoe.errors import ConversationError, DataError, MediaError
 from unimoe.processing.chat_unimoe import read_messages
-from unimoe.processing.media_unimoe import DEFAULT_POLICY, MediaPolicy, load_audio, load_image
+from unimoe.processing.media_audio_unimoe import load_audio
+from unimoe.processing.media_policy_unimoe import DEFAULT_POLICY, MediaPolicy
+from unimoe.processing.media_unimoe import load_image
 from unimoe.processing.media_video_unimoe import load_video
 
 from .data import MEDIA_KINDS, Sample, media_items, media_value, paths_of, sample_reader
@@ -97,7 +99,8 @@ class _Checker:
         name = str(record.value.get("id", "")) if isinstance(record.value, dict) else ""
         try:
             sample = read(record.value, record.place)
-            read_messages(sample.get("messages", [{"role": "user"}]), self._policy.limits)
+            if "messages" in sample:
+                read_messages(sample["messages"], self._policy.limits)
         except (DataError, ConversationError, MediaError) as error:
             reason = str(error).removeprefix(record.place).lstrip(": ")
             self._note(self.report.problems, "record", "inconsistent", record, name, reason)

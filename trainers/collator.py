@@ -1,11 +1,12 @@
 """Batches for training, from media files or from cached tower states, with one interface.
 
 A batch holds what `UniMoeForCausalLM.forward` takes, padded on the left so that the answers end in the same column and
-logits are needed for the last columns only, and two entries for messages and logs: `sample_ids` and `group`. `logits_to_keep` says how many columns that are.
+logits are needed for the last columns only (`logits_to_keep` says how many), and two entries for messages and logs:
+`sample_ids` and `group`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,15 +78,15 @@ class RawCollator:
                 kept = mask[position].bool()
                 rows.append((ids[position][kept].tolist(), labels[position][kept].tolist()))
                 position += 1
-        return _batch(samples, rows, _padding_id(self.processor), 0, self.multiple) | inputs
+        return _batch(self.processor, samples, rows, self.multiple) | inputs
 
 
 class CachedCollator:
     """Batches whose media are tower states from a cache.
 
     Args:
-        pad_to: "longest" pads every batch to the longest sample of its group in the data set given to `fit`; a number
-            pads to a multiple of it.
+        pad_to_multiple_of: sequence lengths are rounded up to it; once `fit` was called, a batch is as long as the
+            longest sample of its group in that data set, so that a group has one shape.
         feature_noise: standard deviation of Gaussian noise, relative to that of every channel; one figure or one per
             "image", "video", "speech", "sound".
         token_dropout: probability that a position of the states becomes the mean state; likewise.
@@ -100,15 +101,14 @@ class CachedCollator:
         self,
         processor: Any,
         cache: EncoderCache,
-        pad_to: Literal["longest"] | int = "longest",
+        pad_to_multiple_of: int = 8,
         feature_noise: float | Mapping[str, float] = 0.0,
         token_dropout: float | Mapping[str, float] = 0.0,
         augment: Augment | None = None,
     ) -> None:
         self.processor = processor
         self.cache = cache
-        self.multiple = 8 if pad_to == "longest" else pad_to
-        self.to_longest = pad_to == "longest"
+        self.multiple = pad_to_multiple_of
         self.feature_noise = feature_noise
         self.token_dropout = token_dropout
         self.augment = augment
@@ -118,10 +118,8 @@ class CachedCollator:
     def fit(self, dataset: ConversationDataset) -> None:
         """Tokenise the data set, and remember the longest sample of every group."""
         for sample in dataset.samples:
-            length = len(self._row(sample)[0])
-            if self.to_longest:
-                group = group_of(sample)
-                self.lengths[group] = max(self.lengths.get(group, 0), length)
+            group = group_of(sample)
+            self.lengths[group] = max(self.lengths.get(group, 0), len(self._row(sample)[0]))
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         rows: list[Row] = []
@@ -137,7 +135,7 @@ class CachedCollator:
             for name, tensors in states.items():
                 media.setdefault(name, []).extend(tensors)
         length = max(self.lengths.get(group_of(sample), 0) for sample in samples)
-        batch = _batch(samples, rows, _padding_id(self.processor), length, self.multiple)
+        batch = _batch(self.processor, samples, rows, self.multiple, length)
         seed = samples[0].get("draw_seed")
         for name, tensors in media.items():
             joined = torch.cat(tensors) if name in ("speech", "sound") else torch.stack(tensors)
@@ -163,32 +161,17 @@ class CachedCollator:
 
 
 def _batch(
-    samples: Sequence[Sample], rows: Sequence[Row], padding_id: int, length: int, multiple: int
+    processor: Any, samples: Sequence[Sample], rows: Sequence[Row], multiple: int, length: int = 0
 ) -> dict[str, Any]:
     """Left-padded int64 tensors [B, L]; L is the longest row or `length`, rounded up to the multiple."""
-    width = max(length, *(len(ids) for ids, _ in rows))
-    width += -width % multiple
-    input_ids = np.full((len(rows), width), padding_id, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for index, (ids, answer) in enumerate(rows):
-        input_ids[index, width - len(ids) :] = ids
-        labels[index, width - len(ids) :] = answer
-        mask[index, width - len(ids) :] = 1
-    label_tensor = torch.from_numpy(labels)
+    named = [{"input_ids": ids, "labels": labels} for ids, labels in rows]
+    batch = processor.pad_tokens(named, "left", multiple, length=length)
     return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(mask),
-        "labels": label_tensor,
-        "logits_to_keep": columns_to_keep(label_tensor),
+        **batch,
+        "logits_to_keep": columns_to_keep(batch["labels"]),
         "sample_ids": [sample["id"] for sample in samples],
         "group": group_of(samples[0]),
     }
-
-
-def _padding_id(processor: Any) -> int:
-    tokenizer = processor.tokenizer
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _figure(setting: float | Mapping[str, float], name: str) -> float:

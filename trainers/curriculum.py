@@ -2,7 +2,7 @@
 
 OUT/recipe.yaml
 OUT/<stage>/settings.json    what the stage was started with
-OUT/<stage>/plan.json        steps that were decided, and the stage's settings
+OUT/<stage>/plan.json        steps that were decided, and the speed that was measured for it
 OUT/<stage>/losses.jsonl     one line per log
 OUT/<stage>/checkpoints/     gone when the stage is done
 OUT/<stage>/model/           the model after the stage (not for "experts")
@@ -96,23 +96,27 @@ def run_curriculum(
         DataError, CheckpointError, TrainingError: see their makers.
     """
     recipe.check()
+    if cache is None and recipe.cache is None:
+        _refuse_settings_of_cached_training(recipe)
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out), _no_foreign_bars():
-        run = _Curriculum(recipe, model, processor, dataset, cache, augment, on_stage_end)
+        run = _Curriculum(
+            recipe,
+            model,
+            processor,
+            dataset,
+            cache,
+            augment,
+            on_stage_end,
+            on_start=on_stage_start,
+            on_progress=on_progress,
+            progress_bar=progress_bar,
+            training_arguments=dict(training_arguments or {}),
+        )
         for stage in recipe.stages:
             run.require_same_settings(stage)
         save_recipe(recipe, out / "recipe.yaml")
-        run.settings = RunSettings(
-            processor=run.processor,
-            make_collator=run.collator,
-            seed=recipe.seed,
-            precision=recipe.precision,
-            progress_bar=progress_bar,
-            on_progress=on_progress,
-            on_start=on_stage_start,
-            training_arguments=dict(training_arguments or {}),
-        )
         return [run.stage(stage) for stage in recipe.stages]
 
 
@@ -122,7 +126,7 @@ def load_start_model(folder: str | Path, recipe: Recipe) -> UniMoeForCausalLM:
 
 
 class _Curriculum:
-    settings: RunSettings
+    """The state that goes from stage to stage; `run_options` are further fields of `RunSettings`."""
 
     def __init__(
         self,
@@ -133,6 +137,7 @@ class _Curriculum:
         cache: EncoderCache | None,
         augment: Augment | None,
         on_stage_end: OnStageEnd | None,
+        **run_options: Any,
     ) -> None:
         self.recipe = recipe
         self.model = None if model is None else _with_implementations(model, recipe)
@@ -143,6 +148,9 @@ class _Curriculum:
         self.augment = augment
         self.on_stage_end = on_stage_end
         self.expert_folders: list[Path] = []
+        self.settings = RunSettings(
+            self.processor, self.collator, seed=recipe.seed, precision=recipe.precision, **run_options
+        )
 
     def stage(self, stage: StageConfig) -> StageReport:
         """Run one stage, or take over what it left when it was done."""
@@ -166,6 +174,7 @@ class _Curriculum:
         return CachedCollator(
             self.processor,
             self.cache,
+            self.recipe.pad_to_multiple_of,
             feature_noise=stage.feature_noise,
             token_dropout=stage.token_dropout,
             augment=self.augment,
@@ -263,9 +272,7 @@ class _Curriculum:
             dataset = self.dataset
         dataset = dataset.select(stage.modalities)
         if self.cache is None and self.recipe.cache is not None:
-            self.cache = EncoderCache(
-                self.recipe.cache, self.model, self.processor, variants=self.recipe.cache_variants
-            )
+            self.cache = EncoderCache(self.recipe.cache, self.model, self.processor)
         if self.cache is not None:
             self.cache.build(dataset.samples, progress=self.settings.progress_bar)
         return dataset
@@ -329,6 +336,18 @@ def _with_implementations(model: UniMoeForCausalLM, recipe: Recipe) -> UniMoeFor
     if recipe.experts_implementation is not None and model.config.text_config.sparse_layers:
         model.set_experts_implementation(recipe.experts_implementation)
     return model
+
+
+def _refuse_settings_of_cached_training(recipe: Recipe) -> None:
+    """Noise and dropout act on cached states; without a cache they would be silently left out."""
+    for stage in recipe.stages:
+        for name in ("feature_noise", "token_dropout"):
+            value = getattr(stage, name)
+            if any(value.values()) if isinstance(value, dict) else value:
+                raise RecipeError(
+                    f"The stage {stage.name!r} has {name} = {value!r}, which acts on cached tower states, but there is "
+                    f"no cache: set cache to a folder, or leave {name} out."
+                )
 
 
 @contextmanager

@@ -8,19 +8,21 @@ to that many positions: the connector pools first, and pooling twice changes not
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging
 
 from unimoe.errors import DataError
 from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from unimoe.processing.media_unimoe import load_audio, load_image, open_media
+from unimoe.processing.media_audio_unimoe import load_audio
+from unimoe.processing.media_policy_unimoe import MediaPolicy
+from unimoe.processing.media_unimoe import load_image, open_media
 from unimoe.processing.media_video_unimoe import load_video
 
 from .data import MEDIA_KINDS, Sample, media_items, media_value
@@ -96,11 +98,12 @@ class EncoderCache:
 
         Raises:
             DataError: a medium was not built.
+        MediaError: a medium cannot be opened any more.
         """
         found: dict[str, list[torch.Tensor]] = {}
         for item in media_items(sample):
             kind = item["type"]
-            key = self._key(media_value(item), variant % self.variants[kind])
+            key = self._key(kind, media_value(item), variant % self.variants[kind])
             states = self._store(kind).get(key)
             if states is None:
                 raise DataError(
@@ -116,7 +119,7 @@ class EncoderCache:
     def audio_windows(self, sample: Sample) -> list[int]:
         """Number of windows of every audio item of a sample."""
         clips = [item for item in media_items(sample) if item["type"] == "audio"]
-        states = [self._store("audio").get(self._key(media_value(item), 0)) for item in clips]
+        states = [self._store("audio").get(self._key("audio", media_value(item), 0)) for item in clips]
         return [len(next(iter(state.values()))) for state in states if state is not None]
 
     def statistics(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +133,7 @@ class EncoderCache:
             for item in media_items(sample):
                 kind, value = item["type"], media_value(item)
                 for variant in range(self.variants[kind]):
-                    key = self._key(value, variant)
+                    key = self._key(kind, value, variant)
                     if key not in self._store(kind):
                         missing.setdefault(kind, {})[key] = value
         return missing
@@ -143,10 +146,10 @@ class EncoderCache:
             self._stores[kind] = TensorStore(self.folder / f"{kind}-{fingerprint[:16]}")
         return self._stores[kind]
 
-    def _key(self, value: Any, variant: int) -> str:
+    def _key(self, kind: str, value: Any, variant: int) -> str:
         name = value if isinstance(value, str) else id(value)
         if name not in self._digests:
-            self._digests[name] = _content_digest(value)
+            self._digests[name] = _content_digest(kind, value, self.processor.media_policy)
         return f"{self._digests[name]}-{variant}"
 
     def _open(self, kind: str, value: Any, key: str) -> Any:
@@ -155,8 +158,8 @@ class EncoderCache:
         rng = np.random.default_rng(int(hashlib.sha256(key.encode()).hexdigest()[:16], 16))
         policy = self.processor.media_policy
         if kind == "image":
-            image = load_image(value, policy, str(value))
-            return image if augment is None else augment(_with_alpha(value, policy, image), rng)
+            image = load_image(value, policy, str(value), "RGB" if augment is None else "RGBA")
+            return image if augment is None else augment(image, rng)
         if kind == "video":
             front = self.processor.video_processor
             medium: Any = load_video(value, front.num_frames, front.sampling, policy, str(value))
@@ -189,15 +192,14 @@ class EncoderCache:
         return nn.functional.adaptive_avg_pool1d(flat, length).transpose(1, 2).reshape(*leading, length, -1)
 
 
-class _eval_mode:  # noqa: N801 - used like a function
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.was_training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: Any) -> None:
-        self.model.train(self.was_training)
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _encode_audio(model: UniMoeForCausalLM, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -213,16 +215,9 @@ def _encode_audio(model: UniMoeForCausalLM, features: Mapping[str, torch.Tensor]
 
 
 def _pooled_lengths(model: UniMoeForCausalLM) -> dict[str, int]:
-    config = model.config
-    connectors = {
-        "image": config.image_connector,
-        "video": config.video_connector or config.image_connector,
-        "speech": config.speech_connector,
-        "sound": config.sound_connector,
-    }
     return {
         name: connector.num_tokens
-        for name, connector in connectors.items()
+        for name, connector in model.config.connectors.items()
         if connector is not None and connector.type == "mlp" and connector.num_tokens is not None
     }
 
@@ -259,29 +254,15 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def _content_digest(value: Any) -> str:
-    if isinstance(value, str):
-        try:
-            content = Path(value).read_bytes()
-        except OSError as error:
-            raise DataError(f"The media file {value} cannot be read ({error.strerror}): check the path.") from error
-        return hashlib.sha256(content).hexdigest()[:32]
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()[:32]
+def _content_digest(kind: str, value: Any, policy: MediaPolicy) -> str:
+    if isinstance(value, str | bytes):
+        with open_media(value, kind, policy, value if isinstance(value, str) else "") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
     if isinstance(value, list) and value and isinstance(value[0], str | bytes):  # a video's frames
-        return hashlib.sha256("".join(map(_content_digest, value)).encode()).hexdigest()[:32]
+        frames = (_content_digest("image", frame, policy) for frame in value)
+        return hashlib.sha256("".join(frames).encode()).hexdigest()[:32]
     array = np.asarray(value)
     return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:32]
-
-
-def _with_alpha(value: Any, policy: Any, image: Image.Image) -> Image.Image:
-    """The picture that `load_image` accepted, with its transparency."""
-    if isinstance(value, Image.Image):
-        return value
-    if not isinstance(value, str | bytes):
-        return image
-    with open_media(value, "image", policy) as stream, Image.open(stream) as opened:
-        return opened.convert("RGBA")
 
 
 def _batches(items: Mapping[str, Any], size: int) -> Iterator[list[tuple[str, Any]]]:

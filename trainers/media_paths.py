@@ -25,12 +25,13 @@ class MediaPaths:
         named = PurePath(path)
         if not self._replaces_roots or not named.is_absolute():
             return str(self.root / named)
+        named = PurePath(os.path.normpath(path))  # or .. could lead out of media_root
         below = named.parts[1:]
         # Files of one folder lie together, so what served one of them is tried first for the others.
         known = self._parts_to_drop.get(named.parent, 0)
         for drop in dict.fromkeys([known, *range(len(below))]):
             found = self.root.joinpath(*below[drop:])
-            if os.path.isfile(found) and ".." not in below:
+            if os.path.isfile(found):
                 self._parts_to_drop[named.parent] = drop
                 return str(found)
         return str(self.root.joinpath(*below))

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from unimoe.modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from unimoe.modeling_unimoe.losses_unimoe import router_losses, weighted_sum
+from unimoe.modeling_unimoe.losses_unimoe import balance_terms
 
 IGNORED = -100
 # Columns of logits are computed in multiples of this many, so that the head sees few different shapes.
@@ -64,6 +64,6 @@ def training_loss(
     )
     if not outputs.router_logits:
         return LossParts(cross_entropy, cross_entropy.detach())
-    losses = router_losses(outputs.router_logits, config, modality_ids, token_groups, attention_mask)
-    total = cross_entropy + weighted_sum(losses, config) * (items / divisor)
-    return LossParts(total, cross_entropy.detach(), {name: loss.detach() for name, loss in losses.items()})
+    terms = balance_terms(outputs.router_logits, config, modality_ids, token_groups, attention_mask, items / divisor)
+    losses = {name: loss.detach() for name, loss in terms.losses.items()}
+    return LossParts(cross_entropy + terms.weighted, cross_entropy.detach(), losses)

@@ -118,9 +118,16 @@ class StageConfig:
         train: roles whose parameters are trained (see `roles.ROLES`); everything else is frozen.
         modalities: modalities or tasks whose samples are used; empty means all.
         data: own data files of this stage; None uses the recipe's.
+        steps: optimizer steps; of an "experts" stage those of every run that sets none of its own.
         batch_size: samples per device and forward pass.
+        gradient_accumulation_steps: batches per optimizer step, all from one modality.
         learning_rate: one figure, or one per role in `train` and `lora.targets`.
         schedule: of the learning rate after `warmup_steps`; it ends at `min_learning_rate_ratio` of its peak.
+        weight_decay, adam_betas: of AdamW; biases and norms do not decay.
+        max_grad_norm: longer gradients are scaled down to it; 0 leaves them.
+        label_smoothing: share of the target that is spread evenly over the vocabulary.
+        lora: adapters that train beside `train`.
+        experts: the runs of a stage of kind "experts".
         modality_weights: share of the batches by task or modality; without them, by the number of samples.
         router_aux_loss_coef, router_z_loss_coef, router_modality_loss_coef, router_divergence_loss_coef: override the
             model's coefficients during this stage.
@@ -128,7 +135,8 @@ class StageConfig:
             figure or one per modality. Cached training only, as is token_dropout.
         token_dropout: probability that a position of the cached tower states becomes the mean state.
         save_every: steps between checkpoints; 0 saves none before the stage's end.
-        time_limit_seconds: measure the speed when the stage starts and cut `steps` to fit.
+        keep_checkpoints: newest checkpoints that stay while the stage runs.
+        time_limit_seconds: measure the speed at the start and cut `steps` to fit; per expert run in an "experts" stage.
         log_every: steps between progress reports.
     """
 
@@ -238,7 +246,6 @@ class Recipe:
         attention: "auto" takes "eager" on CPUs, where training with it is faster, and "sdpa" elsewhere.
         experts_implementation: of transformers ("grouped_mm", "batched_mm", "eager"); None leaves its default.
         cache: folder for the frozen towers' states; None runs the towers in every step.
-        cache_variants: differently augmented copies per medium, e.g. {"image": 3}; one without augmentation.
         pad_to_multiple_of: sequence lengths are rounded up to it, because every new shape costs time.
     """
 
@@ -253,7 +260,6 @@ class Recipe:
     attention: str = "auto"
     experts_implementation: str | None = None
     cache: str | None = None
-    cache_variants: dict[str, int] = field(default_factory=dict)
     pad_to_multiple_of: int = 8
 
     def check(self, where: str = "recipe") -> None:
@@ -261,9 +267,6 @@ class Recipe:
         require_choice("precision", self.precision, PRECISIONS)
         require_range("seed", self.seed, 0, (1 << 32) - 1)
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
-        for kind, count in self.cache_variants.items():
-            require_choice("cache_variants", kind, ("image", "video", "audio"))
-            require_range(f"cache_variants.{kind}", count, 1, 1000)
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):
             stage.check(f"stages[{index}] ({stage.name})")

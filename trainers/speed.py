@@ -8,6 +8,7 @@ import torch
 
 from .checkpoints import seal
 from .data import Draw
+from .objective import IGNORED
 from .roles import count_trainable
 from .trainer import UniMoeTrainer
 
@@ -64,7 +65,7 @@ def seconds_per_checkpoint(trainer: UniMoeTrainer, folder: Path) -> float:
 def _forward_backward(trainer: UniMoeTrainer, model: torch.nn.Module, draws: list[Draw]) -> None:
     batch = trainer.data_collator([trainer.train_dataset[draw] for draw in draws])
     batch = trainer._prepare_inputs(batch)
-    items = (batch["labels"][:, 1:] != -100).sum()
+    items = (batch["labels"][:, 1:] != IGNORED).sum()
     with trainer.accelerator.autocast():
         loss = trainer.compute_loss(model, batch, num_items_in_batch=items)
     loss.backward()

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,6 @@ def run_training(
     settings: RunSettings,
     *,
     name: str | None = None,
-    steps: int | None = None,
     trained_names: Callable[[str], bool] | None = None,
 ) -> tuple[UniMoeForCausalLM, StageReport]:
     """Train a model as a stage says; goes on from the newest complete checkpoint in the folder, if there is one.
@@ -103,7 +102,6 @@ def run_training(
     Args:
         model: trained in place.
         folder: gets losses, the plan and checkpoints.
-        steps: overrides the stage's.
         trained_names: see `set_trainable`.
 
     Returns:
@@ -123,7 +121,7 @@ def run_training(
     def trainer_for(steps: int) -> UniMoeTrainer:
         return _build_trainer(trained_model, dataset, collator, stage, checkpoints, steps, settings)
 
-    planned = _decide_steps(stage, steps or stage.steps, folder, trainer_for, settings)
+    planned = _decide_steps(stage, folder, trainer_for)
     trainer = trainer_for(planned)
     if settings.on_start is not None:
         settings.on_start(name, trainable_table(trained_model), planned)
@@ -256,18 +254,12 @@ def _build_trainer(
     return trainer
 
 
-def _decide_steps(
-    stage: StageConfig,
-    wanted: int,
-    folder: Path,
-    trainer_for: Callable[[int], UniMoeTrainer],
-    settings: RunSettings,
-) -> int:
-    """The steps of this run: those of an earlier start of it, else as wanted, cut to the time limit."""
-    file = folder / PLAN_FILE
+def _decide_steps(stage: StageConfig, folder: Path, trainer_for: Callable[[int], UniMoeTrainer]) -> int:
+    """The steps of this run: those of an earlier start of it, else the stage's, cut to the time limit."""
+    file, wanted = folder / PLAN_FILE, stage.steps
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))["steps"]
-    plan: dict[str, Any] = {"steps": wanted, "stage": asdict(stage)}
+    plan: dict[str, Any] = {"steps": wanted}
     if stage.time_limit_seconds is not None:
         started = time.perf_counter()
         trainer = trainer_for(wanted)

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unimoe.errors import MissingPackageError
+
 from .data import Sample, read_samples
 
 if TYPE_CHECKING:
@@ -21,12 +23,12 @@ def stream_conversations(
 
     Raises:
         DataError: while iterating, at the first record that cannot be used.
-        ImportError: `datasets` is missing.
+        MissingPackageError: `datasets` is missing.
     """
     try:
         import datasets
     except ImportError:
-        raise ImportError("Streaming data files needs datasets: pip install 'unimoe[eval]'.") from None
+        raise MissingPackageError("Streaming data files needs datasets: pip install 'unimoe[eval]'.") from None
     names = [str(file) for file in files]
     root = None if media_root is None else str(media_root)
     settings = {"files": names, "media_root": root, "original_rules": original_rules}

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from unimoe.errors import CheckpointError, RecipeError, TrainingError
@@ -327,14 +326,6 @@ class UniMoeTrainer(Trainer):
     @property
     def _is_plain(self) -> bool:
         return isinstance(self.accelerator.unwrap_model(self.model), UniMoeForCausalLM)
-
-
-class QuietProgress(ProgressCallback):
-    """A progress bar without the log lines between."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
 
 
 def _with_floor(schedule: Callable[[int], float], floor: float, warmup_steps: int) -> Callable[[int], float]:

@@ -6,6 +6,7 @@ import random
 import resource
 import socket
 import struct
+import sys
 import time
 import wave
 import zipfile
@@ -21,9 +22,17 @@ import pytest
 import tiny_media
 
 from unimoe.processing import media_fetch_unimoe
+from unimoe.processing.media_audio_unimoe import load_audio
 from unimoe.processing.media_fetch_unimoe import is_public_address, is_url
-from unimoe.processing.media_unimoe import MediaError, MediaLimits, MediaPolicy, load_audio, load_image
-from unimoe.processing.media_video_unimoe import load_video, load_video_audio
+from unimoe.processing.media_policy_unimoe import (
+    MediaError,
+    MediaLimits,
+    MediaPolicy,
+    MissingPackageError,
+    UniMoeError,
+)
+from unimoe.processing.media_unimoe import load_image
+from unimoe.processing.media_video_unimoe import load_video
 
 QUICK = 0.5  # seconds of this process; a refusal takes milliseconds, the rest is slack for a busy machine
 
@@ -229,6 +238,19 @@ def test_wav_files_need_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
         load_audio(b"fLaC" + bytes(100))
 
 
+def test_a_missing_package_is_one_of_our_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setitem(sys.modules, "soxr", None)
+    for load, extra in (
+        (lambda: load_video(b"\0\0\0\x20ftypisom"), "video"),
+        (lambda: load_audio(b"\0\0\0\x20ftypisom"), "video"),
+        (lambda: load_audio(np.zeros(100, np.float32), 16_000, 8000), "audio"),
+    ):
+        with pytest.raises(MissingPackageError, match=rf"unimoe\[{extra}\]") as caught:
+            load()
+        assert isinstance(caught.value, UniMoeError)
+
+
 # Videos
 
 
@@ -273,7 +295,7 @@ def test_files_that_are_no_videos(data: bytes) -> None:
     with refused("bytes|not a readable video|damaged|no picture track|no frame", "video"):
         load_video(data)
     with pytest.raises(MediaError):
-        load_video_audio(data)
+        load_audio(data)
 
 
 def test_references_to_other_files_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +349,7 @@ MUTATED: dict[str, tuple[Callable[[], bytes], Callable[[bytes], Any], int]] = {
     **{k: (lambda k=k: tiny_media.encoded_picture(k), load_image, 150) for k in ("PNG", "JPEG", "WEBP", "GIF", "BMP")},
     **{k: (lambda k=k: encoded_sound(k), load_audio, 150) for k in ("WAV", "FLAC", "OGG", "MP3", "AIFF")},
     "MP4": (lambda: tiny_media.video(6, track=True), load_video, 100),
-    "MP4 sound": (lambda: tiny_media.video(6, track=True), load_video_audio, 100),
+    "MP4 sound": (lambda: tiny_media.video(6, track=True), load_audio, 100),
     "WebM": (lambda: tiny_media.video(6, "webm", "libvpx"), load_video, 100),
     "AVI": (lambda: tiny_media.video(6, "avi", "mpeg4"), load_video, 100),
 }

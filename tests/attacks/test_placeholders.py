@@ -10,7 +10,7 @@ import tiny_media
 import torch
 
 from unimoe.processing.chat_unimoe import CHAT_TOKENS, DEFAULT_CHAT_TEMPLATE, MEDIA_TOKENS, VICUNA_CHAT_TEMPLATE
-from unimoe.processing.media_unimoe import ConversationError, PlaceholderError
+from unimoe.processing.media_policy_unimoe import ConversationError, PlaceholderError
 from unimoe.processing.processing_unimoe import UniMoeProcessor
 
 CONTROL = (*MEDIA_TOKENS, *CHAT_TOKENS, "<s>", "</s>", "<unk>")

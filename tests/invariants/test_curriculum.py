@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import CheckpointError, DataError, RecipeError
+from unimoe.trainers import curriculum
 from unimoe.trainers.assembly import assemble, connector_owners, router_rows_from_means
 from unimoe.trainers.checkpoints import exclusive
 from unimoe.trainers.collator import RawCollator
@@ -346,6 +347,33 @@ def test_copies_of_the_dense_ffn_without_an_experts_stage(start: Path, tmp_path:
     experts = model.model.language_model.layers[1].mlp.experts
     assert torch.equal(experts.gate_up_proj[0], experts.gate_up_proj[1])
     assert model.config.text_config.router_jitter_noise == 0.01
+
+
+def test_the_recipes_multiple_reaches_cached_batches(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = set()
+
+    class Spy(curriculum.CachedCollator):
+        def __call__(self, samples: Any) -> Any:
+            batch = super().__call__(samples)
+            widths.add(batch["input_ids"].shape[1])
+            return batch
+
+    monkeypatch.setattr(curriculum, "CachedCollator", Spy)
+    made = recipe(start, tmp_path, pad_to_multiple_of=50)
+    made.stages = [dataclasses.replace(made.stages[0], steps=1)]
+    run_curriculum(made, progress_bar=False)
+    assert widths == {50}
+
+
+@pytest.mark.parametrize("name", ["feature_noise", "token_dropout"])
+@pytest.mark.parametrize("value", [0.1, {"image": 0.1}])
+def test_noise_on_cached_states_without_a_cache_is_refused(start: Path, tmp_path: Path, name: str, value: Any) -> None:
+    made = recipe(start, tmp_path, cache=None)
+    made.stages = [dataclasses.replace(made.stages[0], **{name: value})]
+    with pytest.raises(RecipeError, match=rf"stage 'language' has {name} = .* no cache: set cache .* or leave {name}"):
+        run_curriculum(made, progress_bar=False)
 
 
 def test_impossible_stages_say_so(start: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Greedy tokens do not depend on the batch, the cache or the backend; samples keep their media when they multiply."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def test_caches_agree(twin: Any, options: dict[str, Any]) -> None:
 
 
 def test_experts_backends_agree(twin: Any) -> None:
-    model, samples = twin
+    model, samples = copy.deepcopy(twin[0]), twin[1]
     inputs = collate(samples)
     tokens = {}
     for implementation in ("eager", "batched_mm", "grouped_mm"):

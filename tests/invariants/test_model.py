@@ -20,7 +20,7 @@ from transformers import (
 from twins import Sample, collate
 
 from unimoe import UniMoeForCausalLM, UniMoeModel
-from unimoe.errors import ModalityError
+from unimoe.errors import ConfigurationError, ModalityError
 from unimoe.modeling_unimoe.encoding_unimoe import build_tower
 
 ATOL = 2e-5
@@ -295,7 +295,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(twin: Any) -> None:
 
 def test_every_weight_but_the_towers_learns(twin: Any) -> None:
     model, samples = copy.deepcopy(twin[0]).train(), twin[1]
-    # A Whisper decoder ends where the model's last hidden state begins; padding and positions see no token.
     got = gradients(model, collate(samples))
     idle = {name for name, p in model.named_parameters() if name not in got or not got[name].any()}
     towers = {name for name, _ in model.named_parameters() if "_tower." in name}
@@ -404,6 +403,16 @@ def test_token_grid_averages_neighbouring_patches() -> None:
     patches = whole.encode_image(pixels).unflatten(1, (2, 2, 2, 2))
     expected = patches.mean(dim=(2, 4)).flatten(1, 2)
     torch.testing.assert_close(pooled.encode_image(pixels), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("config", "strategy", "patches"), [(clip(), "full", 17), (siglip(), "patch", 15)])
+def test_patches_that_are_no_square_map_are_refused(config: PreTrainedConfig, strategy: str, patches: int) -> None:
+    model = tower_model(config, vision_feature_select_strategy=strategy, vision_token_grid=2)
+    with pytest.raises(
+        ConfigurationError,
+        match=rf"vision_token_grid is 2, .* {patches} patches.* vision_feature_select_strategy \(now",
+    ):
+        model.model.encode_image(image_inputs_pixels())
 
 
 def image_inputs_pixels() -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Bad configurations are refused with the field, the value and what is allowed; good ones survive JSON."""
 
+import copy
 import json
 import math
 from typing import Any
@@ -211,3 +212,14 @@ def test_plans_name_modules_that_exist() -> None:
         for pattern in plan:
             layers = range(config.num_hidden_layers)
             assert any(pattern.replace("*", str(layer)) in names for layer in layers), pattern
+
+
+def test_videos_go_through_the_image_connector_unless_they_have_their_own() -> None:
+    config = tiny.config()
+    assert list(config.connectors) == ["image", "video", "speech", "sound"]
+    config.video_connector = None
+    assert config.connectors["video"] is config.image_connector
+    config.video_connector = copy.deepcopy(config.image_connector)
+    assert config.connectors["video"] is config.video_connector
+    config.sound_connector = None
+    assert config.connectors["sound"] is None

@@ -8,7 +8,7 @@ import tiny_media
 from transformers import WhisperFeatureExtractor
 
 from unimoe.processing.feature_extraction_unimoe import UniMoeFeatureExtractor
-from unimoe.processing.media_unimoe import MediaError
+from unimoe.processing.media_policy_unimoe import MediaError
 
 TOLERANCE = 1e-4
 

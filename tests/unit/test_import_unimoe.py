@@ -234,7 +234,8 @@ def test_memory_holds_no_more_than_a_shard_and_a_fifth(whole: Released, tmp_path
         [sys.executable, "-c", _PEAK, *map(str, folders)], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 1.2 * max(sizes), (done.stdout, sizes)
+    slack = 8 << 20  # allocators and file buffers; two shards at once would not fit
+    assert int(done.stdout) <= 1.2 * max(sizes) + slack < 2 * max(sizes)
 
 
 def test_the_folder_and_its_adapter_go_to_the_hub(

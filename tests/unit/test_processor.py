@@ -14,7 +14,7 @@ import pytest
 import tiny_media
 import torch
 
-from unimoe.processing.media_unimoe import ConversationError, MediaError, PlaceholderError
+from unimoe.processing.media_policy_unimoe import ConversationError, MediaError, PlaceholderError
 from unimoe.processing.processing_unimoe import VICUNA_CHAT_TEMPLATE, UniMoeProcessor
 
 IMAGE, VIDEO, SPEECH, SOUND = 1, 2, 3, 4

@@ -1,9 +1,13 @@
 """The quickstart's report: every figure that was measured is in it, and it needs no other file."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from unimoe.quickstart import report
+import pytest
+
+from unimoe.quickstart import report, results
+from unimoe.quickstart.accuracy_table import accuracy_rows
 from unimoe.quickstart.stages import MOMENTS
 from unimoe.starter_corpus.corpus import load_samples
 
@@ -20,15 +24,29 @@ def _details() -> dict[str, Any]:
         examples.append({"task": task, "question": "What <b>?", "answer": "a", "truth": "cat", "media": media})
     return {
         "loss_curves": {"stage0": [(1, 2.0), (2, 1.0)]},
-        "expert_load": {"image": [[0.25, 0.75]], "text": [[0.5, 0.5]]},
-        "sparse_layers": [1],
-        "experts": ["image", "text"],
+        "router_load": {
+            "layers": [1],
+            "experts": ["image", "text"],
+            "modalities": {"image": [[0.25, 0.75]], "text": [[0.5, 0.5]]},
+        },
         "parts": [("tower", "MIT", "a folder", "abc")],
-        "accuracy_by_stage": BY_STAGE,
         "examples": examples,
         "limits": ["small & quick"],
         "machine": "x",
     }
+
+
+def test_screen_and_card_hold_the_same_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"heldout": HELDOUT, "accuracy_by_stage": BY_STAGE, "seconds": 60.0, "peak_memory_bytes": 2**30}
+    header, rows = accuracy_rows(metrics)
+    assert header == ["task", "n", "chance", "majority", "linear probe", *BY_STAGE, "final"]
+    assert rows[0] == ["image", "40", "10 %", "20 %", "50 % (pixels 5 %)", *["25 %"] * len(BY_STAGE), "62 %"]
+    results._print_accuracy(metrics)
+    printed = capsys.readouterr().out
+    card = results._accuracy_markdown(metrics)
+    for cells in (header, *rows):
+        assert f"| {' | '.join(cells)} |" in card
+        assert "".join(cells).replace(" ", "") in printed.replace(" ", "")
 
 
 def test_bars_show_probe_model_and_the_model_before_stage_3() -> None:
@@ -47,12 +65,16 @@ def test_the_page_holds_every_figure_and_medium(tmp_path: Path) -> None:
             {"name": "s", "seconds": 1.0, "steps": 5, "trainable_parameters": 1234, "loss_first": 2, "loss_last": 1}
         ],
         "heldout": HELDOUT,
+        "accuracy_by_stage": BY_STAGE,
+        "dense_twin": {"accuracy": {"image": 0.99}},
         "upcycling": {"max_abs_logit_difference": 3e-6},
         "peak_memory_bytes": 2**30,
     }
     page = report.write_report(tmp_path, metrics, _details()).read_text(encoding="utf-8")
     for text in (
         "62 %",
+        "dense twin",
+        "99 %",
         "50 % (pixels 5 %)",
         "25 %",
         "1,234",
@@ -69,6 +91,11 @@ def test_the_page_holds_every_figure_and_medium(tmp_path: Path) -> None:
 
 def test_pages_without_examples_are_written(tmp_path: Path) -> None:
     details = {**_details(), "examples": []}
-    metrics = {"seconds": 1.0, "seed": 0, "stages": [], "heldout": HELDOUT, "peak_memory_bytes": 1}
-    metrics["upcycling"] = {"max_abs_logit_difference": 0.0}
-    assert report.write_report(tmp_path, metrics, details).stat().st_size > 1000
+    metrics = {"seconds": 1.0, "seed": 0, "stages": [], "heldout": HELDOUT, "accuracy_by_stage": {}}
+    metrics |= {"upcycling": {"max_abs_logit_difference": 0.0}, "peak_memory_bytes": 1}
+    page = report.write_report(tmp_path, metrics, details).read_text(encoding="utf-8")
+    assert "class=card>" not in page
+    assert "<audio" not in page
+    headings = re.findall("<h2>(.+?)</h2>", page)
+    assert headings[:3] == ["Held-out accuracy", "Some held-out answers", "What each stage trained"]
+    assert "62 %" in page

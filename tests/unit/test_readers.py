@@ -1,6 +1,5 @@
 """Readers of published weights: tiny files written here must come back bit for bit, damaged ones must be refused."""
 
-import json
 import struct
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from unimoe.quickstart.read_efficientnet import (
     read_state_dict,
 )
 from unimoe.quickstart.read_keras import convert_mobilenet_v2, mobilenet_v2_from_keras, read_keras_weights
-from unimoe.quickstart.shorten_whisper import short_feature_extractor, shorten_whisper
+from unimoe.quickstart.shorten_whisper import shortened_config, shortened_states
 
 h5py = pytest.importorskip("h5py", reason="h5py comes with the quickstart extra")
 
@@ -217,9 +216,9 @@ def test_other_specification_is_refused(tmp_path: Path) -> None:
 # --- shortened Whisper -----------------------------------------------------------------------------------------------
 
 
-def test_shortened_whisper_equals_the_long_one_at_full_length_and_runs_short(tmp_path: Path, whisper) -> None:
-    whisper.save_pretrained(tmp_path)
-    config, encoder_state, decoder_state = shorten_whisper(tmp_path, 2)
+def test_shortened_whisper_equals_the_long_one_at_full_length_and_runs_short(whisper) -> None:
+    config = shortened_config(whisper.config, 2)
+    encoder_state, decoder_state = shortened_states(whisper, 2)
     assert config.max_source_positions == 100
     assert encoder_state["embed_positions.weight"].shape == (100, 8)
     encoder, decoder = WhisperEncoder(config).eval(), WhisperDecoder(config).eval()
@@ -230,8 +229,8 @@ def test_shortened_whisper_equals_the_long_one_at_full_length_and_runs_short(tmp
         assert states.shape == (1, 100, 8)
         assert decoder(torch.tensor([[1, 2]]), encoder_hidden_states=states).last_hidden_state.shape == (1, 2, 8)
         features = torch.randn(1, 80, 3000)
-        full = WhisperEncoder(shorten_whisper(whisper, 30)[0]).eval()
-        full.load_state_dict(shorten_whisper(whisper, 30)[1])
+        full = WhisperEncoder(shortened_config(whisper.config, 30)).eval()
+        full.load_state_dict(shortened_states(whisper, 30)[0])
         assert torch.equal(full(features).last_hidden_state, whisper.model.encoder(features).last_hidden_state)
     # The positions that stay are the first ones, untouched; the source keeps its own table.
     assert torch.equal(encoder_state["embed_positions.weight"], whisper.model.encoder.embed_positions.weight[:100])
@@ -241,20 +240,7 @@ def test_shortened_whisper_equals_the_long_one_at_full_length_and_runs_short(tmp
 @pytest.mark.parametrize("seconds", [0, -1, 31, 2.5, True])
 def test_impossible_windows_are_refused(whisper, seconds) -> None:
     with pytest.raises(PartError, match=r"choose a whole number 1\.\.30"):
-        shorten_whisper(whisper, seconds)
-
-
-def test_short_feature_extractor_makes_short_windows(tmp_path: Path) -> None:
-    settings = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80, "chunk_length": 30}
-    settings |= {"n_samples": 480000, "nb_max_frames": 3000, "hop_length": 160, "n_fft": 400, "sampling_rate": 16000}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    extractor = short_feature_extractor(tmp_path, 2)
-    features = extractor(np.zeros(20000, np.float32), sampling_rate=16000, return_tensors="pt").input_features
-    assert features.shape == (1, 80, 200)
-    with pytest.raises(PartError, match=r"1\.\.30"):
-        short_feature_extractor(tmp_path, 60)
-    with pytest.raises(PartError, match="no Whisper preprocessor_config"):
-        short_feature_extractor(tmp_path / "nowhere", 2)
+        shortened_states(whisper, seconds)
 
 
 # --- Keras -----------------------------------------------------------------------------------------------------------

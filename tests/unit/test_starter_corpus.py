@@ -259,7 +259,7 @@ def test_copies_of_a_recording_stay_in_one_split() -> None:
     recordings += [
         build_sounds.Recording("s", f"copy{i}", np.roll(wave, 300) * np.float32(0.5)) for i, wave in enumerate(waves)
     ]
-    splits = build_sounds.split_recordings("label", recordings)
+    splits = build_sounds.split_recordings(recordings)
     assert splits[:6] == splits[6:]
     assert set(splits) == {"train", "heldout"}
 

@@ -1,6 +1,7 @@
 """Batches from media and from cached states, and the cache itself."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import tiny_training
 import torch
 
 from unimoe import UniMoeForCausalLM
-from unimoe.errors import DataError
-from unimoe.trainers.collator import CachedCollator, RawCollator
+from unimoe.errors import DataError, MediaError
+from unimoe.processing.media_policy_unimoe import MediaLimits, MediaPolicy
+from unimoe.processing.processing_unimoe import VICUNA_CHAT_TEMPLATE
+from unimoe.trainers.collator import CachedCollator, RawCollator, TokenRows
 from unimoe.trainers.data import ConversationDataset, Draw
 from unimoe.trainers.encoder_cache import EncoderCache
 from unimoe.trainers.objective import columns_to_keep, training_loss
@@ -42,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(folder: Path) -> ConversationDataset:
     frames = [[np.full((20, 24, 3), 40 * i + 20 * j, np.uint8) for j in range(4)] for i in range(4)]
     videos = [
-        tiny_training._sample("video", i, {"type": "video", "video": clip}, "Brighter?", "yes")
+        tiny_training.sample("video", i, {"type": "video", "video": clip}, "Brighter?", "yes")
         for i, clip in enumerate(frames)
     ]
     return ConversationDataset.from_samples([*tiny_training.samples(folder, 4), *videos], media_root=folder)
@@ -73,19 +76,30 @@ def test_sound_tracks_and_lists_of_frames_train_from_a_cache_too(
     loud = {"type": "video", "path": "clip.mp4", "sound_track": True}
     dataset = ConversationDataset.from_samples(
         [
-            tiny_training._sample("video", 0, {**loud, "encoder": "sound"}, "Loud?", "yes"),
-            tiny_training._sample("video", 1, loud, "Loud?", "yes"),
-            tiny_training._sample("video", 2, {"type": "video", "path": "clip.mp4"}, "Loud?", "no"),
-            tiny_training._sample("video", 3, {"type": "video", "video": ["0.png", "1.png"]}, "Loud?", "no"),
-            tiny_training._sample("video", 4, {"type": "video", "video": ["1.png", "0.png"]}, "Loud?", "no"),
+            tiny_training.sample("video", 0, {**loud, "encoder": "sound"}, "Loud?", "yes"),
+            tiny_training.sample("video", 1, loud, "Loud?", "yes"),
+            tiny_training.sample("video", 2, {"type": "video", "path": "clip.mp4"}, "Loud?", "no"),
+            tiny_training.sample("video", 3, {"type": "video", "video": ["0.png", "1.png"]}, "Loud?", "no"),
+            tiny_training.sample("video", 4, {"type": "video", "video": ["1.png", "0.png"]}, "Loud?", "no"),
         ],
         media_root=tmp_path,
     )
     cache = EncoderCache(tmp_path / "cache", model, processor)
     assert cache.build(dataset.samples, progress=False) == 4  # one clip, its sound, two lists of frames
-    raw, cached = RawCollator(processor)(dataset.samples), CachedCollator(processor, cache, pad_to=8)(dataset.samples)
+    raw, cached = RawCollator(processor)(dataset.samples), CachedCollator(processor, cache)(dataset.samples)
     assert torch.equal(raw["input_ids"], cached["input_ids"])
     torch.testing.assert_close(loss_of(model, raw).total, loss_of(model, cached).total, rtol=1e-5, atol=1e-5)
+    (tmp_path / "1.png").write_bytes(tiny_media.encoded_picture(seed=7))
+    assert EncoderCache(tmp_path / "cache", model, processor).build(dataset.samples, progress=False) == 2
+
+
+def test_white_space_after_media_is_part_of_a_conversation() -> None:
+    processor = tiny_media.processor(chat_template=VICUNA_CHAT_TEMPLATE)
+    rows = TokenRows(processor)
+    items = [{"type": "image", "path": "x.png"}, {"type": "image", "path": "x.png", "after": ""}]
+    samples = [tiny_training.sample("image", 0, item, "What?", "cat") for item in items]
+    separate, close = (processor.tokenizer.decode(rows.row(sample)[0]) for sample in samples)
+    assert separate.replace("<image>\nWhat", "<image>What") == close != separate
 
 
 @pytest.mark.parametrize("modality", [*MODALITIES, "video"])
@@ -93,7 +107,7 @@ def test_cached_states_train_as_the_media_do(
     modality: str, model: UniMoeForCausalLM, processor: Any, dataset: ConversationDataset, cache: EncoderCache
 ) -> None:
     samples = dataset.select([modality]).samples
-    raw, cached = RawCollator(processor)(samples), CachedCollator(processor, cache, pad_to=8)(samples)
+    raw, cached = RawCollator(processor)(samples), CachedCollator(processor, cache)(samples)
     for name in ("input_ids", "labels", "attention_mask"):
         assert torch.equal(raw[name], cached[name])
     assert raw["group"] == cached["group"] == modality
@@ -158,6 +172,17 @@ def test_padding_is_on_the_left_and_constant_per_group(
     first = processor.tokenizer.decode(batch["input_ids"][0][batch["attention_mask"][0] == 1])
     assert first.startswith("<|im_start|>user")
     assert bool((batch["labels"][:, -2:] != -100).any(dim=1).all())
+
+
+def test_lengths_are_multiples_of_what_the_recipe_says(
+    processor: Any, dataset: ConversationDataset, cache: EncoderCache
+) -> None:
+    texts = dataset.select(["text"])
+    longest = max(len(CachedCollator(processor, cache, 1)([sample])["input_ids"][0]) for sample in texts.samples)
+    collator = CachedCollator(processor, cache, 7)
+    assert collator(texts.samples)["input_ids"].shape[1] == longest + -longest % 7
+    collator.fit(texts)
+    assert {collator([sample])["input_ids"].shape[1] for sample in texts.samples} == {longest + -longest % 7}
 
 
 def test_plain_text_is_learned_whole_and_its_placeholders_stay_text(processor: Any, cache: EncoderCache) -> None:
@@ -272,10 +297,29 @@ def test_augmentation_sees_transparency(model: UniMoeForCausalLM, processor: Any
         return image.convert("RGB")
 
     PIL.Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(tmp_path / "icon.png")
-    sample = tiny_training._sample("image", 0, {"type": "image", "path": "icon.png"}, "?", "x")
+    sample = tiny_training.sample("image", 0, {"type": "image", "path": "icon.png"}, "?", "x")
     dataset = ConversationDataset.from_samples([sample], media_root=tmp_path)
     EncoderCache(tmp_path / "cache", model, processor, augment={"image": look}).build(dataset.samples, progress=False)
     assert seen == ["RGBA"]
+
+
+def test_what_a_path_names_is_opened_under_the_processors_policy(model: UniMoeForCausalLM, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    PIL.Image.new("RGB", (20, 20)).save(tmp_path / "big.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    names = {"big.png": r"allowed are 1 to 10", "pipe.png": "not a regular file"}
+    processor = tiny_training.processor()
+    cache = EncoderCache(tmp_path / "cache", model, processor)
+    for policy, reasons in (
+        (MediaPolicy(limits=MediaLimits(max_file_bytes=10)), names),
+        (MediaPolicy(media_root=str(tmp_path / "root")), dict.fromkeys(names, "outside of media_root")),
+    ):
+        processor.media_policy = policy
+        for name, reason in reasons.items():
+            item = {"type": "image", "path": str(tmp_path / name)}
+            sample = tiny_training.sample("image", 0, item, "?", "x")
+            with pytest.raises(MediaError, match=reason):
+                cache.states(sample)
 
 
 def test_pooled_states_connect_to_the_same_features(
@@ -324,7 +368,7 @@ def test_one_branch_of_an_audio_item(
 ) -> None:
     sample = copy.deepcopy(dataset.select(["speech"])[0])
     sample["messages"][0]["content"][0]["encoder"] = "sound"
-    raw, cached = RawCollator(processor)([sample]), CachedCollator(processor, cache, pad_to=8)([sample])
+    raw, cached = RawCollator(processor)([sample]), CachedCollator(processor, cache)([sample])
     assert "speech_encoder_states" not in cached
     assert torch.equal(raw["input_ids"], cached["input_ids"])
     torch.testing.assert_close(loss_of(model, raw).total, loss_of(model, cached).total, rtol=1e-5, atol=1e-5)

@@ -122,7 +122,8 @@ def test_sound_tracks_of_other_containers(processor: UniMoeProcessor, container:
         ({"type": "image", "image": b"", "sound_track": True}, ConversationError, "videos only"),
         ({"type": "video", "video": b"", "sound_track": "yes"}, ConversationError, "sound_track is 'yes'"),
         ({**FRAMES_ITEM, "sound_track": True}, MediaError, "content 0: frames have no sound track"),
-        ({"type": "image", "image": b"", "after": "<image>"}, ConversationError, "white space only"),
+        ({"type": "image", "image": b"", "after": "<image>"}, ConversationError, "must be white space"),
+        ({"type": "image", "image": b"", "after": "\n" * 9}, ConversationError, "must be white space"),
     ],
 )
 def test_impossible_items(processor: UniMoeProcessor, item: Any, error: type, message: str) -> None:

@@ -8,8 +8,9 @@ import pytest
 import tiny_media
 from transformers import CLIPImageProcessorPil, MobileNetV2ImageProcessorPil, SiglipImageProcessorPil
 
-from unimoe.processing.media_unimoe import MediaError, MediaLimits, MediaPolicy, load_audio
-from unimoe.processing.media_video_unimoe import load_video, load_video_audio, sample_indices
+from unimoe.processing.media_audio_unimoe import load_audio
+from unimoe.processing.media_policy_unimoe import MediaError, MediaLimits, MediaPolicy
+from unimoe.processing.media_video_unimoe import load_video, sample_indices
 from unimoe.processing.video_processing_unimoe import UniMoeVideoProcessor
 
 
@@ -86,14 +87,14 @@ def test_all_forms_of_a_video_agree(tmp_path: Path) -> None:
 
 def test_a_video_gives_its_sound_track() -> None:
     data = tiny_media.video(25, track=True)
-    samples = load_video_audio(data)
+    samples = load_audio(data)
     assert samples.dtype == np.float32
     assert abs(len(samples) / 16_000 - 1.0) < 0.1
     spectrum = np.abs(np.fft.rfft(samples))
     assert abs(spectrum.argmax() * 16_000 / len(samples) - 440) < 2
     np.testing.assert_array_equal(load_audio(data), samples)
     with pytest.raises(MediaError, match="no sound track"):
-        load_video_audio(tiny_media.video(5))
+        load_audio(tiny_media.video(5))
 
 
 def test_settings_survive_saving(tmp_path: Path) -> None:

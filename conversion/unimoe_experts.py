@@ -31,6 +31,8 @@ EXPERT_FILES = (
     "mlp_base7.bin",
 )
 _FINETUNED_FILE = "{expert}_mlp_experts.bin"
+# Maps in front of the routers, empty unless config.json has use_fm_block.
+_MODALITY_MAPS = "fm_adapter.bin"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _FACTORS = tuple(f"{projection}_lora_{factor}" for projection in _PROJECTIONS for factor in "AB")
 _FACTOR = re.compile(r"(?P<weight>.+\.(?:gate|up|down)_proj)_lora_[AB]\.weight")
@@ -59,6 +61,8 @@ def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config
                 tensor.drop("no expert of the 8-expert model comes from this file")
     if finetuned is not None:
         require_finetuned(finetuned)
+        if (finetuned / _MODALITY_MAPS).is_file():
+            gathered.add_file("finetuned", TensorFile(finetuned / _MODALITY_MAPS))  # what it holds stays unexpected
     for expert in range(num_experts):
         if finetuned is not None:
             file = TensorFile(finetuned / _FINETUNED_FILE.format(expert=expert))

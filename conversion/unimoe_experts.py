@@ -17,7 +17,7 @@ from .io import Checkpoint, TensorFile, TensorInfo
 from .unimoe_files import Gathered, SourceTensor, require_finetuned, without_wrappers
 from .unimoe_keys import Shape
 from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor, add_low_rank
-from .unimoe_variant import eight_expert_layers
+from .unimoe_variant import decoder_layers, eight_expert_layers
 
 # Expert i is in the i-th of these; two files serve twice.
 EXPERT_FILES = (
@@ -51,8 +51,8 @@ def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config
     Raises:
         ConversionError: a file is missing or damaged, or holds the experts of several slots.
     """
-    num_experts, num_layers = (_count(config, field) for field in ("num_experts", "num_hidden_layers"))
-    layers = set(eight_expert_layers(config, num_layers))
+    num_experts = _count(config, "num_experts")
+    layers = set(eight_expert_layers(config, len(decoder_layers(gathered.live))))
     _drop_dense_mlps(gathered, layers)
     sources = {name: gathered.add_file("experts", _expert_file(folder / name)) for name in _needed(num_experts)}
     for path in sorted(folder.glob("*.bin")):

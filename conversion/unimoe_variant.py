@@ -111,6 +111,11 @@ def eight_expert_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int
     )
 
 
+def decoder_layers(names: Iterable[str]) -> list[int]:
+    """Numbers of the decoder's layers that there are tensors of."""
+    return sorted(int(match[1]) for match in map(_LAYER.fullmatch, names) if match)
+
+
 def _audio_kind(shapes: Mapping[str, Shape], missing: list[str]) -> AudioKind | None:
     found = [kind for kind, prefix in _ALIGNERS.items() if any(name.startswith(prefix) for name in shapes)]
     if len(found) == 2:
@@ -124,7 +129,7 @@ def _audio_kind(shapes: Mapping[str, Shape], missing: list[str]) -> AudioKind | 
 
 
 def _layers(shapes: Mapping[str, Shape], missing: list[str]) -> tuple[int, ...]:
-    layers = sorted(int(match[1]) for match in map(_LAYER.fullmatch, shapes) if match)
+    layers = decoder_layers(shapes)
     if not layers:
         missing.append("model.layers.*.input_layernorm.weight (the decoder)")
     elif layers != list(range(len(layers))):

@@ -320,7 +320,7 @@ class UniMoeTextConfig(PreTrainedConfig):
             raise ConfigurationError(
                 f"{owner}.expert_capacity_factor is {factor!r}; it must be finite and > 0, or None to drop no token."
             )
-        needed = {"router_top_p": 0, "expert_capacity_factor": None}
+        needed: dict[str, Any] = {"router_top_p": 0, "expert_capacity_factor": None}
         wanted = "'dynamic'"
         if self.router_type == "dynamic":
             needed = {"expert_groups": None, "router_scoring": "softmax", "norm_topk_prob": True}

@@ -213,6 +213,7 @@ def check_noisy_forward(case: GoldenCase) -> None:
 @torch.no_grad()
 def check_whole_model(case: GoldenCase, name: str, model: UniMoeForCausalLM) -> None:
     inject_noise(case, name, model)
+    take_four_rows_as_the_original(model)
     decoder = model.model.language_model
     batch = original_batch(case, model)
     embeddings = zero_beyond(model, batch.lengths)
@@ -257,6 +258,19 @@ def block_layer(case: GoldenCase, name: str, model: UniMoeForCausalLM) -> int:
     return min(named, default=sparse_layers(model)[0])
 
 
+def take_four_rows_as_the_original(model: UniMoeForCausalLM) -> None:
+    """In batches of four, give every row what a dense MLP makes of the first.
+
+    The original takes the four rows that a dense MLP returns for the four values that a sparse one returns, and goes on
+    with the first of them. Nobody wants that: it is here, for golden batches of four, and not behind a switch.
+    """
+    for layer, module in enumerate(model.model.language_model.layers):
+        if layer not in sparse_layers(model):
+            module.mlp.register_forward_hook(
+                lambda _module, _args, output: output[:1].expand_as(output) if len(output) == 4 else output
+            )
+
+
 def inject_noise(case: GoldenCase, name: str, model: UniMoeForCausalLM) -> None:
     """Let every gate draw the noise that the original drew."""
     for layer in sparse_layers(model):
@@ -273,6 +287,7 @@ def check_losses(case: GoldenCase) -> None:
         active = [*TERMS] if run == "loss.aux_all" else [run.removeprefix("loss.")]
         given = {TERMS[term][0]: float(case.config[f"{term}_loss_coef"]) for term in active}
         model, _ = unimoe_model(case, **{**ALONE, **given})
+        take_four_rows_as_the_original(model)
         batch = original_batch(case, model)
         zero_beyond(model, batch.lengths)
         output = model(**batch.inputs, labels=batch.labels, output_router_logits=True)
@@ -303,6 +318,7 @@ def check_ranges(case: GoldenCase) -> None:
 
 def check_gradients(case: GoldenCase, experts: str = "eager") -> None:
     model, key_map = unimoe_model(case, experts, **ALONE)
+    take_four_rows_as_the_original(model)
     batch = original_batch(case, model)
     zero_beyond(model, batch.lengths)
     model(**batch.inputs, labels=batch.labels).loss.backward()
@@ -329,9 +345,5 @@ def check_batch_of_four(case: GoldenCase) -> None:
     case.check_if_present(
         "batch4.logits_singles", torch.cat([model(input_ids=row[None]).logits for row in ids]), **AFTER_BLOCKS
     )
-    # The original takes the four rows that a dense MLP returns for the four values that a sparse one returns, and goes
-    # on with the first for every row. Nobody wants that: it is here, and not behind a switch.
-    for layer, module in enumerate(model.model.language_model.layers):
-        if layer not in sparse_layers(model):
-            module.mlp.register_forward_hook(lambda _module, _args, output: output[:1].expand_as(output))
+    take_four_rows_as_the_original(model)
     case.check_if_present("batch4.logits_original_batch4", model(input_ids=ids).logits, **AFTER_BLOCKS)

@@ -76,6 +76,22 @@ def test_the_divergence_compares_all_modalities_of_a_sample() -> None:
     assert float(result) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+def test_the_released_divergence_measures_five_pairs_after_a_second_softmax() -> None:
+    ordered = [(IMAGE, SPEECH), (IMAGE, TEXT), (SPEECH, TEXT), (SPEECH, VIDEO), (VIDEO, TEXT)]
+    sharp = tuple(4 * layer for layer in logits())  # the larger the divergence, the more its direction matters
+    total = 0.0
+    for layer in sharp:
+        for b, row in enumerate(shares(layer)):
+            places = {m: [s for s in range(7) if MODALITIES[b, s] == m] for m in (TEXT, IMAGE, VIDEO, SPEECH)}
+            means = {
+                m: torch.tensor(mean_share(row, found)).softmax(-1).tolist() for m, found in places.items() if found
+            }
+            pairs = [divergence(means[y], means[x]) / 4 for x, y in ordered if x in means and y in means]
+            total += 1 - sum(pairs) / len(pairs) if pairs else 0
+    result = divergence_loss(sharp, tiny.text_config(router_losses_as_released=True), MODALITIES, MASK)
+    assert float(result) == pytest.approx(total, rel=1e-6)
+
+
 def test_equal_use_of_experts_costs_one_and_text_alone_nothing() -> None:
     same = (torch.zeros(MODALITIES.numel(), 4),)
     assert float(divergence_loss(same, tiny.text_config(), MODALITIES, MASK)) == pytest.approx(1.0)

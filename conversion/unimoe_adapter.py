@@ -76,8 +76,8 @@ def _adapter_config(fused: Mapping[str, Mapping[str, Lora]], base_name: str) -> 
         name = re.sub(r"^.*\.layers\.\d+\.", "", target).removesuffix(".weight")
         ranks[name] = parts * lora.a.info.shape[0]
         alphas[name] = lora.scale * ranks[name]
-    plain = [name for name in ranks if name not in _FUSED] or [_FUSED[1]] * (_FUSED[1] in ranks) or [*ranks]
-    rank, alpha = ranks[plain[0]], alphas[plain[0]]
+    common = min(ranks, key=lambda name: ranks[name])  # the patterns name all that differ from it
+    rank, alpha = ranks[common], alphas[common]
     modules = [target.removesuffix(".weight") for target in fused if target.endswith(".weight")]
     parameters = [name for name in _FUSED if any(target.endswith(name) for target in fused)]
     return {

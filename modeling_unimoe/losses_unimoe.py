@@ -11,6 +11,7 @@ experts), K experts per token, E experts, M modalities.
 from typing import NamedTuple
 
 import torch
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_unimoe_text import LOSS_COEFFICIENTS, MODALITIES, UniMoeTextConfig
 from .routing_dynamic_unimoe import chosen_rows
@@ -73,7 +74,8 @@ def load_balancing_loss(
 
     With `router_type` "top_k", f_c is the share of the group's assignments that went to row c and P_c the mean
     probability of c (Switch Transformer, arXiv 2101.03961, eq. 4-6, extended to top-k by counting all K choices, or with
-    `router_aux_loss_counts` "first" the best one). The loss is 1 when the load is even, whatever K and C are.
+    `router_aux_loss_counts` "first" the best one). The loss is 1 when the load is even, whatever K and C are. Where
+    choices are drawn, those count that would have been made without noise.
 
     With "dynamic", f_c is the share of tokens that chose c, before any expert dropped one, and P_c the mean probability
     of c among the choices that its token made: choosing less costs less too. An even load costs the mean number of
@@ -190,12 +192,13 @@ def divergence_loss(
     losses = []
     for logits_TR in router_logits:
         share_BSC = _choosable_shares(logits_TR, config).view(batch, length, -1)
-        mean_BMC = member_BSM.transpose(1, 2) @ share_BSC / count_BM.clamp(min=1)[..., None]
-        if released:
-            mean_BMC = mean_BMC.softmax(dim=-1)
-        log_BMC = mean_BMC.clamp(min=torch.finfo(torch.float32).eps).log()
-        # [b, i, j]: divergence of modality j's means from those of modality i.
-        divergence_BMM = (mean_BMC * log_BMC).sum(dim=-1)[:, None, :] - log_BMC @ mean_BMC.transpose(1, 2)
+        with maybe_autocast(logits_TR.device.type, enabled=False):
+            mean_BMC = member_BSM.transpose(1, 2) @ share_BSC / count_BM.clamp(min=1)[..., None]
+            if released:
+                mean_BMC = mean_BMC.softmax(dim=-1)
+            log_BMC = mean_BMC.clamp(min=torch.finfo(torch.float32).eps).log()
+            # [b, i, j]: divergence of modality j's means from those of modality i.
+            divergence_BMM = (mean_BMC * log_BMC).sum(dim=-1)[:, None, :] - log_BMC @ mean_BMC.transpose(1, 2)
         if released:
             divergence_BMM = divergence_BMM / mean_BMC.shape[-1]
         mean_B = (divergence_BMM * pairs_BMM).sum(dim=(1, 2)) / num_pairs_B.clamp(min=1)

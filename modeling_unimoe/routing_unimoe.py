@@ -81,7 +81,8 @@ class UniMoeRouter(nn.Module):
             token_mask_T: true for tokens, false for padding. This router treats all alike.
 
         Returns:
-            router_logits_TR (dtype of x, or float32 with `router_in_float32`; without noise), top_k_weights_TK (dtype of x), top_k_index_TK (int64).
+            router_logits_TR (dtype of x, or float32 with `router_in_float32`; never with the noise of draws),
+            top_k_weights_TK (dtype of x), top_k_index_TK (int64).
         """
         router_logits_TR = self._logits(x_TH)
         own_logits_TR = self._own_rows(router_logits_TR, token_group_T)

@@ -10,6 +10,8 @@ examples:
       --clip clip-vit-large-patch14-336 --whisper whisper-small --out unimoe-v1.5
   unimoe convert unimoe --base Uni-MoE-audio-base --finetuned Uni-MoE-audio-e2 \\
       --clip clip-vit-large-patch14-336 --beats BEATs_iter3_plus_AS2M.pt --out unimoe-audio
+  unimoe convert unimoe --base Uni-MoE-speech-base --experts Uni_MoE_8e_Experts --finetuned Uni_MoE_8e_e2 \\
+      --clip clip-vit-large-patch14-336 --whisper whisper-small --out unimoe-8e
 
 All folders as they were released; what they are is read off their tensors. OUT/receipt.json says what became of each.
 """
@@ -19,7 +21,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Add the conversion to those of `unimoe convert`."""
     parser = kinds.add_parser(
         "unimoe",
-        help="read a released Uni-MoE model (audio, speech, speech_dp, v1.5)",
+        help="read a released Uni-MoE model (audio, speech, speech_dp, v1.5, 8e)",
         description="Write a released Uni-MoE model as a Hugging Face folder that answers as the original does.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -29,7 +31,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         ("finetuned", False, "LoRA, routers and connectors (e2, v1.5); without: the base model alone"),
         ("clip", True, "the vision encoder, clip-vit-large-patch14-336"),
         ("whisper", False, "the speech encoder, whisper-small; for speech variants"),
-        ("experts", False, "expert files of the 8-expert variant (not read yet)"),
+        ("experts", False, "the 8-expert variant's expert files (mlp_base.bin, ...)"),
     ):
         parser.add_argument(f"--{flag}", required=required, type=Path, metavar="DIR", help=text)
     parser.add_argument("--beats", type=Path, metavar="FILE.pt", help="the sound encoder; for the audio variant")

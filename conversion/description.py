@@ -116,7 +116,10 @@ def _routing(text: UniMoeTextConfig) -> dict[str, Any]:
                 "capacity_policy": text.capacity_policy,
             }
     else:
-        routing |= {"scoring": text.router_scoring, "norm_topk_prob": text.norm_topk_prob}
+        routing |= {"scoring": text.router_scoring, "norm_topk_prob": text.norm_topk_prob, "pick": text.router_pick}
+    for coefficient in ("router_modality_loss_coef", "router_divergence_loss_coef"):
+        if getattr(text, coefficient):
+            routing[coefficient] = getattr(text, coefficient)
     return routing | {
         "router_jitter_noise": text.router_jitter_noise,
         "router_aux_loss_coef": text.router_aux_loss_coef,

@@ -46,6 +46,7 @@ _NEEDED_TEXT: dict[str, Any] = {
     "expert_groups": None,
     "router_scoring": "softmax",
     "norm_topk_prob": True,
+    "router_pick": "max",
     "attention_bias": False,
     "attention_output_bias": False,
     "use_qk_norm": False,

@@ -26,14 +26,17 @@ from .model_card import model_card
 from .parameters import count_parameters, total_and_active
 from .receipt import RECEIPT_FILE
 from .sources import expected_tensors
-from .unimoe_adapter import write_adapter
+from .unimoe_adapter import require_one_lora_each, write_adapter
 from .unimoe_config import Encoders, our_config
-from .unimoe_files import BeatsFile, Gathered, add_encoder, gather, reader
+from .unimoe_experts import add_absent_pairs, add_experts, integrate_pairs
+from .unimoe_files import BeatsFile, Gathered, add_encoder, gather, lay_over, reader
 from .unimoe_keys import KeyMap, Target, rules_for, vision_prefix
 from .unimoe_processor import build_processor, generation_config, load_tokenizer, placeholder_ids
-from .unimoe_variant import Variant, recognise, refuse_deepspeed
+from .unimoe_variant import Variant, layout_of, recognise
 
 _SHOWN = 8
+# The base of the 8-expert variant ships its configuration under this name, beside that of the 4-expert model.
+_EIGHT_EXPERT_CONFIG = "8config.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class UniMoeFolders:
         clip: the vision encoder's folder.
         whisper: Whisper's folder, for the speech variants.
         beats: BEATs' .pt file, for the audio variant.
-        experts: expert files of the 8-expert variant.
+        experts: the folder with the 8-expert variant's expert files.
         qformer_config: JSON of `Blip2QFormerConfig` fields, where the Q-Former is not BLIP-2's.
     """
 
@@ -119,10 +122,7 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
             or of the wrong shape.
     """
     original = read_json(_config_file(folders))
-    if folders.experts is not None:
-        raise ConversionError("Expert files (--experts) belong to the 8-expert variant, which is not read yet.")
-    gathered = gather(folders.base, folders.finetuned)
-    refuse_deepspeed((tensor.name for tensor in gathered.tensors), original)
+    gathered, notes = _gather(folders, original)
     variant = recognise(gathered.shapes, original)
     encoders = _add_encoders(gathered, variant, folders)
     tokenizer = load_tokenizer(folders.base, folders.finetuned)
@@ -130,13 +130,16 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
     config = our_config(original, variant, encoders, gathered.shapes, ids)
     config.dtype = dtype or gathered.base_dtype
     expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
-    targets = _account(gathered, KeyMap(rules_for(variant.audio, vision_prefix(expected))), expected)
+    key_map = KeyMap(rules_for(variant.audio, vision_prefix(expected), variant.layout))
+    targets = _account(gathered, key_map, expected)
+    if keep_lora:
+        require_one_lora_each(gathered.loras)
     read = reader(gathered, merge_lora=not keep_lora)
     outputs = tuple(
         OutputTensor(name, config.dtype, shape, targets[name].pieces(read)) for name, shape in expected.items()
     )
     processor = None if tokenizer is None else build_processor(config, tokenizer, folders.clip, folders.whisper)
-    notes = _notes(original, processor is not None)
+    notes += _notes(original, processor is not None)
     return ImportPlan(variant, config, gathered, targets, outputs, config.dtype, processor, keep_lora, notes)
 
 
@@ -159,7 +162,7 @@ def run_import(
         )
         seconds = time.monotonic() - started
         if beside is not None:
-            write_adapter(beside, plan.config, plan.gathered.loras, out.name)
+            write_adapter(beside, plan.config, plan.gathered.loras, out.name, plan.variant.layout)
         receipt = _receipt(plan, out.name, digests)
         receipt.adapter = adapter.name if adapter is not None else None
         receipt.bytes_written, receipt.seconds_writing = sum(p.stat().st_size for p in shards), round(seconds, 2)
@@ -178,9 +181,46 @@ def _config_file(folders: UniMoeFolders) -> Path:
         if not folder.is_dir():
             raise ConversionError(f"{folder} is no folder.")
     folder = folders.finetuned or folders.base
+    if folders.experts is not None and folders.finetuned is None and (folder / _EIGHT_EXPERT_CONFIG).is_file():
+        return folder / _EIGHT_EXPERT_CONFIG
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder / 'config.json'} is missing: the folder is not complete. Fetch the file.")
     return folder / "config.json"
+
+
+def _gather(folders: UniMoeFolders, original: dict[str, Any]) -> tuple[Gathered, list[str]]:
+    """All decoder and connector files, in the original's order, and what the reader should know of them."""
+    gathered = gather(folders.base)
+    layout = layout_of(gathered.live, original)
+    notes: list[str] = []
+    if layout == "plain" and folders.experts is not None:
+        raise ConversionError(
+            "Expert files (--experts) belong to the 8-expert variant, but neither the tensors nor config.json (no "
+            "moe_type, no lora_r) are of it. Leave --experts out, or give the config.json of the 8-expert model."
+        )
+    if layout == "deepspeed":
+        if folders.experts is None:
+            raise ConversionError(
+                "This is the 8-expert variant (config.json has moe_type or lora_r, or tensors lie in DeepSpeed's layout); "
+                "its experts lie in a folder of their own: add --experts DIR."
+            )
+        add_experts(gathered, folders.experts, folders.finetuned, original)
+        notes.append(
+            "routing takes the best experts; the original draws every token's second one, in evaluation too "
+            "(router_pick: sample_always does as well)"
+        )
+        if any(original.get(name) for name in ("aux_balance_loss", "aux_multimodal_loss", "aux_kl_loss")):
+            notes.append(
+                "losses of the routers are means over layers and samples, where the original takes sums "
+                "(router_losses_as_released: true does as well)"
+            )
+    if folders.finetuned is not None:
+        if layout == "deepspeed" and add_absent_pairs(gathered, folders.finetuned, original):
+            notes.append("low-rank pairs of dense layers are in no file, and random in the original: taken as zero")
+        lay_over(gathered, folders.finetuned, layout)
+    if layout == "deepspeed":
+        integrate_pairs(gathered, original)
+    return gathered, notes
 
 
 def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) -> Encoders:
@@ -227,7 +267,7 @@ def _account(gathered: Gathered, key_map: KeyMap, expected: dict[str, tuple[int,
         if target.name in expected:
             for original in target.sources:
                 gathered.live[original].consume(target.name)
-                for factor in gathered.loras[original].tensors if original in gathered.loras else ():
+                for factor in (factor for lora in gathered.loras.get(original, ()) for factor in lora.tensors):
                     factor.consume(target.name)
     unexpected = [f"{t.file}: {t.name}" for t in gathered.tensors if t.fate == "unexpected"]
     missing = [f"{name} (of {_listed(key_map.originals(name))})" for name in expected if name not in mapped.targets]

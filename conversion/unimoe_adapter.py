@@ -6,8 +6,9 @@ make one adapter of twice the rank whose B is block-diagonal.
 """
 
 import json
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,40 @@ from transformers import PreTrainedModel
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from .unimoe_keys import AudioKind, KeyMap, Place, rules_for
-from .unimoe_lora import Lora
+from .unimoe_keys import AudioKind, KeyMap, Layout, Place, rules_for
+from .unimoe_lora import Lora, MergedFactor
 
 _FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 _PREFIX = "base_model.model."
 
 
-def write_adapter(folder: Path, config: UniMoeConfig, loras: Mapping[str, Lora], base_name: str) -> None:
+def require_one_lora_each(loras: Mapping[str, Sequence[Lora]]) -> None:
+    """Raises ConversionError for weights that PEFT cannot adapt exactly as the original does."""
+    for original, several in loras.items():
+        what = f"is changed by {len(several)} pairs of factors" if len(several) > 1 else ""
+        if any(isinstance(factor, MergedFactor) for lora in several for factor in lora.tensors):
+            what = "has factors that are changed by LoRA themselves"
+        if what:
+            raise ConversionError(f"{original} {what}, which one adapter cannot hold: convert without --keep-lora.")
+
+
+def write_adapter(
+    folder: Path, config: UniMoeConfig, loras: Mapping[str, Sequence[Lora]], base_name: str, layout: Layout
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors.
 
     Args:
-        loras: original name of a weight -> its LoRA; all of one scale.
+        loras: original name of a weight -> its one LoRA.
         base_name: what the adapter calls its base model.
 
     Raises:
         ConversionError: the adapter cannot be expressed for fused experts.
     """
     audio: AudioKind = "whisper" if config.speech_connector is not None else "beats"
-    key_map = KeyMap(rules_for(audio, "model.vision_tower."))
+    key_map = KeyMap(rules_for(audio, "model.vision_tower.", layout))
     places = {original: key_map.place(original) for original in loras}
     fused: dict[str, dict[str, Lora]] = {}
-    for original, lora in loras.items():
+    for original, (lora,) in loras.items():
         fused.setdefault(places[original].target, {})[original] = lora
     adapter_config = _adapter_config(fused, base_name)
     names = _peft_names(config, adapter_config)
@@ -55,12 +68,18 @@ def write_adapter(folder: Path, config: UniMoeConfig, loras: Mapping[str, Lora],
 
 
 def _adapter_config(fused: Mapping[str, Mapping[str, Lora]], base_name: str) -> dict[str, Any]:
-    any_lora = next(iter(next(iter(fused.values())).values()))
-    rank = any_lora.a.info.shape[0]
-    alpha = any_lora.scale * rank
+    ranks, alphas = {}, {}
+    for target, members in fused.items():
+        lora = next(iter(members.values()))
+        parts = 2 if target.endswith(_FUSED[0]) else 1
+        # PEFT looks patterns up by the end of a name; all layers are alike.
+        name = re.sub(r"^.*\.layers\.\d+\.", "", target).removesuffix(".weight")
+        ranks[name] = parts * lora.a.info.shape[0]
+        alphas[name] = lora.scale * ranks[name]
+    common = min(ranks, key=lambda name: ranks[name])  # the patterns name all that differ from it
+    rank, alpha = ranks[common], alphas[common]
     modules = [target.removesuffix(".weight") for target in fused if target.endswith(".weight")]
     parameters = [name for name in _FUSED if any(target.endswith(name) for target in fused)]
-    pattern = {_FUSED[0]: 2} if _FUSED[0] in parameters else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -72,8 +91,8 @@ def _adapter_config(fused: Mapping[str, Mapping[str, Lora]], base_name: str) -> 
         "bias": "none",
         "target_modules": modules,
         "target_parameters": parameters or None,
-        "rank_pattern": {name: times * rank for name, times in pattern.items()},
-        "alpha_pattern": {name: times * alpha for name, times in pattern.items()},
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
     }
 
 

@@ -62,6 +62,12 @@ _QFORMER_FIELDS = (
     "encoder_hidden_size",
 )
 _BLIP2_HIDDEN, _BLIP2_HEADS = 768, 12
+# Our name of a modality -> the field of the 8-expert variant that lists the experts its tokens shall prefer.
+_MODALITY_EXPERTS = {
+    "image": "image_expert_indices",
+    "speech": "audio_expert_indices",
+    "video": "video_expert_indices",
+}
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,26 @@ def _text_config(original: Mapping[str, Any], variant: Variant) -> UniMoeTextCon
         sparse_layers=list(variant.sparse_layers),
         # Uni-MoE takes a softmax over the chosen logits: the same as one over all, divided by the chosen ones' sum.
         router_scoring="softmax",
-        norm_topk_prob=True,
+        **(_eight_expert_routing(original, variant) if variant.layout == "deepspeed" else {"norm_topk_prob": True}),
     )
+
+
+def _eight_expert_routing(original: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+    experts = {name: original.get(field) for name, field in _MODALITY_EXPERTS.items()}
+
+    def coefficient(loss: str) -> float:
+        return float(_required(original, f"{loss}_coef")) if original.get(loss) else 0.0
+
+    return {
+        "router_in_float32": True,
+        # DeepSpeed divides by the sum of two weights, but leaves a single one as it is.
+        "norm_topk_prob": variant.num_experts_per_tok > 1,
+        "router_aux_loss_counts": "first",
+        "modality_experts": {name: list(ids) for name, ids in experts.items() if ids} or None,
+        "router_aux_loss_coef": coefficient("aux_balance_loss"),
+        "router_modality_loss_coef": coefficient("aux_multimodal_loss"),
+        "router_divergence_loss_coef": coefficient("aux_kl_loss"),
+    }
 
 
 def _speech_connector(

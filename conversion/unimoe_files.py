@@ -1,6 +1,7 @@
 """The files of a released Uni-MoE model, laid over each other in the order in which the original loads them.
 
     base shards  ->  non_lora_trainables.bin  ->  LoRA merged  ->  mm_audio_aligner.bin  ->  mlp_gates.bin
+    8 experts: base shards  ->  experts  ->  non_lora_trainables.bin  ->  mlp_gates.bin  ->  LoRA  ->  mm_audio_aligner.bin
 
 What comes later replaces what was there, also a weight that LoRA had changed: so the LoRA of a router, which is in the
 files of two variants, has no effect. The encoders come from their own folders, as in every script of the original.
@@ -16,7 +17,7 @@ import torch
 
 from ..errors import ConversionError
 from .io import UNPICKLING_ERRORS, Checkpoint, TensorFile, TensorInfo, read_json, refuse_truncated
-from .unimoe_keys import AUDIO_TOWER, VISION_TOWER, Shape
+from .unimoe_keys import AUDIO_TOWER, VISION_TOWER, Layout, Shape
 from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, read_lora_scale
 
 # Written by the saver of every variant; a folder without one of them is not complete.
@@ -82,12 +83,12 @@ class Gathered:
     Args:
         tensors: every tensor of every file.
         live: original name -> the tensor that the original ends up with, before LoRA.
-        loras: original name of a weight -> what is added to it.
+        loras: original name of a weight -> everything that is added to it.
     """
 
     tensors: list[SourceTensor] = field(default_factory=list)
     live: dict[str, SourceTensor] = field(default_factory=dict)
-    loras: dict[str, Lora] = field(default_factory=dict)
+    loras: dict[str, list[Lora]] = field(default_factory=dict)
     base_dtype: torch.dtype = torch.float32
 
     @property
@@ -97,14 +98,16 @@ class Gathered:
     def read(self, original: str) -> torch.Tensor:
         """A tensor with its LoRA, if it has one, merged in float32."""
         tensor = self.live[original].read()
-        return tensor if original not in self.loras else self.loras[original].merged_into(tensor)
+        for lora in self.loras.get(original, ()):
+            tensor = lora.merged_into(tensor)
+        return tensor
 
     def put(self, original: str, tensor: SourceTensor) -> None:
         """Lay a tensor over what is there; LoRA that was to change the old one goes with it."""
         if original in self.live:
             self.live[original].drop(f"replaced by {tensor.file}")
-        if original in self.loras:
-            for factor in self.loras.pop(original).tensors:
+        for lora in self.loras.pop(original, ()):
+            for factor in lora.tensors:
                 factor.drop(f"the weight that it changes is replaced by {tensor.file}")
         self.live[original] = tensor
 
@@ -115,8 +118,8 @@ class Gathered:
         return added
 
 
-def gather(base: Path, finetuned: Path | None) -> Gathered:
-    """The base model and, over it, the fine-tuned one. Only headers are read.
+def gather(base: Path) -> Gathered:
+    """The base model. Only headers are read.
 
     Raises:
         ConversionError: a file is missing or damaged; the message names it.
@@ -133,9 +136,32 @@ def gather(base: Path, finetuned: Path | None) -> Gathered:
     for name in _BASE_EXTRAS:
         if (base / name).is_file():
             _fill_in(gathered, TensorFile(base / name))
-    if finetuned is not None:
-        _lay_over(gathered, finetuned)
     return gathered
+
+
+def require_finetuned(finetuned: Path) -> Path:
+    """The adapter file of a fine-tuned folder. Raises ConversionError when the folder lacks a file."""
+    _require(finetuned, FINETUNED_FILES)
+    adapter = next((finetuned / name for name in _ADAPTERS if (finetuned / name).is_file()), None)
+    if adapter is None:
+        raise ConversionError(f"{finetuned / _ADAPTERS[1]} is missing: the folder is not complete. Fetch the file.")
+    return adapter
+
+
+def lay_over(gathered: Gathered, finetuned: Path, layout: Layout) -> None:
+    """Lay the fine-tuned model over the base, in the original's order.
+
+    Raises:
+        ConversionError: a file is missing or damaged, or does not fit; the message names it.
+    """
+    adapter = require_finetuned(finetuned)
+    _replace(gathered, TensorFile(finetuned / "non_lora_trainables.bin"))
+    if layout == "deepspeed":
+        _replace(gathered, TensorFile(finetuned / "mlp_gates.bin"))
+    _add_loras(gathered, TensorFile(adapter), read_lora_scale(finetuned / "adapter_config.json"))
+    _replace(gathered, TensorFile(finetuned / "mm_audio_aligner.bin"))
+    if layout == "plain":
+        _replace(gathered, TensorFile(finetuned / "mlp_gates.bin"))
 
 
 def add_encoder(gathered: Gathered, kind: Literal["clip", "whisper", "beats"], checkpoint: Checkpoint) -> None:
@@ -199,20 +225,9 @@ def _fill_in(gathered: Gathered, file: TensorFile) -> None:
             gathered.put(tensor.name, tensor)
 
 
-def _lay_over(gathered: Gathered, finetuned: Path) -> None:
-    _require(finetuned, FINETUNED_FILES)
-    adapter = next((finetuned / name for name in _ADAPTERS if (finetuned / name).is_file()), None)
-    if adapter is None:
-        raise ConversionError(f"{finetuned / _ADAPTERS[1]} is missing: the folder is not complete. Fetch the file.")
-    _replace(gathered, TensorFile(finetuned / "non_lora_trainables.bin"))
-    _add_loras(gathered, TensorFile(adapter), read_lora_scale(finetuned / "adapter_config.json"))
-    _replace(gathered, TensorFile(finetuned / "mm_audio_aligner.bin"))
-    _replace(gathered, TensorFile(finetuned / "mlp_gates.bin"))
-
-
 def _replace(gathered: Gathered, file: TensorFile) -> None:
     for tensor in gathered.add_file("finetuned", file):
-        original = _without_wrappers(tensor.name)
+        original = without_wrappers(tensor.name)
         if is_lora_of_router(original):
             tensor.drop("LoRA of a router, which the original does not load")
         else:
@@ -223,19 +238,18 @@ def _add_loras(gathered: Gathered, file: TensorFile, scale: Mapping[str, float])
     factors: dict[str, dict[str, SourceTensor]] = {}
     for tensor in gathered.add_file("finetuned", file):
         match = LORA_TENSOR.fullmatch(tensor.name)
-        original = _without_wrappers(match["module"]) + ".weight" if match else ""
+        original = without_wrappers(match["module"]) + ".weight" if match else ""
         if match and original in gathered.live:  # else it stays unexpected
             factors.setdefault(original, {})[match["factor"]] = tensor
     for original, pair in factors.items():
         if set(pair) != {"A", "B"}:
             given = next(iter(pair.values()))
             raise ConversionError(f"{file.path} holds {given.name} without its other factor. Fetch the file again.")
-        gathered.loras[original] = Lora.fitting(
-            original, gathered.live[original].info.shape, pair["A"], pair["B"], scale
-        )
+        shape = gathered.live[original].info.shape
+        gathered.loras[original] = [Lora.fitting(original, shape, pair["A"], pair["B"], scale)]
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
     """A name without PEFT's wrapping, which savers left in some files."""
     name = name.removeprefix("base_model.model.")
     return name.removeprefix("model.") if name.startswith("model.model.") else name

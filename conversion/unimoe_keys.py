@@ -21,6 +21,8 @@ import torch
 from ..errors import ConversionError
 
 AudioKind = Literal["whisper", "beats"]
+# How experts lie in the decoder: as modules of the model's own, or in DeepSpeed's (the 8-expert variant).
+Layout = Literal["plain", "deepspeed"]
 Shape = tuple[int, ...]
 
 LANGUAGE = "model.language_model."
@@ -79,24 +81,42 @@ _DECODER = (
             "post_attention_layernorm",
             *(f"self_attn.{projection}_proj" for projection in "qkvo"),
             *(f"mlp.{projection}_proj" for projection in ("gate", "up", "down")),
-            "mlp.gate",
-        )
-    ),
-    *(
-        Rule(
-            f"model.layers.{{layer}}.mlp.experts.{{expert}}.{projection}.weight",
-            f"{LANGUAGE}layers.{{layer}}.mlp.experts.{fused}",
-            "expert",
-            part,
-            parts,
-        )
-        for projection, fused, part, parts in (
-            ("gate_proj", "gate_up_proj", 0, 2),
-            ("up_proj", "gate_up_proj", 1, 2),
-            ("down_proj", "down_proj", 0, 1),
         )
     ),
 )
+
+
+def _expert_rules(gate: str, experts: str) -> tuple[Rule, ...]:
+    """Rules of a sparse layer, whose router and experts the original calls so below `mlp.`."""
+    layer = "model.layers.{layer}.mlp."
+    return (
+        Rule(f"{layer}{gate}.weight", LANGUAGE + "layers.{layer}.mlp.gate.weight"),
+        *(
+            Rule(
+                f"{layer}{experts}.{{expert}}.{projection}.weight",
+                f"{LANGUAGE}layers.{{layer}}.mlp.experts.{fused}",
+                "expert",
+                part,
+                parts,
+            )
+            for projection, fused, part, parts in (
+                ("gate_proj", "gate_up_proj", 0, 2),
+                ("up_proj", "gate_up_proj", 1, 2),
+                ("down_proj", "down_proj", 0, 1),
+            )
+        ),
+    )
+
+
+_OTHER_EXPERTS = "router and experts of the 4-expert model, in whose place the 8-expert model has its own"
+_EXPERTS: dict[Layout, tuple[Rule, ...]] = {
+    "plain": _expert_rules("gate", "experts"),
+    "deepspeed": (
+        *_expert_rules("deepspeed_moe.gate.wg", "deepspeed_moe.experts.deepspeed_experts"),
+        Rule("model.layers.{layer}.mlp.gate.weight", None, reason=_OTHER_EXPERTS),
+        Rule("model.layers.{layer}.mlp.experts.{rest}", None, reason=_OTHER_EXPERTS),
+    ),
+}
 
 # One Linear, or Linears at the even places of a sequence with GELU between them.
 _PROJECTOR = (
@@ -146,7 +166,7 @@ _BEATS = (
 )
 
 
-def rules_for(audio: AudioKind, vision_prefix: str) -> tuple[Rule, ...]:
+def rules_for(audio: AudioKind, vision_prefix: str, layout: Layout = "plain") -> tuple[Rule, ...]:
     """The rules of the variants with one audio side; the first that fits a name holds.
 
     Args:
@@ -160,7 +180,7 @@ def rules_for(audio: AudioKind, vision_prefix: str) -> tuple[Rule, ...]:
         ),
         Rule(VISION_TOWER + "vision_model.{rest}", vision_prefix + "{rest}"),
     )
-    return (*_DECODER, *_PROJECTOR, *vision, *(_WHISPER if audio == "whisper" else _BEATS))
+    return (*_DECODER, *_EXPERTS[layout], *_PROJECTOR, *vision, *(_WHISPER if audio == "whisper" else _BEATS))
 
 
 def vision_prefix(our_names: Iterable[str]) -> str:

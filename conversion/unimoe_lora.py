@@ -33,8 +33,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 class Factor(Protocol):
     """A tensor of an adapter file."""
 
-    name: str
-    info: TensorInfo
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def info(self) -> TensorInfo: ...
 
     def read(self) -> torch.Tensor: ...
 
@@ -68,7 +71,46 @@ class Lora:
 
     def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight with the adapter added, in float32."""
-        return weight.float() + (self.b.read().float() @ self.a.read().float()) * self.scale
+        return add_low_rank(weight, self.a.read(), self.b.read(), self.scale)
+
+
+@dataclass(frozen=True)
+class MergedFactor:
+    """A factor that LoRA has changed itself: the 8-expert variant has pairs inside its MLPs, and trained some by LoRA."""
+
+    tensor: Factor
+    changes: tuple[Lora, ...]
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.tensor.info
+
+    def read(self) -> torch.Tensor:
+        tensor = self.tensor.read()
+        for change in self.changes:
+            tensor = change.merged_into(tensor)
+        return tensor
+
+    def drop(self, reason: str) -> None:
+        for part in self._parts():
+            part.drop(reason)
+
+    def consume(self, ours: str) -> None:
+        for part in self._parts():
+            part.consume(ours)
+
+    def _parts(self) -> list[Factor]:
+        return [self.tensor, *(factor for change in self.changes for factor in change.tensors)]
+
+
+def add_low_rank(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """weight + scale * b @ a, float32; of float32 weights it is the exact sum, rounded once."""
+    wide = torch.float64 if weight.dtype == torch.float32 else torch.float32
+    return (weight.to(wide) + (b.to(wide) @ a.to(wide)) * scale).float()
 
 
 def is_lora_of_router(name: str) -> bool:

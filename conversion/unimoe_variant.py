@@ -3,6 +3,7 @@
 audio       BEATs states through a Q-Former; experts in some of the layers
 speech      Whisper states through queries and a Whisper decoder; experts in every layer
 speech_dp   as speech, experts in some of the layers (also released as v1.5)
+8e          as speech, experts in DeepSpeed's layout, low-rank pairs inside every MLP; layers by `moe_type`
 """
 
 import re
@@ -11,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConversionError
-from .unimoe_keys import ALIGNER, PROJECTOR, AudioKind, Shape
+from .unimoe_keys import ALIGNER, PROJECTOR, AudioKind, Layout, Shape
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.input_layernorm\.weight")
-_GATE = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.down_proj\.weight")
+# Names below `model.layers.N.mlp.`, of the router and of what comes before an expert's number.
+_GATES: dict[Layout, str] = {"plain": "gate", "deepspeed": "deepspeed_moe.gate.wg"}
+_EXPERTS: dict[Layout, str] = {"plain": "experts", "deepspeed": "deepspeed_moe.experts.deepspeed_experts"}
 _PROJECTOR_WEIGHT = re.compile(re.escape(PROJECTOR) + r"(?:(\d+)\.)?weight")
 _DEEPSPEED = re.compile(r"\.deepspeed_moe\.|_proj_lora_[AB]\.weight$")
+_DEEPSPEED_FIELDS = ("moe_type", "ep_size", "lora_r")
 _ALIGNERS: dict[AudioKind, str] = {"whisper": ALIGNER + "decoder.audio_decoder.", "beats": ALIGNER + "qformer."}
 
 
@@ -26,8 +29,9 @@ class Variant:
     """What was recognised, and by what.
 
     Args:
-        name: "audio", "speech" or "speech_dp".
+        name: "audio", "speech", "speech_dp" or "8e".
         audio: the audio side.
+        layout: how the experts lie in the files.
         num_layers, sparse_layers, num_experts, num_experts_per_tok: the decoder.
         projector_depth: linear layers between the vision tower and the decoder.
         query_tokens: name of the learned queries.
@@ -36,6 +40,7 @@ class Variant:
 
     name: str
     audio: AudioKind
+    layout: Layout
     num_layers: int
     sparse_layers: tuple[int, ...]
     num_experts: int
@@ -55,11 +60,11 @@ def recognise(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Variant
     Raises:
         ConversionError: it is none of these; the message says which evidence is missing or contradicts itself.
     """
-    refuse_deepspeed(shapes, config)
+    layout = layout_of(shapes, config)
     missing: list[str] = []
     audio = _audio_kind(shapes, missing)
     layers = _layers(shapes, missing)
-    sparse, num_experts = _experts(shapes, missing)
+    sparse, num_experts = _experts(shapes, layout, missing)
     depth = _projector_depth(shapes, missing)
     query_tokens = "model.query_tokens" if audio == "whisper" else ALIGNER + "query_tokens"
     if audio is not None and query_tokens not in shapes:
@@ -75,22 +80,40 @@ def recognise(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Variant
     _check_config(config, num_experts, len(layers))
     everywhere = len(sparse) == len(layers)
     name = "audio" if audio == "beats" else "speech" if everywhere else "speech_dp"
+    if layout == "deepspeed":
+        name = "8e"
+        _check_eight_experts(config, audio, sparse, len(layers))
     where = "every layer" if everywhere else f"{len(sparse)} of {len(layers)} layers ({_ranges(sparse)})"
     evidence = (
         f"audio side: {_ALIGNERS[audio]}* ({'Whisper and a query decoder' if audio == 'whisper' else 'BEATs and a Q-Former'})",
-        f"experts: {num_experts} under model.layers.*.mlp.experts in {where}, {chosen} per token by config.json",
+        f"experts: {num_experts} under model.layers.*.mlp.{_EXPERTS[layout]} in {where}, {chosen} per token by config.json",
         f"image projector: {depth} linear layer(s) under {PROJECTOR}*",
     )
-    return Variant(name, audio, len(layers), sparse, num_experts, int(chosen), depth, query_tokens, evidence)
+    return Variant(name, audio, layout, len(layers), sparse, num_experts, int(chosen), depth, query_tokens, evidence)
 
 
-def refuse_deepspeed(names: Iterable[str], config: Mapping[str, Any]) -> None:
-    """Raises ConversionError for the 8-expert layout, whose experts lie in files of their own."""
-    seen = next((name for name in names if _DEEPSPEED.search(name)), None)
-    field = next((name for name in ("moe_type", "ep_size", "lora_r") if name in config), None)
-    if seen is not None or field is not None:
-        what = f"it holds {seen}" if seen is not None else f"its config.json has {field}"
-        raise ConversionError(f"This is the 8-expert variant in DeepSpeed's layout ({what}), which is not read yet.")
+def layout_of(names: Iterable[str], config: Mapping[str, Any]) -> Layout:
+    """How the experts lie: seen in the names of tensors or in fields of config.json that only one layout has."""
+    seen = any(_DEEPSPEED.search(name) for name in names) or any(field in config for field in _DEEPSPEED_FIELDS)
+    return "deepspeed" if seen else "plain"
+
+
+def eight_expert_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Layers with experts of the 8-expert variant. Raises ConversionError when config.json does not say."""
+    kind, stride = config.get("moe_type"), config.get("moe_stride")
+    if kind == "dense":
+        return tuple(range(num_layers))
+    if kind == "sparse" and isinstance(stride, int) and stride > 0:
+        return tuple(range(0, num_layers, stride))
+    raise ConversionError(
+        f"This is the 8-expert variant, and its config.json has moe_type {kind!r} and moe_stride {stride!r}; needed are "
+        "'dense', or 'sparse' with a stride of at least 1. Give the model's own config.json (8config.json of the base)."
+    )
+
+
+def decoder_layers(names: Iterable[str]) -> list[int]:
+    """Numbers of the decoder's layers that there are tensors of."""
+    return sorted(int(match[1]) for match in map(_LAYER.fullmatch, names) if match)
 
 
 def _audio_kind(shapes: Mapping[str, Shape], missing: list[str]) -> AudioKind | None:
@@ -106,7 +129,7 @@ def _audio_kind(shapes: Mapping[str, Shape], missing: list[str]) -> AudioKind | 
 
 
 def _layers(shapes: Mapping[str, Shape], missing: list[str]) -> tuple[int, ...]:
-    layers = sorted(int(match[1]) for match in map(_LAYER.fullmatch, shapes) if match)
+    layers = decoder_layers(shapes)
     if not layers:
         missing.append("model.layers.*.input_layernorm.weight (the decoder)")
     elif layers != list(range(len(layers))):
@@ -115,21 +138,26 @@ def _layers(shapes: Mapping[str, Shape], missing: list[str]) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _experts(shapes: Mapping[str, Shape], missing: list[str]) -> tuple[tuple[int, ...], int]:
-    gates = {int(match[1]): shapes[match[0]][0] for match in map(_GATE.fullmatch, shapes) if match}
+def _experts(shapes: Mapping[str, Shape], layout: Layout, missing: list[str]) -> tuple[tuple[int, ...], int]:
+    gate_name, expert_name = _GATES[layout], _EXPERTS[layout]
+    gate = re.compile(rf"model\.layers\.(\d+)\.mlp\.{re.escape(gate_name)}\.weight")
+    expert = re.compile(rf"model\.layers\.(\d+)\.mlp\.{re.escape(expert_name)}\.(\d+)\.down_proj\.weight")
+    gates = {int(match[1]): shapes[match[0]][0] for match in map(gate.fullmatch, shapes) if match}
     experts: dict[int, set[int]] = {}
-    for match in map(_EXPERT.fullmatch, shapes):
+    for match in map(expert.fullmatch, shapes):
         if match:
             experts.setdefault(int(match[1]), set()).add(int(match[2]))
     if not gates and not experts:
-        missing.append("model.layers.*.mlp.gate.weight and model.layers.*.mlp.experts.* (the mixture of experts)")
+        names = f"model.layers.*.mlp.{gate_name}.weight and model.layers.*.mlp.{expert_name}.*"
+        missing.append(f"{names} (the mixture of experts)")
         return (), 0
     for layer in sorted({*gates, *experts}):
         if layer not in gates:
-            missing.append(f"model.layers.{layer}.mlp.gate.weight")
+            where = " (the 8-expert model's routers come with --finetuned)" if layout == "deepspeed" else ""
+            missing.append(f"model.layers.{layer}.mlp.{gate_name}.weight{where}")
         else:
             absent = set(range(gates[layer])) - experts.get(layer, set())
-            missing += [f"model.layers.{layer}.mlp.experts.{i}.down_proj.weight" for i in sorted(absent)]
+            missing += [f"model.layers.{layer}.mlp.{expert_name}.{i}.down_proj.weight" for i in sorted(absent)]
     sizes = set(gates.values())
     if len(sizes) > 1:
         raise ConversionError(f"The routers know {sorted(sizes)} experts in different layers; Uni-MoE has one number.")
@@ -156,6 +184,23 @@ def _check_config(config: Mapping[str, Any], num_experts: int, num_layers: int) 
     if linear != "linear":
         raise ConversionError(
             f"config.json says audio_projector_type = {linear!r}; every released model has 'linear'."
+        )
+
+
+def _check_eight_experts(
+    config: Mapping[str, Any], audio: AudioKind, sparse: tuple[int, ...], num_layers: int
+) -> None:
+    if audio != "whisper":
+        raise ConversionError("The experts lie in DeepSpeed's layout, whose one released model hears through Whisper.")
+    if config.get("use_fm_block"):
+        raise ConversionError(
+            "config.json has use_fm_block: the routers read other states then, which is not supported."
+        )
+    wanted = eight_expert_layers(config, num_layers)
+    if wanted != sparse:
+        raise ConversionError(
+            f"config.json puts experts into layers {_ranges(wanted)} ({len(wanted)}), but {_ranges(sparse)} "
+            f"({len(sparse)}) have a router. Give the config.json of this very model."
         )
 
 

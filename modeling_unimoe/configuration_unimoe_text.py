@@ -24,6 +24,13 @@ from .validation_unimoe import (
 # The position of a name in this tuple is its id in `mm_token_type_ids`.
 # "speech" is audio that went through the speech tower, "sound" audio that went through the sound branch.
 MODALITIES = ("text", "image", "video", "speech", "sound")
+# Losses of the routers, by their names in outputs and logs -> the field that weights each.
+LOSS_COEFFICIENTS = {
+    "aux_loss": "router_aux_loss_coef",
+    "z_loss": "router_z_loss_coef",
+    "modality_loss": "router_modality_loss_coef",
+    "divergence_loss": "router_divergence_loss_coef",
+}
 
 _LARGEST = {
     "vocab_size": MAX_VOCAB_SIZE,
@@ -78,15 +85,25 @@ class UniMoeTextConfig(PreTrainedConfig):
             each token `num_experts_per_tok` choices, which a positive value leaves without meaning.
         router_near_max_band: "dynamic" only. A choice's weight is its probability among the choices left whose logits
             lie below the best one's by at most this share of the larger of both sizes.
-        router_pick: "dynamic" only. "max" takes the best choice left. "sample" draws it, in training, from the band
-            with its probabilities (Gumbel-max), and learns through the pick by the straight-through rule.
+        router_in_float32: compute the gate's logits in float32 whatever the model's dtype. "dynamic" always does.
+        router_pick: "max" takes the best choices. "sample" draws them in training, "sample_always" in evaluation too,
+            which makes answers random; both by Gumbel-max. "top_k" draws all but a token's best choice, from all that
+            are left; weights stay those without noise (Uni-MoE's 8 experts always do so). "dynamic" draws every choice
+            from the band, and learns through the pick by the straight-through rule.
         expert_capacity_factor: "dynamic" only. An expert keeps at most factor * tokens / choices of a batch's tokens
             and drops the rest, in evaluation too: results then depend on the batch. None drops nothing.
         min_expert_capacity: what an expert keeps however small the batch.
         capacity_policy: who stays, the highest logits ("probs") or the first tokens ("position"). As in the original,
             "position" limits shared experts too.
         router_aux_loss_coef: weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6).
+        router_aux_loss_counts: "top_k" only. Which choices are load: "all" of a token, or the "first" (GShard, Uni-MoE).
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
+        modality_experts: modality name -> ids of the experts that its tokens shall prefer.
+        router_modality_loss_coef: weight of the loss that draws tokens to the `modality_experts` of their modality.
+        router_divergence_loss_coef: weight of the loss that drives the experts' use by different modalities apart.
+            Nothing bounds it below: keep it small.
+        router_losses_as_released: compute the load-balancing, modality and divergence losses as Uni-MoE's 8-expert code
+            does: sums over layers and samples, padding included; see `losses_unimoe.py`.
     """
 
     model_type = "unimoe_text"
@@ -162,12 +179,18 @@ class UniMoeTextConfig(PreTrainedConfig):
     shared_intermediate_size: int | None = None
     router_top_p: float | int = 0.0
     router_near_max_band: float | int = 0.02
-    router_pick: Literal["max", "sample"] = "max"
+    router_in_float32: bool = False
+    router_pick: Literal["max", "sample", "sample_always"] = "max"
     expert_capacity_factor: float | int | None = None
     min_expert_capacity: int = 8
     capacity_policy: Literal["probs", "position"] = "probs"
     router_aux_loss_coef: float | int = 0.0
+    router_aux_loss_counts: Literal["all", "first"] = "all"
     router_z_loss_coef: float | int = 0.0
+    modality_experts: dict[str, list[int]] | None = None
+    router_modality_loss_coef: float | int = 0.0
+    router_divergence_loss_coef: float | int = 0.0
+    router_losses_as_released: bool = False
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -260,7 +283,7 @@ class UniMoeTextConfig(PreTrainedConfig):
         owner = "UniMoeTextConfig"
         for field in ("num_experts", "num_null_experts", "num_shared_experts"):
             require_range(owner, field, getattr(self, field), 0, MAX_EXPERTS)
-        for field in ("router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef", "router_near_max_band"):
+        for field in ("router_jitter_noise", "router_near_max_band", *LOSS_COEFFICIENTS.values()):
             if not math.isfinite(getattr(self, field)) or getattr(self, field) < 0:
                 raise ConfigurationError(f"{owner}.{field} is {getattr(self, field)!r}; it must be finite and >= 0.")
         wrong = [i for i in self.sparse_layers if not 0 <= i < self.num_hidden_layers]
@@ -285,8 +308,8 @@ class UniMoeTextConfig(PreTrainedConfig):
         unused = set(range(self.num_experts)) - {i for group in self.router_groups for i in group.experts}
         if unused:
             raise ConfigurationError(f"{owner}.expert_groups names no group for experts {sorted(unused)}: add them.")
-
         self._check_dynamic_routing()
+        self._check_modality_losses()
 
     def _check_dynamic_routing(self) -> None:
         owner = "UniMoeTextConfig"
@@ -297,16 +320,37 @@ class UniMoeTextConfig(PreTrainedConfig):
             raise ConfigurationError(
                 f"{owner}.expert_capacity_factor is {factor!r}; it must be finite and > 0, or None to drop no token."
             )
-        needed = {"router_top_p": 0, "router_pick": "max", "expert_capacity_factor": None}
+        needed: dict[str, Any] = {"router_top_p": 0, "expert_capacity_factor": None}
         wanted = "'dynamic'"
         if self.router_type == "dynamic":
             needed = {"expert_groups": None, "router_scoring": "softmax", "norm_topk_prob": True}
+            needed |= {"router_aux_loss_counts": "all", "router_losses_as_released": False}
             wanted = "'top_k'"
         for field, value in needed.items():
             if getattr(self, field) != value:
                 raise ConfigurationError(
                     f"{owner}.{field} is {getattr(self, field)!r}, which is not combined with router_type "
                     f"{self.router_type!r}: set it to {value!r}, or router_type to {wanted}."
+                )
+
+    def _check_modality_losses(self) -> None:
+        owner = "UniMoeTextConfig"
+        for name, experts in (self.modality_experts or {}).items():
+            if name not in MODALITIES or not experts or not set(experts) <= set(range(self.num_experts)):
+                raise ConfigurationError(
+                    f"{owner}.modality_experts[{name!r}] is {experts}; it must map one of {MODALITIES} to experts between "
+                    f"0 and {self.num_experts - 1}."
+                )
+        if self.router_modality_loss_coef and not self.modality_experts:
+            raise ConfigurationError(
+                f"{owner}.router_modality_loss_coef is {self.router_modality_loss_coef} but modality_experts is "
+                f"{self.modality_experts}: name the experts of at least one modality."
+            )
+        for field in ("router_modality_loss_coef", "router_divergence_loss_coef", "router_losses_as_released"):
+            if getattr(self, field) and self.expert_groups is not None:
+                raise ConfigurationError(
+                    f"{owner}.{field} is {getattr(self, field)!r} together with expert_groups: modalities whose experts "
+                    "are set apart need no such loss. Set one of the two to its default."
                 )
 
     def _check_group(self, name: str, experts: list[int]) -> None:
@@ -317,4 +361,4 @@ class UniMoeTextConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["MODALITIES", "RouterGroup", "UniMoeTextConfig"]
+__all__ = ["LOSS_COEFFICIENTS", "MODALITIES", "RouterGroup", "UniMoeTextConfig"]

@@ -43,8 +43,9 @@ class UniMoeModelOutputWithPast(ModelOutput):
 class UniMoeCausalLMOutputWithPast(ModelOutput):
     """Output of `UniMoeForCausalLM`.
 
-    loss: ce_loss + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss (scalars, float32).
-    ce_loss, aux_loss, z_loss: its parts, unweighted; the aux_loss of a top-k router is 1 for an even load.
+    loss: ce_loss plus the routers' losses, each times its coefficient in the configuration (scalars, float32).
+    ce_loss, aux_loss, z_loss, modality_loss, divergence_loss: its parts, unweighted; see `losses_unimoe.py`. The last two
+    are None unless they are part of it.
     logits: [B, S, vocab]; router_logits: one [B * S, gate rows] tensor per sparse layer.
     """
 
@@ -52,6 +53,8 @@ class UniMoeCausalLMOutputWithPast(ModelOutput):
     ce_loss: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
+    modality_loss: torch.Tensor | None = None
+    divergence_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -317,10 +320,11 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         ce_loss = torch.where(learned > 0, ce_loss, 0.0)
         if not outputs.router_logits:
             return {"loss": ce_loss, "ce_loss": ce_loss}
+        modality_ids = torch.zeros_like(labels) if outputs.mm_token_type_ids is None else outputs.mm_token_type_ids
         groups = self.model.language_model.token_groups(outputs.last_hidden_state, outputs.mm_token_type_ids)
         share = _share_of_batch(learned, kwargs.get("num_items_in_batch"))
-        terms = balance_terms(outputs.router_logits, config, groups, attention_mask, share)
-        return {"loss": ce_loss + terms.weighted, "ce_loss": ce_loss, "aux_loss": terms.balance, "z_loss": terms.z}
+        terms = balance_terms(outputs.router_logits, config, modality_ids, groups, attention_mask, share)
+        return {"loss": ce_loss + terms.weighted, "ce_loss": ce_loss, **terms.losses}
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any

@@ -53,7 +53,6 @@ class UniMoeDynamicRouter(UniMoeRouter):
         self.top_p = config.router_top_p
         self.max_choices = config.max_choices_per_token
         self.near_max_band = config.router_near_max_band
-        self.samples = config.router_pick == "sample"
         self.capacity_factor = config.expert_capacity_factor
         self.min_capacity = config.min_expert_capacity
         self.capacity_policy = config.capacity_policy
@@ -92,9 +91,7 @@ class UniMoeDynamicRouter(UniMoeRouter):
             logits_TR = F.linear(self._jittered(x_TH.float()), self.weight.float())
         logits_TC = logits_TR[:, : logits_TR.shape[1] - self.num_shared_experts]
         num_choices_T = count_choices(logits_TC, self.top_p, self.max_choices)
-        rows_TK, pick_weights_TK = pick_rows(
-            logits_TC, self.max_choices, self.near_max_band, sample=self.samples and self.training
-        )
+        rows_TK, pick_weights_TK = pick_rows(logits_TC, self.max_choices, self.near_max_band, sample=self.draws)
         taken_TK = _first(self.max_choices, num_choices_T)
         taken_TC = torch.zeros_like(logits_TC, dtype=torch.bool).scatter(1, rows_TK, taken_TK)
         weights_TC = torch.zeros_like(logits_TC).scatter(1, rows_TK, pick_weights_TK * taken_TK)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_unimoe_text import UniMoeTextConfig
 
@@ -39,6 +40,8 @@ class UniMoeRouter(nn.Module):
         self.scoring = config.router_scoring
         self.normalize = config.norm_topk_prob
         self.jitter_noise = config.router_jitter_noise
+        self.pick = config.router_pick
+        self.in_float32 = config.router_in_float32
         self.groups = config.router_groups
         self.num_experts = config.num_experts
         self.num_null_experts = config.num_null_experts
@@ -78,12 +81,15 @@ class UniMoeRouter(nn.Module):
             token_mask_T: true for tokens, false for padding. This router treats all alike.
 
         Returns:
-            router_logits_TR (dtype of x), top_k_weights_TK (dtype of x), top_k_index_TK (int64).
+            router_logits_TR (dtype of x, or float32 with `router_in_float32`; never with the noise of draws),
+            top_k_weights_TK (dtype of x), top_k_index_TK (int64).
         """
-        router_logits_TR = F.linear(self._jittered(x_TH), self.weight)
-        scores_TR = self._scores(router_logits_TR, token_group_T)
+        router_logits_TR = self._logits(x_TH)
+        own_logits_TR = self._own_rows(router_logits_TR, token_group_T)
+        scores_TR = own_logits_TR.softmax(dim=-1) if self.scoring == "softmax" else own_logits_TR.sigmoid()
         first_shared = scores_TR.shape[1] - self.num_shared_experts
-        scores_TK, row_TK = scores_TR[:, :first_shared].topk(self.top_k, dim=-1)
+        row_TK = self._choices(own_logits_TR[:, :first_shared], scores_TR[:, :first_shared])
+        scores_TK = scores_TR.gather(1, row_TK)
         index_TK = self.row_expert_R[row_TK]
         if self.num_shared_experts:
             scores_TK = torch.cat((scores_TK, scores_TR[:, first_shared:]), dim=-1)
@@ -95,15 +101,39 @@ class UniMoeRouter(nn.Module):
             scores_TK = scores_TK.masked_fill(index_TK == self.num_experts, 0)
         return router_logits_TR, scores_TK.to(x_TH.dtype), index_TK
 
+    @property
+    def draws(self) -> bool:
+        """Whether choices are drawn now, and not simply the best ones taken."""
+        return self.pick == "sample_always" or (self.pick == "sample" and self.training)
+
+    def choice_noise(self, logits_TC: torch.Tensor) -> torch.Tensor:
+        """Standard Gumbel noise, float32 [T, C]: added to logits, it makes their maximum a draw from their softmax."""
+        return -torch.empty_like(logits_TC).exponential_().log()
+
+    def _choices(self, logits_TC: torch.Tensor, scores_TC: torch.Tensor) -> torch.Tensor:
+        """Rows that each token chooses, [T, K], the best one first; the others may be drawn."""
+        if not self.draws or self.top_k == 1:
+            return scores_TC.topk(self.top_k, dim=-1).indices
+        logits_TC = logits_TC.detach()
+        first_T1 = logits_TC.argmax(dim=-1, keepdim=True)
+        noisy_TC = (logits_TC + self.choice_noise(logits_TC)).scatter(1, first_T1, float("-inf"))
+        return torch.cat((first_T1, noisy_TC.topk(self.top_k - 1, dim=-1).indices), dim=-1)
+
+    def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
+        if not self.in_float32:
+            return F.linear(self._jittered(x_TH), self.weight)
+        with maybe_autocast(x_TH.device.type, enabled=False):
+            return F.linear(self._jittered(x_TH.float()), self.weight.float())
+
     def _jittered(self, x_TH: torch.Tensor) -> torch.Tensor:
         if not self.training or self.jitter_noise == 0:
             return x_TH
         return x_TH * torch.empty_like(x_TH).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
 
-    def _scores(self, logits_TR: torch.Tensor, token_group_T: torch.Tensor | None) -> torch.Tensor:
-        """Scores in float32, zero on the rows of other groups."""
+    def _own_rows(self, logits_TR: torch.Tensor, token_group_T: torch.Tensor | None) -> torch.Tensor:
+        """The logits in float32, -inf on the rows of other groups."""
         logits_TR = logits_TR.float()
-        if len(self.groups) > 1:
-            foreign_TR = (self.row_group_R != token_group_T[:, None]) & (self.row_group_R >= 0)
-            logits_TR = logits_TR.masked_fill(foreign_TR, float("-inf"))
-        return logits_TR.softmax(dim=-1) if self.scoring == "softmax" else logits_TR.sigmoid()
+        if len(self.groups) == 1:
+            return logits_TR
+        foreign_TR = (self.row_group_R != token_group_T[:, None]) & (self.row_group_R >= 0)
+        return logits_TR.masked_fill(foreign_TR, float("-inf"))

@@ -1,6 +1,6 @@
-"""The training loss: cross entropy at the answers, with label smoothing, plus the balance terms of the routers."""
+"""The training loss: cross entropy at the answers, with label smoothing, plus the losses of the routers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,11 @@ _COLUMNS = 4
 
 @dataclass
 class LossParts:
-    """Scalars, float32. `total` is what is minimised; the others are its unweighted parts, 0 where there is none."""
+    """Scalars, float32. `total` is what is minimised; the others are its unweighted parts, `routers` by their names."""
 
     total: torch.Tensor
     cross_entropy: torch.Tensor
-    balance: torch.Tensor
-    z: torch.Tensor
+    routers: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def columns_to_keep(labels: torch.Tensor) -> int:
@@ -38,6 +37,7 @@ def training_loss(
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None,
     token_groups: torch.Tensor | None,
+    modality_ids: torch.Tensor,
     config: UniMoeTextConfig,
     label_smoothing: float = 0.0,
     num_items_in_batch: torch.Tensor | int | None = None,
@@ -48,9 +48,10 @@ def training_loss(
         outputs: `logits` [B, K, V] of the last K positions, and `router_logits` (or None).
         labels: [B, S] with S >= K, -100 where nothing is learned.
         token_groups: routing group of every position, [B, S]; None with one group.
+        modality_ids: modality id of every position, [B, S].
         label_smoothing: share of the target that is spread evenly over the vocabulary.
         num_items_in_batch: labelled tokens of the whole accumulated batch, by which the sum is divided; None means
-            those of this batch. Balance terms are weighted by this batch's share of them.
+            those of this batch. The routers' losses are weighted by this batch's share of them.
     """
     logits = outputs.logits
     targets = labels[:, -logits.shape[1] :][:, 1:]
@@ -61,9 +62,8 @@ def training_loss(
     cross_entropy = (
         functional.cross_entropy(chosen, targets[learned], reduction="sum", label_smoothing=label_smoothing) / divisor
     )
-    zero = torch.zeros((), device=logits.device)
     if not outputs.router_logits:
-        return LossParts(cross_entropy, cross_entropy.detach(), zero, zero)
-    terms = balance_terms(outputs.router_logits, config, token_groups, attention_mask, items / divisor)
-    total = cross_entropy + terms.weighted
-    return LossParts(total, cross_entropy.detach(), terms.balance.detach(), terms.z.detach())
+        return LossParts(cross_entropy, cross_entropy.detach())
+    terms = balance_terms(outputs.router_logits, config, modality_ids, token_groups, attention_mask, items / divisor)
+    losses = {name: loss.detach() for name, loss in terms.losses.items()}
+    return LossParts(cross_entropy + terms.weighted, cross_entropy.detach(), losses)

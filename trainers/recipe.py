@@ -20,6 +20,7 @@ ROUTER_INITS = ("modality_means", "normal", "zeros")
 LORA_TARGETS = ("attention", "experts", "ffn")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
+COEFFICIENTS = tuple(f"router_{name}_loss_coef" for name in ("aux", "z", "modality", "divergence"))
 
 
 @dataclass
@@ -84,6 +85,7 @@ class MoeConfig:
     num_experts_per_tok: int = 2
     expert_groups: dict[str, list[int]] | None = None
     modality_groups: dict[str, str] | None = None
+    modality_experts: dict[str, list[int]] | None = None
     router_init: Literal["modality_means", "normal", "zeros"] = "modality_means"
     router_init_scale: float = 1.0
     router_jitter_noise: float = 0.0
@@ -126,7 +128,8 @@ class StageConfig:
         lora: adapters that train beside `train`.
         experts: the runs of a stage of kind "experts".
         modality_weights: share of the batches by task or modality; without them, by the number of samples.
-        router_aux_loss_coef, router_z_loss_coef: override the model's balance terms during this stage.
+        router_aux_loss_coef, router_z_loss_coef, router_modality_loss_coef, router_divergence_loss_coef: override the
+            model's coefficients during this stage.
         feature_noise: standard deviation of Gaussian noise on cached tower states, relative to the states' own; one
             figure or one per modality. Cached training only, as is token_dropout.
         token_dropout: probability that a position of the cached tower states becomes the mean state.
@@ -157,6 +160,8 @@ class StageConfig:
     modality_weights: dict[str, float] = field(default_factory=dict)
     router_aux_loss_coef: float | None = None
     router_z_loss_coef: float | None = None
+    router_modality_loss_coef: float | None = None
+    router_divergence_loss_coef: float | None = None
     feature_noise: float | dict[str, float] = 0.0
     token_dropout: float | dict[str, float] = 0.0
     save_every: int = 0
@@ -187,7 +192,7 @@ class StageConfig:
             require_range(f"{where}.{name}", getattr(self, name), 1, 1 << 40)
         for name in ("warmup_steps", "save_every"):
             require_range(f"{where}.{name}", getattr(self, name), 0, 1 << 40)
-        for name in ("weight_decay", "max_grad_norm", "router_aux_loss_coef", "router_z_loss_coef"):
+        for name in ("weight_decay", "max_grad_norm", *COEFFICIENTS):
             value = getattr(self, name)
             if value is not None:
                 require(math.isfinite(value) and value >= 0, f"{where}.{name}", value, "finite and at least 0")

@@ -12,14 +12,15 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .checkpoints import newest_checkpoint, write_durably
 from .data import ConversationDataset
 from .lora import add_lora, merge_lora
-from .recipe import StageConfig
+from .recipe import COEFFICIENTS, StageConfig
 from .speed import seconds_per_checkpoint, seconds_per_step
 from .trainable import TrainableRow, count_trainable, set_trainable, trainable_table
-from .trainer import UniMoeTrainer
+from .trainer import LOSS_NAMES, UniMoeTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +34,7 @@ _TIME_RESERVE = 0.05
 
 @dataclass
 class Progress:
-    """Where a run is; `losses` holds loss, ce_loss, aux_loss, z_loss and `group_losses` the cross entropy by group."""
+    """Where a run is; `losses` holds the loss and its parts, and `group_losses` the cross entropy by group."""
 
     stage: str
     step: int
@@ -178,7 +179,7 @@ class LossLog(TrainerCallback):
         if "ce_loss" not in logs:
             return
         self.seconds = self._before + time.perf_counter() - self._started
-        losses = {key: logs[key] for key in ("loss", "ce_loss", "aux_loss", "z_loss")}
+        losses = {key: logs[key] for key in ("loss", *LOSS_NAMES) if key in logs}
         groups = {group: sum(values) / len(values) for group, values in self.trainer.group_losses.items()}
         record = {
             "step": state.global_step,
@@ -274,7 +275,11 @@ def _decide_steps(stage: StageConfig, folder: Path, trainer_for: Callable[[int],
 
 def _apply_balance_terms(model: UniMoeForCausalLM, stage: StageConfig) -> None:
     config = model.config.text_config
-    if stage.router_aux_loss_coef is not None:
-        config.router_aux_loss_coef = stage.router_aux_loss_coef
-    if stage.router_z_loss_coef is not None:
-        config.router_z_loss_coef = stage.router_z_loss_coef
+    for name in COEFFICIENTS:
+        if getattr(stage, name) is not None:
+            setattr(config, name, getattr(stage, name))
+    if config.router_modality_loss_coef and not config.modality_experts:
+        raise RecipeError(
+            f"Stage {stage.name!r} has router_modality_loss_coef = {config.router_modality_loss_coef}, but the model's "
+            "modality_experts names no experts: set moe.modality_experts, or leave this loss out."
+        )

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import CheckpointError, RecipeError, TrainingError
+from ..modeling_unimoe.configuration_unimoe_text import LOSS_COEFFICIENTS
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..roles import role_of
 from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal
@@ -23,7 +24,8 @@ from .sampler import ModalityBatchSampler, group_weights
 logger = logging.get_logger(__name__)
 
 TRAINED_FILE = "trained_parameters.safetensors"
-LOSS_NAMES = ("ce_loss", "aux_loss", "z_loss")
+LOSS_NAMES = ("ce_loss", *LOSS_COEFFICIENTS)
+ALWAYS_LOGGED = ("ce_loss", "aux_loss", "z_loss")
 
 
 class UniMoeTrainer(Trainer):
@@ -141,6 +143,7 @@ class UniMoeTrainer(Trainer):
             labels,
             inputs.get("attention_mask"),
             self._token_groups(inputs["input_ids"]),
+            self.base.model.modality_ids(inputs["input_ids"]),
             config,
             self.label_smoothing if model.training else 0.0,
             num_items_in_batch,
@@ -168,7 +171,9 @@ class UniMoeTrainer(Trainer):
         # Summed over micro batches these are the means over the accumulated batch, as the loss itself is.
         share = 1.0 / self.args.gradient_accumulation_steps
         self._sums = self._sums.to(loss.device)
-        self._sums += torch.stack([parts.cross_entropy, share * parts.balance, share * parts.z])
+        zero = torch.zeros_like(parts.cross_entropy)
+        routers = [share * parts.routers.get(name, zero) for name in LOSS_COEFFICIENTS]
+        self._sums += torch.stack([parts.cross_entropy, *routers])
         self._micro_steps += 1
         self._group_pending.append((group, parts.cross_entropy))
 
@@ -188,15 +193,17 @@ class UniMoeTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As usual, with ce_loss, aux_loss and z_loss beside the total."""
+        """As usual, with the parts of the loss beside the total; those about modalities only where they count."""
         if "loss" in logs and self._micro_steps:
             steps = self._micro_steps / self.args.gradient_accumulation_steps
             sums = self.accelerator.reduce(self._sums, "sum") if self.accelerator.num_processes > 1 else self._sums
             ranks = self.accelerator.num_processes
-            # Cross entropy is divided by the tokens of all ranks, the balance terms are means per rank.
-            scales = (1.0 if self.args.average_tokens_across_devices else 1.0 / ranks, 1.0 / ranks, 1.0 / ranks)
-            for name, value, scale in zip(LOSS_NAMES, sums.tolist(), scales, strict=True):
-                logs[name] = value * scale / steps
+            text_config = self.base.config.text_config
+            for name, value in zip(LOSS_NAMES, sums.tolist(), strict=True):
+                # Cross entropy is divided by the tokens of all ranks, the routers' losses are means per rank.
+                whole = name == "ce_loss" and self.args.average_tokens_across_devices
+                if name in ALWAYS_LOGGED or getattr(text_config, LOSS_COEFFICIENTS[name]):
+                    logs[name] = value / (steps if whole else steps * ranks)
             self._sums.zero_()
             self._micro_steps = 0
             self._collect_group_losses()

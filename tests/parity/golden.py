@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 ROOT_VARIABLE = "UNIMOE_GOLDEN"
 REPORT_VARIABLE = "UNIMOE_GOLDEN_REPORT"
 RELATIVE_TOLERANCE = 1e-5
+Scale = Literal["rms", "largest"]
 # Weights are parameters, not results: no test compares them one by one.
 _WEIGHT_FILES = ("weights", "merged_weights")
 
@@ -128,7 +129,14 @@ class GoldenCase:
         self._record("read", file, name)
         return self._load(name, file)
 
-    def check(self, name: str, actual: torch.Tensor, rtol: float = RELATIVE_TOLERANCE, file: str = "io") -> None:
+    def check(
+        self,
+        name: str,
+        actual: torch.Tensor,
+        rtol: float = RELATIVE_TOLERANCE,
+        file: str = "io",
+        scale: Scale = "rms",
+    ) -> None:
         """Compares `actual` with a golden tensor; see `compare`.
 
         Raises:
@@ -136,7 +144,7 @@ class GoldenCase:
         """
         expected = self._load(name, file)
         try:
-            compare(actual.detach(), expected, rtol)
+            compare(actual.detach(), expected, rtol, scale)
         except GoldenMismatchError as error:
             raise GoldenMismatchError(f"{self.name}/{file}: {name}: {error}") from None
         self.comparisons += 1
@@ -158,11 +166,14 @@ class GoldenCase:
             getattr(self._ledger, kind).setdefault(f"{self.name}/{file}", set()).add(name)
 
 
-def compare(actual: torch.Tensor, expected: torch.Tensor, rtol: float = RELATIVE_TOLERANCE) -> None:
+def compare(
+    actual: torch.Tensor, expected: torch.Tensor, rtol: float = RELATIVE_TOLERANCE, scale: Scale = "rms"
+) -> None:
     """Requires equal shapes and, for floats, |actual - expected| <= rtol * (|expected| + rms(expected)) everywhere.
 
-    The second term is the scale of the tensor: sums that cancel to nearly zero carry its rounding errors. Integers and
-    booleans must be equal; NaN and infinities never pass.
+    The second term is the scale of the tensor: sums that cancel to nearly zero carry its rounding errors. Where the
+    golden tensor itself carries those of far larger values than its own, its scale is the "largest" of them. Integers
+    and booleans must be equal; NaN and infinities never pass.
 
     Raises:
         GoldenMismatchError: names the worst element.
@@ -177,7 +188,7 @@ def compare(actual: torch.Tensor, expected: torch.Tensor, rtol: float = RELATIVE
     error = (result - golden).abs()
     allowed = torch.zeros_like(error)
     if expected.is_floating_point():
-        allowed = rtol * (golden.abs() + golden.pow(2).mean().sqrt())
+        allowed = rtol * (golden.abs() + (golden.pow(2).mean().sqrt() if scale == "rms" else golden.abs().max()))
     wrong = ~(error <= allowed)
     if wrong.any():
         excess = torch.where(error.isnan(), torch.inf, error - allowed)

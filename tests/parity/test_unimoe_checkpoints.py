@@ -16,19 +16,25 @@ from unimoe import UniMoeForCausalLM
 from unimoe.conversion.import_receipt import ImportReceipt
 from unimoe.conversion.import_unimoe import UniMoeFolders, plan_import, run_import
 from unimoe.conversion.io import Checkpoint, TensorFile
+from unimoe.conversion.unimoe_experts import EXPERT_FILES, merge_pairs
 from unimoe.conversion.unimoe_files import BeatsFile
 from unimoe.conversion.unimoe_keys import KeyMap, rules_for, vision_prefix
+from unimoe.conversion.unimoe_variant import layout_of
 
 CHECKPOINT = ("input_ids", "images", "image_mask", "input_features", "features_mask")
 
 
-def is_plain_checkpoint(case: GoldenCase) -> bool:
-    """Folders in the released layout, without DeepSpeed's expert files."""
-    complete = all((case.path / folder / "config.json").is_file() for folder in ("base", "e2", "clip"))
-    return complete and not (case.path / "experts").is_dir()
+def is_checkpoint(case: GoldenCase) -> bool:
+    """Folders in the released layout."""
+    return all((case.path / folder / "config.json").is_file() for folder in ("base", "e2", "clip"))
 
 
-checkpoint = pytest.mark.golden(*CHECKPOINT, "logits_*", where=is_plain_checkpoint)
+def has_expert_files(case: GoldenCase) -> bool:
+    """The 8-expert variant, whose base model lacks the experts and the routers."""
+    return is_checkpoint(case) and (case.path / "experts").is_dir()
+
+
+checkpoint = pytest.mark.golden(*CHECKPOINT, "logits_*", where=is_checkpoint)
 with_lora = pytest.mark.parametrize("keep_lora", [False, True], ids=["merged", "adapter"])
 
 
@@ -41,7 +47,7 @@ def test_the_fine_tuned_model_answers_as_the_original(
     check_logits(golden_case, model, "logits_merged")
 
 
-@checkpoint
+@pytest.mark.golden(*CHECKPOINT, "logits_base", where=is_checkpoint)
 def test_the_base_model_answers_as_the_original(golden_case: GoldenCase, tmp_path: Path) -> None:
     model, _ = converted(golden_case, tmp_path / "out", finetuned=False)
     check_logits(golden_case, model, "logits_base")
@@ -83,15 +89,24 @@ def test_the_receipt_holds_every_tensor_of_every_file(golden_case: GoldenCase, t
     golden_case.comparisons += 1  # of names, not tensors
 
 
+@pytest.mark.golden(*CHECKPOINT, "logits_merged", where=has_expert_files)
+def test_the_order_of_the_experts(golden_case: GoldenCase) -> None:
+    if (golden_case.path / "layout.json").is_file():
+        stored = golden_case.json("layout").get("expert_order")
+        assert stored is None or [f"{name}.bin" for name in stored] == list(EXPERT_FILES)[: len(stored)]
+    golden_case.comparisons += 1  # of names, not tensors
+
+
+@pytest.mark.parametrize("eight", [False, True], ids=["plain", "8e"])
 @pytest.mark.parametrize("tensor", ["logits_merged", "merged"])
-def test_one_changed_golden_value_is_noticed(tensor: str, tmp_path: Path) -> None:
-    cases = discover(*CHECKPOINT, "logits_merged", where=is_plain_checkpoint)
+def test_one_changed_golden_value_is_noticed(tensor: str, eight: bool, tmp_path: Path) -> None:
+    cases = discover(*CHECKPOINT, "logits_merged", where=lambda c: is_checkpoint(c) and has_expert_files(c) == eight)
     if not cases:
         leave_for_lack_of_data()
     shutil.copytree(cases[0].path, tmp_path / "case")
     file = tmp_path / "case" / ("io.safetensors" if tensor == "logits_merged" else "merged_weights.safetensors")
-    name = tensor if tensor == "logits_merged" else "model.layers.0.mlp.experts.1.up_proj.weight"
     stored = load_file(file)
+    name = tensor if tensor == "logits_merged" else next(n for n in stored if n.endswith("experts.1.up_proj.weight"))
     stored[name].view(-1)[7] += 1e-3 * stored[name].abs().max()
     save_file(stored, file)
     case = GoldenCase(tmp_path / "case", ledger=None)
@@ -111,9 +126,11 @@ def check_weights(case: GoldenCase, model: UniMoeForCausalLM) -> None:
         pytest.skip(f"{case.name} holds no merged weights")
     state = model.state_dict()
     audio = "whisper" if model.config.speech_connector is not None else "beats"
-    golden = KeyMap(rules_for(audio, vision_prefix(state))).convert(
-        load_file(case.path / "merged_weights.safetensors")
-    )
+    stored = load_file(case.path / "merged_weights.safetensors")
+    layout = layout_of(stored, {})
+    if layout == "deepspeed":
+        stored = merge_pairs(stored, case.json("base/config"))
+    golden = KeyMap(rules_for(audio, vision_prefix(state), layout)).convert(stored)
     assert set(golden) == set(state)
     for name, expected in golden.items():
         try:
@@ -133,6 +150,7 @@ def folders_of(case: GoldenCase, finetuned: bool = True) -> UniMoeFolders:
         finetuned=case.path / "e2" if finetuned else None,
         whisper=if_there("whisper"),
         beats=next(case.path.glob("*.pt"), None),
+        experts=if_there("experts"),
         qformer_config=if_there("qformer_config.json"),
     )
 
@@ -157,9 +175,11 @@ def stored_tensors(case: GoldenCase) -> dict[str, set[str]]:
     for label, folder in parts.items():
         for file in Checkpoint(folder).files if folder is not None else []:
             found[f"{label}/{file.name}"] = set(TensorFile(file).tensors)
-    for label, folder in (("base", folders.base), ("finetuned", folders.finetuned)):
+    written = {"base": folders.base, "finetuned": folders.finetuned, "experts": folders.experts}
+    for label, folder in ((label, folder) for label, folder in written.items() if folder is not None):
         for file in (path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors")):
             found[f"{label}/{file.name}"] = set(TensorFile(file).tensors)
+    found = {file: names for file, names in found.items() if names}  # the 8-expert saver writes an empty one
     if folders.beats is not None:
         found[f"beats/{folders.beats.name}"] = set(BeatsFile(folders.beats).tensors)
     return found

@@ -10,9 +10,16 @@ import pytest
 import torch
 from golden import GoldenCase, GoldenMismatchError, discover, leave_for_lack_of_data
 from safetensors.torch import load_file, save_file
-from unimoe_case import KINDS, greedy, original_batch, unimoe_model, zero_beyond
+from unimoe_case import (
+    check_greedy,
+    check_text,
+    original_batch,
+    record,
+    sparse_layers,
+    unimoe_model,
+    zero_beyond,
+)
 
-from unimoe import UniMoeForCausalLM
 from unimoe.conversion.unimoe_keys import take
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
@@ -158,47 +165,10 @@ def check_gradients(case: GoldenCase, experts: str = "eager") -> None:
 
 
 @torch.no_grad()
-def check_text(case: GoldenCase) -> None:
-    model, _ = unimoe_model(case)
-    case.check("text.logits", model(input_ids=case.input("text.input_ids")).logits)
-
-
-@torch.no_grad()
 def check_video(case: GoldenCase) -> None:
     model, _ = unimoe_model(case)
     videos = case.input("batch.videos")[case.input("batch.video_mask")][:1]
     case.check("video.pooled_tokens", model.get_video_features(videos).pooler_output[0])
-
-
-@torch.no_grad()
-def check_greedy(case: GoldenCase) -> None:
-    for name in case.names("gen.*.output_ids*"):
-        run, _, suffix = name.rpartition(".")
-        row, length = prompt_of(case, run)
-        expected = case.input(name)
-        for use_cache in (True,) if suffix.endswith("_use_cache") else (False, True):
-            model, _ = unimoe_model(case)
-            batch = original_batch(case, model, rows=[row], cut=length)
-            case.check(name, greedy(model, batch.inputs, expected.shape[1], use_cache))
-
-
-def prompt_of(case: GoldenCase, run: str) -> tuple[int, int]:
-    """The row of the batch that a run continues, and how many of its ids the prompt is.
-
-    The stored prompt says so; without one, the run is named after its media, and its row's answer starts at the labels.
-    """
-    rows = case.input("batch.input_ids")
-    if case.has(f"{run}.input_ids"):
-        prompt = case.input(f"{run}.input_ids")[0]
-        return next(i for i, ids in enumerate(rows) if torch.equal(ids[: len(prompt)], prompt)), len(prompt)
-    kinds = {kind: placeholder for placeholder, kind in KINDS.items() if kind != "audio"}
-    wanted = {placeholder for kind, placeholder in kinds.items() if kind in run}
-    row = next(i for i, ids in enumerate(rows.tolist()) if set(ids) & set(kinds.values()) == wanted)
-    return row, int((case.input("batch.labels")[row] != -100).int().argmax())
-
-
-def sparse_layers(model: UniMoeForCausalLM) -> list[int]:
-    return sorted(model.config.text_config.sparse_layers)
 
 
 def check_router(case: GoldenCase, name: str, router: dict[str, Any]) -> None:
@@ -210,10 +180,3 @@ def check_router(case: GoldenCase, name: str, router: dict[str, Any]) -> None:
 
 def record_router(block: torch.nn.Module) -> dict[str, Any]:
     return record(block.gate)
-
-
-def record(module: torch.nn.Module) -> dict[str, Any]:
-    """A dict that receives the first input and the output of the last call of `module`."""
-    seen: dict[str, Any] = {}
-    module.register_forward_hook(lambda _, args, output: seen.update(input=args[0], output=output))
-    return seen

@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, GenerationConfig, WhisperConfig
 from unimoe import UniMoeBeatsConfig, UniMoeForCausalLM
 from unimoe.conversion.sources import expected_tensors
 from unimoe.conversion.unimoe_config import Encoders, our_config
+from unimoe.conversion.unimoe_experts import merge_pairs
 from unimoe.conversion.unimoe_keys import (
     ALIGNER,
     AUDIO_TOWER,
@@ -53,10 +54,16 @@ def encoders_of(case: GoldenCase) -> Encoders:
     )
 
 
-def unimoe_model(case: GoldenCase, experts: str | None = None) -> tuple[UniMoeForCausalLM, KeyMap]:
-    """Our model with the golden weights in float32, fresh, and the map that its weights came through."""
+def unimoe_model(case: GoldenCase, experts: str | None = None, **text: Any) -> tuple[UniMoeForCausalLM, KeyMap]:
+    """Our model with the golden weights in float32, fresh, and the map that its weights came through.
+
+    Args:
+        experts: which implementation of the experts.
+        text: fields of the decoder's configuration to change.
+    """
     config, state, key_map = _converted(case.path)
-    model = UniMoeForCausalLM(type(config)(**{k: v for k, v in config.to_dict().items() if k != "model_type"}))
+    fields = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+    model = UniMoeForCausalLM(type(config)(**{**fields, "text_config": {**fields["text_config"], **text}}))
     model.load_state_dict(state)
     if experts is not None:
         model.set_experts_implementation(experts)
@@ -69,8 +76,9 @@ def _converted(path: Path) -> tuple[Any, dict[str, torch.Tensor], KeyMap]:
     shapes = {name: tuple(tensor.shape) for name, tensor in case.weights.items()}
     variant = recognise(shapes, case.config)
     config = our_config(case.config, variant, encoders_of(case), shapes)
-    key_map = KeyMap(rules_for(variant.audio, vision_prefix(expected_tensors(config))))
-    return config, key_map.convert(case.weights), key_map
+    key_map = KeyMap(rules_for(variant.audio, vision_prefix(expected_tensors(config)), variant.layout))
+    weights = merge_pairs(case.weights, case.config) if variant.layout == "deepspeed" else case.weights
+    return config, key_map.convert(weights), key_map
 
 
 @dataclass
@@ -192,3 +200,47 @@ def greedy(
         do_sample=False, max_new_tokens=new_tokens, use_cache=use_cache, pad_token_id=0, bos_token_id=1
     )
     return model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def check_text(case: GoldenCase, **options: Any) -> None:
+    model, _ = unimoe_model(case)
+    case.check("text.logits", model(input_ids=case.input("text.input_ids")).logits, **options)
+
+
+@torch.no_grad()
+def check_greedy(case: GoldenCase) -> None:
+    for name in case.names("gen.*.output_ids*"):
+        run, _, suffix = name.rpartition(".")
+        row, length = prompt_of(case, run)
+        expected = case.input(name)
+        for use_cache in (True,) if suffix.endswith("_use_cache") else (False, True):
+            model, _ = unimoe_model(case)
+            batch = original_batch(case, model, rows=[row], cut=length)
+            case.check(name, greedy(model, batch.inputs, expected.shape[1], use_cache))
+
+
+def prompt_of(case: GoldenCase, run: str) -> tuple[int, int]:
+    """The row of the batch that a run continues, and how many of its ids the prompt is.
+
+    The stored prompt says so; without one, the run is named after its media, and its row's answer starts at the labels.
+    """
+    rows = case.input("batch.input_ids")
+    if case.has(f"{run}.input_ids"):
+        prompt = case.input(f"{run}.input_ids")[0]
+        return next(i for i, ids in enumerate(rows) if torch.equal(ids[: len(prompt)], prompt)), len(prompt)
+    kinds = {kind: placeholder for placeholder, kind in KINDS.items() if kind != "audio"}
+    wanted = {placeholder for kind, placeholder in kinds.items() if kind in run}
+    row = next(i for i, ids in enumerate(rows.tolist()) if set(ids) & set(kinds.values()) == wanted)
+    return row, int((case.input("batch.labels")[row] != -100).int().argmax())
+
+
+def sparse_layers(model: UniMoeForCausalLM) -> list[int]:
+    return sorted(model.config.text_config.sparse_layers)
+
+
+def record(module: torch.nn.Module) -> dict[str, Any]:
+    """A dict that receives the first input and the output of the last call of `module`."""
+    seen: dict[str, Any] = {}
+    module.register_forward_hook(lambda _, args, output: seen.update(input=args[0], output=output))
+    return seen

@@ -31,7 +31,9 @@ def processor() -> Any:
 
 @pytest.fixture(scope="module")
 def model(processor: Any) -> UniMoeForCausalLM:
-    return tiny_training.model(processor, sparse=True, router_aux_loss_coef=0.1, router_z_loss_coef=0.01)
+    text = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01, "router_divergence_loss_coef": 0.05}
+    text |= {"router_modality_loss_coef": 0.2, "modality_experts": {"image": [0], "text": [1]}}
+    return tiny_training.model(processor, sparse=True, **text)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,8 @@ def loss_of(model: UniMoeForCausalLM, batch: dict[str, Any], smoothing: float = 
     config = model.config.text_config
     with torch.no_grad():
         outputs = model(**inputs, output_router_logits=True)
-    return training_loss(outputs, batch["labels"], batch["attention_mask"], None, config, smoothing, items)
+    modalities = model.model.modality_ids(batch["input_ids"])
+    return training_loss(outputs, batch["labels"], batch["attention_mask"], None, modalities, config, smoothing, items)
 
 
 def test_sound_tracks_and_lists_of_frames_train_from_a_cache_too(
@@ -123,8 +126,10 @@ def test_the_loss_is_the_models_own(
     parts = loss_of(model, batch, items=17)
     torch.testing.assert_close(parts.total, expected.loss)
     torch.testing.assert_close(parts.cross_entropy, expected.ce_loss)
-    torch.testing.assert_close(parts.balance, expected.aux_loss)
-    torch.testing.assert_close(parts.z, expected.z_loss)
+    assert set(parts.routers) == {"aux_loss", "z_loss", "modality_loss", "divergence_loss"}
+    for name, loss in parts.routers.items():
+        assert float(loss) > 0
+        torch.testing.assert_close(loss, expected[name])
 
 
 def test_label_smoothing_spreads_over_the_vocabulary(

@@ -142,6 +142,21 @@ def test_losses_are_logged_apart_and_add_up(bench: Bench, tmp_path: Path) -> Non
             entry["ce_loss"] + 0.01 * entry["aux_loss"] + 0.01 * entry["z_loss"], rel=1e-4
         )
         assert 0.9 < entry["aux_loss"] < 4
+        assert "modality_loss" not in entry  # not part of this model's loss
+
+
+def test_losses_about_modalities_are_logged_where_they_count(bench: Bench, tmp_path: Path) -> None:
+    text = {"modality_experts": {"image": [0], "text": [1]}, "router_modality_loss_coef": 0.3}
+    model = tiny_training.model(
+        bench.processor, sparse=True, router_aux_loss_coef=0.0, router_divergence_loss_coef=0.2, **text
+    )
+    set_trainable(model, ROLES)
+    trainer = bench.trainer(tmp_path, model, 2, logging_steps=2)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    parts = entry["ce_loss"] + 0.3 * entry["modality_loss"] + 0.2 * entry["divergence_loss"]
+    assert entry["loss"] == pytest.approx(parts, rel=1e-4)
+    assert entry["modality_loss"] > 0
 
 
 def test_accumulation_changes_nothing(bench: Bench, tmp_path: Path) -> None:

@@ -1,0 +1,212 @@
+"""What only the 8-expert variant has: experts in files of their own, and a low-rank pair inside every projection of an MLP.
+
+    gate, up and down:  W x + lora_alpha / lora_r * B (A x),  with A under `gate_proj_lora_A` and B under `gate_proj_lora_B`
+
+W comes from the files that the experts were tuned in, A and B from the fine-tuned model; both lie one expert to a file.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConversionError
+from .io import Checkpoint, TensorFile, TensorInfo
+from .unimoe_files import Gathered, SourceTensor, require_finetuned, without_wrappers
+from .unimoe_keys import Shape
+from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor, add_low_rank
+from .unimoe_variant import decoder_layers, eight_expert_layers
+
+# Expert i is in the i-th of these; two files serve twice.
+EXPERT_FILES = (
+    "mlp_audiocap.bin",
+    "mlp_basev.bin",
+    "mlp_base.bin",
+    "mlp_base1.bin",
+    "mlp_base4.bin",
+    "mlp_base7.bin",
+    "mlp_base.bin",
+    "mlp_base7.bin",
+)
+_FINETUNED_FILE = "{expert}_mlp_experts.bin"
+# Maps in front of the routers, empty unless config.json has use_fm_block.
+_MODALITY_MAPS = "fm_adapter.bin"
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_FACTORS = tuple(f"{projection}_lora_{factor}" for projection in _PROJECTIONS for factor in "AB")
+_FACTOR = re.compile(r"(?P<weight>.+\.(?:gate|up|down)_proj)_lora_[AB]\.weight")
+_DENSE_MLP = re.compile(r"model\.layers\.(\d+)\.mlp\.(?:gate|up|down)_proj(?:_lora_[AB])?\.weight")
+_SLOT = re.compile(r"\.deepspeed_experts\.(\d+)\.")
+
+
+def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config: Mapping[str, Any]) -> None:
+    """Lay the experts over the base model: per expert its fine-tuned file and on top the file that it was tuned in.
+
+    Args:
+        folder: the `EXPERT_FILES`.
+        finetuned: the folder with `{expert}_mlp_experts.bin`.
+        config: the original's config.json.
+
+    Raises:
+        ConversionError: a file is missing or damaged, or holds the experts of several slots.
+    """
+    num_experts = _count(config, "num_experts")
+    layers = set(eight_expert_layers(config, len(decoder_layers(gathered.live))))
+    _drop_dense_mlps(gathered, layers)
+    sources = {name: gathered.add_file("experts", _expert_file(folder / name)) for name in _needed(num_experts)}
+    for path in sorted(folder.glob("*.bin")):
+        if path.name not in sources:
+            for tensor in gathered.add_file("experts", TensorFile(path)):
+                tensor.drop("no expert of the 8-expert model comes from this file")
+    if finetuned is not None:
+        require_finetuned(finetuned)
+        if (finetuned / _MODALITY_MAPS).is_file():
+            gathered.add_file("finetuned", TensorFile(finetuned / _MODALITY_MAPS))  # what it holds stays unexpected
+    for expert in range(num_experts):
+        if finetuned is not None:
+            file = TensorFile(finetuned / _FINETUNED_FILE.format(expert=expert))
+            _refuse_several_slots(file)
+            _place(gathered, gathered.add_file("finetuned", file), expert, layers, (*_PROJECTIONS, *_FACTORS))
+        _place(gathered, sources[_file_of(expert)], expert, layers, _PROJECTIONS)
+
+
+def add_absent_pairs(gathered: Gathered, finetuned: Path, config: Mapping[str, Any]) -> bool:
+    """Zeros for the pairs of dense layers that no file holds though the adapter changes them; says whether there are any.
+
+    The original starts such pairs at random each time it loads the model.
+    """
+    rank = _count(config, "lora_r")
+    absent = False
+    for name in TensorFile(require_finetuned(finetuned)).tensors:
+        match = LORA_TENSOR.fullmatch(name)
+        pair = _FACTOR.fullmatch(without_wrappers(match["module"]) + ".weight") if match else None
+        weight = f"{pair['weight']}.weight" if pair else ""
+        if pair is None or weight not in gathered.live:
+            continue
+        rows, columns = gathered.live[weight].info.shape
+        for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            original = f"{pair['weight']}_lora_{factor}.weight"
+            if original not in gathered.live:
+                gathered.put(original, _zeros(original, shape))
+                absent = True
+    return absent
+
+
+def integrate_pairs(gathered: Gathered, config: Mapping[str, Any]) -> None:
+    """Turn the pairs inside MLPs into LoRA of the weights that they belong to.
+
+    Raises:
+        ConversionError: a pair is not complete, or does not fit its weight.
+    """
+    scale = _scale(config)
+    for weight in pairs_in(gathered.live):
+        factors = []
+        for factor in "AB":
+            original = f"{weight}_lora_{factor}.weight"
+            tensor, changes = gathered.live.pop(original), gathered.loras.pop(original, [])
+            factors.append(MergedFactor(tensor, tuple(changes)) if changes else tensor)
+        name = f"{weight}.weight"
+        fitting = Lora.fitting(name, gathered.live[name].info.shape, factors[0], factors[1], scale)
+        gathered.loras.setdefault(name, []).append(fitting)
+
+
+def merge_pairs(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of the original, in memory, with every pair inside an MLP merged into its weight in float32."""
+    scale = _scale(config)
+    merged = {name: tensor for name, tensor in tensors.items() if _FACTOR.fullmatch(name) is None}
+    for weight in pairs_in(tensors):
+        a, b = (tensors[f"{weight}_lora_{factor}.weight"] for factor in "AB")
+        name = f"{weight}.weight"
+        merged[name] = add_low_rank(tensors[name], a, b, scale["lora_alpha"] / scale["r"])
+    return merged
+
+
+def pairs_in(names: Iterable[str]) -> list[str]:
+    """Projections, without `.weight`, that have a pair.
+
+    Raises:
+        ConversionError: one factor or the weight is missing.
+    """
+    names = set(names)
+    found = sorted({match["weight"] for match in map(_FACTOR.fullmatch, names) if match})
+    for weight in found:
+        for part in (".weight", "_lora_A.weight", "_lora_B.weight"):
+            if weight + part not in names:
+                raise ConversionError(f"{weight + part} is missing, though {weight} has a low-rank pair.")
+    return found
+
+
+def _count(config: Mapping[str, Any], field: str) -> int:
+    value = config.get(field)
+    if not isinstance(value, int) or value < 1:
+        raise ConversionError(f"config.json has {field} = {value!r}; the 8-expert variant needs a number from 1 on.")
+    return value
+
+
+def _scale(config: Mapping[str, Any]) -> dict[str, float]:
+    rank, alpha = _count(config, "lora_r"), config.get("lora_alpha")
+    if not isinstance(alpha, int | float):
+        raise ConversionError(f"config.json has lora_alpha = {alpha!r}; the pairs inside the MLPs need a number.")
+    return {"r": rank, "lora_alpha": alpha}
+
+
+def _file_of(expert: int) -> str:
+    return EXPERT_FILES[expert % len(EXPERT_FILES)]
+
+
+def _needed(num_experts: int) -> list[str]:
+    return sorted({_file_of(expert) for expert in range(num_experts)})
+
+
+def _expert_file(path: Path) -> TensorFile:
+    if not path.parent.is_dir():
+        raise ConversionError(f"{path.parent} is no folder.")
+    return TensorFile(path)
+
+
+def _drop_dense_mlps(gathered: Gathered, layers: set[int]) -> None:
+    """The base may hold the FFN of a layer that has experts here; the original has no place for it."""
+    for name in list(gathered.live):
+        match = _DENSE_MLP.fullmatch(name)
+        if match and int(match[1]) in layers:
+            gathered.live.pop(name).drop("the layer has experts in the place of this MLP")
+
+
+def _refuse_several_slots(file: TensorFile) -> None:
+    slots = {match[1] for match in map(_SLOT.search, file.tensors) if match}
+    if len(slots) > 1:
+        raise ConversionError(
+            f"{file.path} holds experts of {len(slots)} slots; the original's loader takes one expert from each of its "
+            "files. Save the model with one expert per process (ep_size = num_experts)."
+        )
+
+
+def _place(
+    gathered: Gathered, tensors: Iterable[SourceTensor], expert: int, layers: set[int], leaves: tuple[str, ...]
+) -> None:
+    """Put one expert's tensors in; as in the original, only the layer and the last part of a name count."""
+    for tensor in tensors:
+        parts = tensor.name.split(".")
+        if len(parts) < 4 or not parts[2].isdecimal() or parts[-2] not in leaves:
+            continue  # stays unexpected
+        layer = int(parts[2])
+        if layer not in layers:
+            tensor.drop(f"layer {layer} has no experts")
+            continue
+        experts = f"model.layers.{layer}.mlp.deepspeed_moe.experts.deepspeed_experts"
+        gathered.put(f"{experts}.{expert}.{parts[-2]}.weight", tensor)
+
+
+class _Zeros(Checkpoint):
+    """Stands for a tensor that no file holds."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.zeros(self.shape)
+
+
+def _zeros(original: str, shape: Shape) -> SourceTensor:
+    return SourceTensor("", original, TensorInfo(Path(), torch.float32, shape), _Zeros(shape))

@@ -1,0 +1,205 @@
+"""The 8-expert variant from its folders: what the original's loader ends up with, an adapter, and refusals by name."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_eight_experts import EightExperts, eight_experts
+
+from unimoe import UniMoeForCausalLM, cli
+from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import
+from unimoe.conversion.unimoe_keys import KeyMap, rules_for, vision_prefix
+from unimoe.errors import ConversionError, UniMoeError
+
+TOWERS = ("model.vision_tower", "model.speech_tower")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"moe_type": "dense"},
+        {"moe_type": "dense", "num_experts": 4, "num_experts_per_tok": 1},
+        {"num_experts": 3},
+        {"inner_adapter": True},
+    ],
+    ids=["sparse", "dense", "four-experts-one-per-token", "three-experts", "adapter-on-dense-mlps"],
+)
+def test_the_weights_are_those_that_the_original_ends_up_with(tmp_path: Path, options: dict[str, Any]) -> None:
+    made = eight_experts(tmp_path, **options)
+    receipt = import_unimoe(made.source.folders, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    expected = KeyMap(rules_for("whisper", vision_prefix(written), "deepspeed")).convert(made.weights)
+    assert set(written) == set(expected) | {name for name in written if name.startswith(TOWERS)}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(written[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    assert receipt.variant == "8e"
+    fates = {record.fate for records in receipt.sources.values() for record in records.values()}
+    assert fates == {"consumed", "dropped"}
+    assert any("taken as zero" in note for note in receipt.notes) == options.get("inner_adapter", False)
+
+
+@pytest.mark.parametrize(("per_token", "normalised"), [(1, False), (2, True)])
+def test_the_configuration_says_how_the_original_routes(tmp_path: Path, per_token: int, normalised: bool) -> None:
+    losses = {"aux_kl_loss": True, "aux_kl_loss_coef": 0.05, "aux_balance_loss": False, "aux_balance_loss_coef": 0.1}
+    made = eight_experts(tmp_path, num_experts_per_tok=per_token, audio_expert_indices=[1, 3], **losses)
+    plan = plan_import(made.source.folders)
+    text = plan.config.text_config
+    assert (text.num_experts, text.num_experts_per_tok, text.sparse_layers) == (8, per_token, [0, 2])
+    assert (text.router_in_float32, text.norm_topk_prob, text.router_pick) == (True, normalised, "max")
+    assert (text.router_aux_loss_coef, text.router_divergence_loss_coef) == (0.0, 0.05)
+    assert text.router_aux_loss_counts == "first"
+    assert text.modality_experts == {"speech": [1, 3]}
+    assert any("sample_always" in note for note in plan.notes)
+    assert any("router_losses_as_released" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("moe_type", ["sparse", "dense"])
+def test_an_adapter_holds_the_pairs_of_experts_and_attention(tmp_path: Path, moe_type: str) -> None:
+    folders = eight_experts(tmp_path, moe_type=moe_type).source.folders
+    import_unimoe(folders, tmp_path / "merged")
+    import_unimoe(folders, tmp_path / "kept", keep_lora=True)
+    merged, kept = (UniMoeForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("merged", "kept"))
+    with_adapter = PeftModel.from_pretrained(kept, tmp_path / "kept-lora")
+    state = with_adapter.merge_and_unload().state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_the_command_reads_expert_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = dataclasses.asdict(eight_experts(tmp_path).source.folders)
+    flags = [word for name, value in folders.items() if value is not None for word in (f"--{name}", str(value))]
+    assert cli.main(["convert", "unimoe", *flags, "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    for said in ("8e", "experts/mlp_base.bin", "layer 1 has no experts", "replaced by experts/mlp_basev.bin"):
+        assert said in shown
+
+
+def test_the_base_may_carry_the_configuration_beside_that_of_its_own_model(tmp_path: Path) -> None:
+    folders = eight_experts(tmp_path).source.folders
+    (folders.base / "config.json").rename(folders.base / "8config.json")
+    (folders.base / "config.json").write_text("{}")
+    with pytest.raises(
+        ConversionError, match=r"gate\.wg\.weight \(the 8-expert model's routers come with --finetuned\)"
+    ):
+        plan_import(dataclasses.replace(folders, finetuned=None))
+
+
+def _edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def _e2(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[UniMoeFolders], object]:
+    return lambda folders: _rewrite(folders.finetuned / name, change)
+
+
+SLOT = "model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts."
+DAMAGES: dict[str, tuple[Callable[[UniMoeFolders], object], str]] = {
+    "expert file missing": (lambda f: (f.experts / "mlp_base4.bin").unlink(), r"mlp_base4\.bin is missing"),
+    "expert file truncated": (
+        lambda f: (f.experts / "mlp_base.bin").write_bytes((f.experts / "mlp_base.bin").read_bytes()[:500]),
+        r"mlp_base\.bin is truncated",
+    ),
+    "fine-tuned expert missing": (
+        lambda f: (f.finetuned / "5_mlp_experts.bin").unlink(),
+        r"5_mlp_experts\.bin is missing",
+    ),
+    "no expert folder": (lambda f: shutil.rmtree(f.experts), r"experts is no folder"),
+    "tensor of an expert missing": (
+        lambda f: (
+            _rewrite(f.experts / "mlp_basev.bin", lambda t: t.pop("model.layers.0.mlp.up_proj.weight")),
+            _rewrite(f.finetuned / "1_mlp_experts.bin", lambda t: t.pop(f"{SLOT}0.up_proj.weight")),
+        ),
+        r"up_proj\.weight is missing, though .*deepspeed_experts\.1\.up_proj has a low-rank pair",
+    ),
+    "half a pair": (
+        _e2("3_mlp_experts.bin", lambda t: t.pop(f"{SLOT}0.up_proj_lora_B.weight")),
+        r"3\.up_proj_lora_B\.weight is missing",
+    ),
+    "pair of another rank": (lambda f: _edit(f.finetuned / "config.json", lora_r=5), r"rank 5 asks for others"),
+    "no scale": (lambda f: _edit(f.finetuned / "config.json", lora_alpha=None), r"lora_alpha = None"),
+    "several slots": (
+        _e2("0_mlp_experts.bin", lambda t: t.update({f"{SLOT}1.up_proj.weight": torch.ones(2, 2)})),
+        r"0_mlp_experts\.bin holds experts of 2 slots",
+    ),
+    "unknown tensor of an expert": (
+        lambda f: _rewrite(f.experts / "mlp_base.bin", lambda t: t.update({"model.layers.0.mlp.extra.weight": t})),
+        r"mlp_base\.bin holds more than named tensors",
+    ),
+    "unknown part of an expert": (
+        _e2("2_mlp_experts.bin", lambda t: t.update({f"{SLOT}0.extra.weight": torch.ones(2)})),
+        r"unexpected tensor.*2_mlp_experts\.bin: .*extra",
+    ),
+    "router of another size": (
+        _e2("mlp_gates.bin", lambda t: t.update({n: torch.ones(7, v.shape[1]) for n, v in list(t.items())})),
+        r"num_experts = 8 but the tensors show 7",
+    ),
+    "router missing": (
+        _e2("mlp_gates.bin", lambda t: t.pop("model.layers.2.mlp.deepspeed_moe.gate.wg.weight")),
+        r"Missing: model\.layers\.2\.mlp\.deepspeed_moe\.gate\.wg\.weight",
+    ),
+    "no layers": (lambda f: _edit(f.finetuned / "config.json", moe_type="some"), r"moe_type 'some'"),
+    "maps before the routers": (
+        _e2("fm_adapter.bin", lambda t: t.update({"model.layers.0.mlp.deepspeed_moe.fm_text.weight": torch.ones(1)})),
+        r"unexpected tensor.*fm_adapter\.bin",
+    ),
+    "maps are configured": (lambda f: _edit(f.finetuned / "config.json", use_fm_block=True), r"use_fm_block"),
+    "experts that are not there": (
+        lambda f: _edit(f.finetuned / "config.json", image_expert_indices=[0, 9]),
+        r"modality_experts\['image'\] is \[0, 9\]",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> EightExperts:
+    return eight_experts(tmp_path_factory.mktemp("released"))
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_folder_is_refused_and_nothing_is_written(whole: EightExperts, tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    folders = copied(whole, tmp_path)
+    damage(folders)
+    with pytest.raises(UniMoeError, match=message):
+        import_unimoe(folders, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["released"]
+
+
+def test_the_expert_folder_is_asked_for_and_refused_where_it_does_not_belong(
+    whole: EightExperts, tmp_path: Path
+) -> None:
+    folders = copied(whole, tmp_path)
+    with pytest.raises(ConversionError, match=r"8-expert variant.*add --experts DIR"):
+        plan_import(dataclasses.replace(folders, experts=None))
+    config = json.loads((folders.base / "config.json").read_text())
+    plain = {n: v for n, v in config.items() if n not in ("moe_type", "ep_size", "lora_r", "num_experts")}
+    (folders.base / "config.json").write_text(json.dumps(plain))
+    with pytest.raises(ConversionError, match="belong to the 8-expert variant"):
+        plan_import(dataclasses.replace(folders, finetuned=None))
+
+
+def test_what_one_adapter_cannot_hold_is_refused(tmp_path: Path) -> None:
+    folders = eight_experts(tmp_path, inner_adapter=True).source.folders
+    with pytest.raises(ConversionError, match=r"layers\.1\.mlp\.gate_proj\.weight has factors .*without --keep-lora"):
+        import_unimoe(folders, tmp_path / "out", keep_lora=True)
+    assert not (tmp_path / "out").exists()
+
+
+def copied(whole: EightExperts, tmp_path: Path) -> UniMoeFolders:
+    folders = dataclasses.asdict(whole.source.folders)
+    shutil.copytree(whole.source.folders.base.parent, tmp_path / "released")
+    return UniMoeFolders(**{n: tmp_path / "released" / p.name for n, p in folders.items() if p is not None})

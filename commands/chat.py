@@ -146,17 +146,18 @@ def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Ans
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, TextStreamer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    from ..progress_bars import transformers_bars
+
     try:
         model_type = AutoConfig.from_pretrained(name).model_type
         if model_type != "unimoe":
             raise CheckpointError(
                 f"{name} is a {model_type} model; chat takes unimoe models: `unimoe convert upcycle` makes one of it."
             )
-        processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        with transformers_bars(shown=False):
+            processor = AutoProcessor.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except OSError as error:
         raise CheckpointError(f"{name} cannot be loaded: {error}") from error
     model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -21,9 +21,7 @@ groups (JSON, or a file that holds it): experts and modalities of each routing g
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
-        "convert", help="make a sparse model from a dense checkpoint, or read a released one"
-    )
+    parser = subparsers.add_parser("convert", help="dense checkpoints and released models become ours")
     kinds = parser.add_subparsers(title="conversions", metavar="CONVERSION", required=True)
     upcycle = kinds.add_parser(
         "upcycle",

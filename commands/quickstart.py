@@ -17,7 +17,7 @@ DEFAULT_MINUTES = 13.0
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "quickstart",
-        help="make and train a sparse multimodal model from real parts, with a report",
+        help="make and train a sparse multimodal model, with a report",
         description="Make, train and test a sparse multimodal model from a language model, an image encoder and Whisper.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,25 +39,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
+    from ..progress_bars import transformers_bars
     from ..quickstart.pipeline import run_quickstart
     from ..quickstart.run import Quickstart
     from ..quickstart.schedule import budget_for, print_plan
 
     language_model = args.language_model or ("default" if args.preset == "smollm2" else None)
-    logging.disable_progress_bar()  # transformers' own: one per file it reads or writes
     budget = budget_for(args.minutes)
-    print_plan(args.minutes, budget, teach_language=language_model is None)
-    run_quickstart(
-        Quickstart(
-            out=args.out,
-            seed=args.seed,
-            budget=budget,
-            language_model=language_model,
-            vision_tower=args.vision_tower,
-            speech_tower=args.speech_tower,
-            compare=args.compare,
+    print_plan(budget, teach_language=language_model is None)
+    with transformers_bars(shown=False):
+        run_quickstart(
+            Quickstart(
+                out=args.out,
+                seed=args.seed,
+                budget=budget,
+                language_model=language_model,
+                vision_tower=args.vision_tower,
+                speech_tower=args.speech_tower,
+                compare=args.compare,
+            )
         )
-    )
     return 0

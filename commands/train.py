@@ -63,6 +63,6 @@ def _print_plan(recipe: Any) -> None:
 
 
 def _print_stage(name: str, rows: Any, steps: int) -> None:
-    from ..trainers.roles import format_trainable_table
+    from ..trainers.trainable import format_trainable_table
 
     print(f"\n{name}: {steps} steps\n{format_trainable_table(rows)}", flush=True)

@@ -1,19 +1,18 @@
 """Runs a source model and its conversion on the same prompts, one after the other, so that only one is in memory."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..progress_bars import transformers_bars
 from .parameters import count_parameters, total_and_active
 from .receipt import Comparison, Continuation
 from .sources import Source
@@ -62,7 +61,7 @@ def compare_models(source: Source, config: UniMoeConfig, folder: Path, dtype: to
     prompts = _prompts(config, tokenizer)
     _check_tokenizer(tokenizer, folder)
     rounding = None
-    with _quiet():
+    with transformers_bars(shown=False):
         expected = _run(lambda: _load_source(source, dtype), prompts)
         if dtype is not None and dtype.itemsize < source.dtype.itemsize:
             rounding = _difference(_run(lambda: _load_source(source, None), prompts, continued=0), expected)
@@ -191,15 +190,3 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) ->
             "The tokenizer does not read back the same in the new folder; its class was taken from the source's model "
             "type. Save it in the source folder with AutoTokenizer...save_pretrained, then convert again."
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bars."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()

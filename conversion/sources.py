@@ -8,11 +8,12 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..errors import ConversionError
+from ..errors import ConversionError, PartError
+from ..hub_access import hub_snapshot
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from . import llama_family
 from .io import Checkpoint, read_json
+from .meta_model import meta_model
 
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*")
 # Everything beside weights and configuration that a converted folder keeps.
@@ -107,9 +108,7 @@ def open_source(name: str) -> Source:
 
 def expected_tensors(config: UniMoeConfig) -> dict[str, torch.Tensor]:
     """The tensors, without memory, that a checkpoint of this configuration holds; a tied head is not among them."""
-    with torch.device("meta"):
-        model = UniMoeForCausalLM(UniMoeConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"}))
-    state = dict(model.state_dict())
+    state = dict(meta_model(config).state_dict())
     if config.text_config.tie_word_embeddings:
         state.pop(llama_family.HEAD)
     return state
@@ -126,16 +125,10 @@ def resolve_folder(name: str, hub_patterns: tuple[str, ...]) -> Path:
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConversionError(f"{name!r} is no folder. Give a model folder or a Hub id (owner/name).")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
-        return Path(snapshot_download(name, allow_patterns=list(hub_patterns), ignore_patterns=["*/*"]))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ConversionError(
-            f"{name!r} is no folder and cannot be had from the Hub ({str(error).splitlines()[0]}). "
-            "Check the name and the network."
-        ) from error
+        return hub_snapshot(name, hub_patterns)
+    except PartError as error:
+        raise ConversionError(f"{name!r} is no folder, and {error}") from error
 
 
 def _open_ours(name: str, checkpoint: Checkpoint) -> Source:

@@ -110,7 +110,7 @@ def refuse_on_failure(kind: str, where: str, reason: str) -> Iterator[None]:
 def check_audio(samples: int, rate: Any, channels: int, policy: MediaPolicy, where: str) -> None:
     """Refuse, from header figures alone, audio outside of the limits."""
     limits = policy.limits
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not float(rate).is_integer():
+    if not _is_whole(rate):
         raise MediaError("audio", f"its sampling rate must be a whole number of Hz, got {rate!r}", where)
     if not limits.min_sampling_rate <= rate <= limits.max_sampling_rate:
         allowed = f"{limits.min_sampling_rate} to {limits.max_sampling_rate}"
@@ -122,3 +122,7 @@ def check_audio(samples: int, rate: Any, channels: int, policy: MediaPolicy, whe
     if samples > limits.max_audio_seconds * rate:
         seconds = f"{samples / rate:.0f} s; allowed are {limits.max_audio_seconds:g} s"
         raise MediaError("audio", f"it lasts {seconds}", where)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer()

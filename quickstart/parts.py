@@ -9,21 +9,21 @@ plain Hugging Face folder per part with a `manifest.json` of its checksums. A fo
 manifest is built again.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers.utils import logging
 
 from ..errors import PartError
-from .hub_access import hub_snapshot
+from ..hub_access import hub_snapshot
+from ..progress_bars import transformers_bars
 from .read_ctranslate2 import convert_whisper
 from .read_efficientnet import convert_efficientnet_lite2
 from .read_gguf import convert_smollm2
@@ -311,7 +311,7 @@ def _build_part(published: _PublishedPart, cache: Path, progress: bool) -> Part:
     logger.warning("%s: converting %s to safetensors, once.", published.role, published.name)
     with (
         # Only a language model takes long enough to be watched.
-        _transformers_bars(progress and published.role == "language-model"),
+        transformers_bars(progress and published.role == "language-model"),
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{published.name}-") as work,
     ):
         unpacked, target = Path(work) / "unpacked", Path(work) / "target"
@@ -324,17 +324,6 @@ def _build_part(published: _PublishedPart, cache: Path, progress: bool) -> Part:
     if part is None:
         raise PartError(f"{folder} does not read back as it was written. Check the disk, then try again.")
     return part
-
-
-@contextlib.contextmanager
-def _transformers_bars(shown: bool) -> Iterator[None]:
-    """Let transformers' own bars (reading GGUF, writing shards) follow `shown`, and put them back afterwards."""
-    before = logging.is_progress_bar_enabled()
-    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
-    try:
-        yield
-    finally:
-        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
 
 
 def _write_manifest(published: _PublishedPart, target: Path) -> None:

@@ -23,7 +23,15 @@ from .evaluate import accuracy_by_task, answer_samples, load_by_modality, spread
 from .fresh_process import answer_in_fresh_process
 from .parts import Part
 from .prepare import assemble_start, encode_media, find_parts, prepare_dense
-from .results import Outcome, example_rows, print_outcome, save_model_folder, stage_metrics, write_results
+from .results import (
+    Outcome,
+    example_rows,
+    print_finished,
+    print_outcome,
+    save_model_folder,
+    stage_metrics,
+    write_results,
+)
 from .run import Quickstart
 from .stages import EXPERTS, MOMENTS, language_recipe, multimodal_recipe
 
@@ -32,31 +40,38 @@ INTERIM_SAMPLES_PER_TASK = 50
 
 def run_quickstart(run: Quickstart) -> dict[str, Any]:
     """Do everything; returns the content of metrics.json."""
-    run.work.mkdir(parents=True, exist_ok=True)
-    with run.counted_attempt():
+    with run.attempt():
         torch.manual_seed(run.seed)
         parts = find_parts(run)
+        run.require_same_run(parts)
+        done = run.finished_metrics()
+        if done is not None and ("dense_twin" in done or not run.compare):
+            print_finished(run, done)
+            return done
         run.say(f"Corpus: {verify()} files checked in {corpus_root()}")
-        heldout = run.heldout_samples()
-        model, processor = assemble_start(run, parts)
-        caches = encode_media(run, model, processor, heldout)
-        trained = _Training(run, processor, *caches, heldout)
-        reports = []
-        if run.language_model is None:
-            recipe = language_recipe(run.work / "start", run.work, run.seed, run.budget, run.precision())
-            reports = trained.run_stages(recipe, run.language_dataset())
-        dense = prepare_dense(run, Path(reports[-1].model) if reports else run.work / "start", processor)
-        layers = model.config.text_config.num_hidden_layers
-        recipe = multimodal_recipe(dense, run.work, run.seed, run.budget, layers, run.precision())
-        reports += trained.run_stages(recipe, ConversationDataset.from_samples(run.training_samples()))
-        model = load_start_model(reports[-1].model, recipe)
-        outcome = _finish(run, trained, model, reports, parts)
+        outcome = _make_and_train(run, parts)
+        print_outcome(run, outcome)
+    return outcome.metrics
+
+
+def _make_and_train(run: Quickstart, parts: list[Part]) -> Outcome:
+    heldout = run.heldout_samples()
+    model, processor = assemble_start(run, parts)
+    caches = encode_media(run, model, processor, heldout)
+    trained = _Training(run, processor, *caches, heldout)
+    reports = []
+    if run.language_model is None:
+        recipe = language_recipe(run.work / "start", run.work, run.seed, run.budget, run.precision())
+        reports = trained.run_stages(recipe, run.language_dataset())
+    dense = prepare_dense(run, Path(reports[-1].model) if reports else run.work / "start", processor)
+    layers = model.config.text_config.num_hidden_layers
+    recipe = multimodal_recipe(dense, run.work, run.seed, run.budget, layers, run.precision())
+    reports += trained.run_stages(recipe, ConversationDataset.from_samples(run.training_samples()))
+    outcome = _finish(run, trained, load_start_model(reports[-1].model, recipe), reports, parts)
     if run.compare:
-        caches = (trained.train_cache, trained.test_cache)
         outcome.metrics["dense_twin"] = train_dense_twin(run, reports, processor, caches, heldout)
         write_results(run, outcome)
-    print_outcome(run, outcome)
-    return outcome.metrics
+    return outcome
 
 
 class _Training:
@@ -82,6 +97,7 @@ class _Training:
             dataset=dataset,
             cache=self.train_cache,
             augment=vary_videos,
+            on_progress=lambda _: self.run.note_time(),
             on_stage_start=self._announce,
             on_stage_end=lambda report, model, _: self._after_stage(recipe, report, model),
         )
@@ -123,6 +139,7 @@ def _finish(
         "experts": list(EXPERTS),
         "modalities": load_by_modality(model, trained.processor, trained.test_cache, trained.heldout),
     }
+    earlier = run.finished_metrics()
     metrics = {
         "seconds": run.total_seconds,
         "seed": run.seed,
@@ -135,7 +152,8 @@ def _finish(
     save_model_folder(run, model, trained.processor, metrics, router_load, parts)
     examples = example_rows(answers)
     said = answer_in_fresh_process(run.out / "model", examples)
-    metrics["seconds"] = run.total_seconds
+    # A finished run that is only being compared has taken its time already.
+    metrics["seconds"] = earlier["seconds"] if earlier else run.total_seconds
     outcome = Outcome(metrics, reports, parts, router_load, examples, said)
     write_results(run, outcome)
     return outcome

@@ -13,12 +13,13 @@ from ..conversion.model_card import model_card
 from ..conversion.parameters import count_parameters
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
+from ..trainers.checkpoints import write_durably
 from ..trainers.stage import StageReport
 from .accuracy_table import accuracy_rows
 from .evaluate import TASKS, Answer
 from .parts import Part
 from .report import write_report
-from .run import Quickstart
+from .run import METRICS_FILE, Quickstart
 
 LIMITS = (
     "The default decoder has about 4 M parameters and knows only the corpus's English. --preset smollm2 runs the same "
@@ -97,7 +98,6 @@ def save_model_folder(
 def write_results(run: Quickstart, outcome: Outcome) -> None:
     """metrics.json and report.html."""
     metrics = outcome.metrics
-    (run.out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     details = {
         "loss_curves": _loss_curves(run, outcome.reports),
         "router_load": outcome.router_load,
@@ -107,6 +107,15 @@ def write_results(run: Quickstart, outcome: Outcome) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
     }
     write_report(run.out, metrics, details)
+    # Last: it says that the run is finished.
+    write_durably(run.out / METRICS_FILE, json.dumps(metrics, indent=1))
+
+
+def print_finished(run: Quickstart, metrics: dict[str, Any]) -> None:
+    """The table of a run that an earlier attempt brought to its end."""
+    print(f"{run.out} holds the finished result of this run; nothing is left to do.")
+    _print_accuracy(metrics)
+    run.say(f"Model: {run.out / 'model'}; look at {run.out / 'report.html'}")
 
 
 def print_outcome(run: Quickstart, outcome: Outcome) -> None:

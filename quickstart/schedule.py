@@ -15,7 +15,7 @@ SHARES = {"stage0": 0.13, "stage1": 0.27, "stage2": 0.16, "stage3": 0.44}
 EXPERT_EFFORT = {"image": 1.0, "speech": 0.5, "sound": 0.5, "video_text": 5.0}
 # Of stage 2, for its longest run.
 LONGEST_EXPERT = max(EXPERT_EFFORT.values()) / sum(EXPERT_EFFORT.values())
-SHORTEST_MINUTES = 1.0
+SHORTEST_MINUTES, LONGEST_MINUTES = 5.0, 60.0 * 24 * 30
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,22 @@ def budget_for(minutes: float) -> Budget:
     """Steps in proportion to the minutes, and a time limit per stage for machines slower than the reference.
 
     Raises:
-        RecipeError: fewer minutes than a run can take at all.
+        RecipeError: fewer minutes than a run can take at all, or no number.
     """
-    if not minutes >= SHORTEST_MINUTES:
-        raise RecipeError(f"--minutes is {minutes:g}; give at least {SHORTEST_MINUTES:g}.")
+    if not SHORTEST_MINUTES <= minutes <= LONGEST_MINUTES:
+        raise RecipeError(
+            f"--minutes is {minutes:g}; give between {SHORTEST_MINUTES:g}, of which training gets little more than one, "
+            f"and {LONGEST_MINUTES:g}."
+        )
     fixed = sum(FIXED_SECONDS.values())
     reference = 60 * REFERENCE_MINUTES - fixed
-    training = max(60 * minutes - fixed, 0.25 * 60 * minutes)
+    training = 60 * minutes - fixed
     limits = {stage: share * training for stage, share in SHARES.items()}
     limits["stage2"] *= LONGEST_EXPERT
     return Budget().scaled(training / reference, limits)
 
 
-def print_plan(minutes: float, budget: Budget, teach_language: bool) -> None:
+def print_plan(budget: Budget, teach_language: bool) -> None:
     """What will happen and how long each step may take."""
     rows = [
         ("parts and corpus", "find or download the encoders, check the corpus", FIXED_SECONDS["parts"]),
@@ -81,7 +84,8 @@ def print_plan(minutes: float, budget: Budget, teach_language: bool) -> None:
         ),
         ("result", "held-out answers, probes, model folder, report", FIXED_SECONDS["evaluation"]),
     ]
-    print(f"Plan, at most about {minutes:g} minutes; a slower machine trains fewer steps:")
+    total = sum(seconds for *_, seconds in rows) / 60
+    print(f"Plan, at most about {total:.0f} minutes; a slower machine trains fewer steps:")
     for name, what, seconds in rows:
         print(f"  {name:17s} {what:68s} {seconds:4.0f} s")
     print(flush=True)

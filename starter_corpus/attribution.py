@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from unimoe.starter_corpus.sources import PROGRAM_OUTPUT, SHARE_ALIKE_FOLDER, SOURCES, Source
+from .sources import PROGRAM_OUTPUT, SHARE_ALIKE_FOLDER, SOURCES, Source
 
 LICENCE_URLS = {
     "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",

@@ -11,17 +11,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from unimoe.starter_corpus.attribution import write_attribution
-from unimoe.starter_corpus.build_images import build_images
-from unimoe.starter_corpus.build_sounds import build_sounds
-from unimoe.starter_corpus.build_speech import build_speech
-from unimoe.starter_corpus.build_videos import build_videos
-from unimoe.starter_corpus.corpus import CHECKSUM_FILE, SHARE_ALIKE_FOLDER, corpus_root, file_digest
-from unimoe.starter_corpus.described_media import described_questions
-from unimoe.starter_corpus.records import Row, answer_of, conversation, question_of
-from unimoe.starter_corpus.sources import SOURCE_OF_KEY, check_licences, fetch_sources
-from unimoe.starter_corpus.text_questions import build_text_questions
-from unimoe.starter_corpus.text_sentences import all_sentences
+from .attribution import write_attribution
+from .build_images import build_images
+from .build_sounds import build_sounds
+from .build_speech import build_speech
+from .build_videos import build_videos
+from .corpus import CHECKSUM_FILE, SHARE_ALIKE_FOLDER, corpus_root, file_digest
+from .described_media import described_questions
+from .records import Row, answer_of, conversation, question_of
+from .sources import SOURCE_OF_KEY, check_licences, fetch_sources
+from .text_questions import build_text_questions
+from .text_sentences import all_sentences
 
 MEDIA_FOLDERS = ("images", "speech", "sounds", "videos", f"{SHARE_ALIKE_FOLDER}/images")
 JSON_FILES = ("train.jsonl", "heldout.jsonl", f"{SHARE_ALIKE_FOLDER}/heldout.jsonl", "stage0.jsonl")

@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from unimoe.errors import DataError
-from unimoe.starter_corpus.concepts import CONCEPTS, Concept
-from unimoe.starter_corpus.corpus import compose_image
-from unimoe.starter_corpus.records import Row, make_row, rng_for
-from unimoe.starter_corpus.sources import SHARE_ALIKE_FOLDER, SOURCE_OF_KEY
+from ..errors import DataError
+from .concepts import CONCEPTS, Concept
+from .corpus import compose_image
+from .records import Row, make_row, rng_for
+from .sources import SHARE_ALIKE_FOLDER, SOURCE_OF_KEY
 
 ICON_SIZE = 64
 QUESTION = "What is in the picture?"

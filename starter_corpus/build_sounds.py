@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from unimoe.starter_corpus.audio_files import SOUND_COMPRESSION, Waveform, to_corpus_rate, trim_silence, write_audio
-from unimoe.starter_corpus.records import Row, make_row, rng_for
-from unimoe.starter_corpus.soundfont import read_notes
+from .audio_files import SOUND_COMPRESSION, Waveform, to_corpus_rate, trim_silence, write_audio
+from .records import Row, make_row, rng_for
+from .soundfont import read_notes
 
 QUESTION = "What sound is this?"
 SECONDS = 3.0

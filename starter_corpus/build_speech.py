@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from unimoe.starter_corpus.audio_files import SPEECH_COMPRESSION, trim_silence, write_audio
-from unimoe.starter_corpus.concepts import CONCEPTS, Concept
-from unimoe.starter_corpus.records import Row, make_row, rng_for
-from unimoe.starter_corpus.voices import (
+from .audio_files import SPEECH_COMPRESSION, trim_silence, write_audio
+from .concepts import CONCEPTS, Concept
+from .records import Row, make_row, rng_for
+from .voices import (
     ESPEAK_ACCENTS,
     ESPEAK_HELDOUT_VARIANTS,
     ESPEAK_TRAIN_VARIANTS,

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unimoe.starter_corpus.build_images import HELDOUT_VIDEO_ARTIST, TRAIN_ARTISTS, Icons
-from unimoe.starter_corpus.concepts import CONCEPTS
-from unimoe.starter_corpus.corpus import mean_brightness, random_background
-from unimoe.starter_corpus.records import Row, make_row, rng_for
+from .build_images import HELDOUT_VIDEO_ARTIST, TRAIN_ARTISTS, Icons
+from .concepts import CONCEPTS
+from .corpus import mean_brightness, random_background
+from .records import Row, make_row, rng_for
 
 FRAMES = 8
 FRAME_SIZE = 64

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from unimoe.errors import DataError
+from ..errors import DataError
 
 CHECKSUM_FILE = "checksums.sha256"
 SHARE_ALIKE_FOLDER = "share_alike"

@@ -6,9 +6,9 @@ connectors then only have to put a real picture in the place of the description.
 
 from collections.abc import Iterator
 
-from unimoe.starter_corpus import build_images, build_sounds, build_speech, build_videos
-from unimoe.starter_corpus.concepts import CONCEPTS
-from unimoe.starter_corpus.records import rng_for
+from . import build_images, build_sounds, build_speech, build_videos
+from .concepts import CONCEPTS
+from .records import rng_for
 
 SPOKEN_FORMS = 2
 MOVING_FORMS = 3

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unimoe.errors import DataError
-from unimoe.starter_corpus.audio_files import Waveform
+from ..errors import DataError
+from .audio_files import Waveform
 
 _HEADER = struct.Struct("<20sIIIIIBbHH")
 _LEFT, _RIGHT = 4, 2

@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from unimoe.errors import DataError
+from ..errors import DataError
 
 PERMISSIVE_LICENCES = frozenset({"Apache-2.0", "MIT", "CC0-1.0", "CC-BY-4.0", "CC-BY-3.0", "BSD-3-Clause"})
 # Speech that a program speaks is not a copy of the program: the licence of the engine does not reach its output.

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from unimoe.starter_corpus.concepts import CATEGORIES, CONCEPTS, HELDOUT_TEXT_WORDS, Concept, article
-from unimoe.starter_corpus.records import Row, make_row, rng_for
+from .concepts import CATEGORIES, CONCEPTS, HELDOUT_TEXT_WORDS, Concept, article
+from .records import Row, make_row, rng_for
 
 DETAIL_QUESTION = {
     "animal": "How many legs {do} {thing} have?",

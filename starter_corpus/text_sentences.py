@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from unimoe.starter_corpus.build_sounds import SOUND_CLASSES
-from unimoe.starter_corpus.concepts import CATEGORIES, CONCEPTS, Concept, article
-from unimoe.starter_corpus.records import rng_for
-from unimoe.starter_corpus.text_questions import kind_phrase
+from .build_sounds import SOUND_CLASSES
+from .concepts import CATEGORIES, CONCEPTS, Concept, article
+from .records import rng_for
+from .text_questions import kind_phrase
 
 STORIES = 1800
 COUNTS = 700

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unimoe.errors import DataError
-from unimoe.starter_corpus.audio_files import Waveform, to_corpus_rate
+from ..errors import DataError
+from .audio_files import Waveform, to_corpus_rate
 
 FLITE_TRAIN_VOICES = ("kal16", "rms")
 FLITE_HELDOUT_VOICES = ("slt", "awb")  # two other speakers

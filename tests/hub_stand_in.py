@@ -32,7 +32,9 @@ class HubStandIn:
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "LANG", "OMP_NUM_THREADS") if name in os.environ}
+        kept = {
+            name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG", "OMP_NUM_THREADS") if name in os.environ
+        }
         return kept | {
             "HF_ENDPOINT": self.address,
             "HF_HOME": str(self._home),

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from unimoe.conversion.upcycle import upcycle_model
-from unimoe.errors import CheckpointError, RecipeError
-from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-
+from ..conversion.upcycle import upcycle_model
+from ..errors import CheckpointError, RecipeError
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .recipe import ExpertConfig, MoeConfig
 
 EXPERT_FILE = "expert.safetensors"

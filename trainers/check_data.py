@@ -10,13 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from unimoe.errors import ConversationError, DataError, MediaError
-from unimoe.processing.chat_unimoe import read_messages
-from unimoe.processing.media_audio_unimoe import load_audio
-from unimoe.processing.media_policy_unimoe import DEFAULT_POLICY, MediaPolicy
-from unimoe.processing.media_unimoe import load_image
-from unimoe.processing.media_video_unimoe import load_video
-
+from ..errors import ConversationError, DataError, MediaError
+from ..processing.chat_unimoe import read_messages
+from ..processing.media_audio_unimoe import load_audio
+from ..processing.media_policy_unimoe import DEFAULT_POLICY, MediaPolicy
+from ..processing.media_unimoe import load_image
+from ..processing.media_video_unimoe import load_video
 from .data import MEDIA_KINDS, Sample, media_items, media_value, paths_of, sample_reader
 from .json_records import Record, read_records
 from .original_data import is_original

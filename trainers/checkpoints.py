@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from unimoe.errors import CheckpointError
+from ..errors import CheckpointError
 
 logger = logging.get_logger(__name__)
 

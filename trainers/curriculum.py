@@ -14,18 +14,17 @@ OUT/<stage>/DONE             the stage is finished
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
-from unimoe.errors import RecipeError
-from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-
+from ..errors import RecipeError
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..progress_bars import transformers_bars
+from ..roles import role_of
 from .assembly import (
     assemble,
     connector_owners,
@@ -40,7 +39,6 @@ from .collator import Augment, CachedCollator, RawCollator
 from .data import ConversationDataset
 from .encoder_cache import EncoderCache
 from .recipe import ExpertConfig, Recipe, StageConfig, save_recipe
-from .roles import role_of
 from .sampler import ModalityBatchSampler
 from .stage import (
     CHECKPOINTS_FOLDER,
@@ -50,8 +48,6 @@ from .stage import (
     StageReport,
     run_training,
 )
-
-logger = logging.get_logger(__name__)
 
 STAGE_FILE = "stage.json"
 SETTINGS_FILE = "settings.json"
@@ -100,7 +96,7 @@ def run_curriculum(
         _refuse_settings_of_cached_training(recipe)
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
-    with exclusive(out), _no_foreign_bars():
+    with exclusive(out), transformers_bars(shown=False):
         run = _Curriculum(
             recipe,
             model,
@@ -350,20 +346,8 @@ def _refuse_settings_of_cached_training(recipe: Recipe) -> None:
                 )
 
 
-@contextmanager
-def _no_foreign_bars() -> Iterator[None]:
-    """Keep transformers' bars for every file that it reads or writes off the screen; ours say more."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
 def _load_processor(folder: str) -> Any:
-    from unimoe.processing.processing_unimoe import UniMoeProcessor
+    from ..processing.processing_unimoe import UniMoeProcessor
 
     return UniMoeProcessor.from_pretrained(folder)
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from unimoe.errors import DataError
-
+from ..errors import DataError
 from .json_records import parsed, read_records
 from .media_paths import MediaPaths
 from .original_data import convert, is_original

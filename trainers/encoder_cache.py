@@ -18,13 +18,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging
 
-from unimoe.errors import DataError
-from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from unimoe.processing.media_audio_unimoe import load_audio
-from unimoe.processing.media_policy_unimoe import MediaPolicy
-from unimoe.processing.media_unimoe import load_image, open_media
-from unimoe.processing.media_video_unimoe import load_video
-
+from ..errors import DataError
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..processing.media_audio_unimoe import load_audio
+from ..processing.media_policy_unimoe import MediaPolicy
+from ..processing.media_unimoe import load_image, open_media
+from ..processing.media_video_unimoe import load_video
 from .data import MEDIA_KINDS, Sample, media_items, media_value
 from .tensor_store import TensorStore
 
@@ -257,7 +256,7 @@ def _fingerprint(
 def _content_digest(kind: str, value: Any, policy: MediaPolicy) -> str:
     if isinstance(value, str | bytes):
         with open_media(value, kind, policy, value if isinstance(value, str) else "") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:32]  # type: ignore[arg-type]
     if isinstance(value, list) and value and isinstance(value[0], str | bytes):  # a video's frames
         frames = (_content_digest("image", frame, policy) for frame in value)
         return hashlib.sha256("".join(frames).encode()).hexdigest()[:32]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from unimoe.errors import DataError
+from ..errors import DataError
 
 _CHUNK = 1 << 20
 _MAX_RECORD = 1 << 28

@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from unimoe.errors import RecipeError
-from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-
+from ..errors import RecipeError
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..roles import role_of
 from .recipe import LoraSettings
-from .roles import role_of
 
 _LINEAR_TARGETS = {
     "attention": r"self_attn\.(q|k|v|o)_proj",

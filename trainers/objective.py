@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from unimoe.modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from unimoe.modeling_unimoe.losses_unimoe import balance_terms
+from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from ..modeling_unimoe.losses_unimoe import balance_terms
 
 IGNORED = -100
 # Columns of logits are computed in multiples of this many, so that the head sees few different shapes.

@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from unimoe.errors import DataError
+from ..errors import DataError
 
 Sample = dict[str, Any]
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from unimoe.errors import DataError
-
+from ..errors import DataError
 from .data import ConversationDataset, Draw, Sample
 
 RULES = ("length", "modality_type", "modality_type_sorted", "modality_sign")

@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from unimoe.errors import RecipeError
-
+from ..errors import RecipeError
+from ..roles import ROLES
 from .recipe_values import build, require, require_choice, require_range
-from .roles import ROLES
 
 STAGE_KINDS = ("train", "experts", "moe")
 ROUTER_INITS = ("modality_means", "normal", "zeros")
@@ -115,7 +114,7 @@ class StageConfig:
     Args:
         kind: "train" continues the previous stage's model. "experts" trains one FFN copy per entry of `experts`, each
             from the same dense model. "moe" assembles the sparse model (`Recipe.moe`) and then trains it.
-        train: roles whose parameters are trained (see `roles.ROLES`); everything else is frozen.
+        train: roles whose parameters are trained (see `unimoe.roles`); everything else is frozen.
         modalities: modalities or tasks whose samples are used; empty means all.
         data: own data files of this stage; None uses the recipe's.
         steps: optimizer steps; of an "experts" stage those of every run that sets none of its own.

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from unimoe.errors import RecipeError
+from ..errors import RecipeError
 
 
 def require(condition: bool, where: str, value: Any, allowed: str) -> None:

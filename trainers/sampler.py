@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from unimoe.errors import DataError, RecipeError
-
+from ..errors import DataError, RecipeError
 from .data import ConversationDataset, Draw
 
 

@@ -9,7 +9,7 @@ import torch
 from .checkpoints import seal
 from .data import Draw
 from .objective import IGNORED
-from .roles import count_trainable
+from .trainable import count_trainable
 from .trainer import UniMoeTrainer
 
 _TIMED_STEPS_PER_GROUP = 2

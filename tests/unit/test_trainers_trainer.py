@@ -16,14 +16,15 @@ from transformers import TrainingArguments
 
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import CheckpointError, RecipeError, TrainingError
+from unimoe.roles import role_of
 from unimoe.trainers.checkpoints import COMPLETE_FILE, complete_checkpoints, newest_checkpoint, rotate, seal, verify
 from unimoe.trainers.collator import CachedCollator
 from unimoe.trainers.data import ConversationDataset
 from unimoe.trainers.encoder_cache import EncoderCache
 from unimoe.trainers.lora import add_lora, merge_lora
 from unimoe.trainers.recipe import LoraSettings
-from unimoe.trainers.roles import role_of, set_trainable
 from unimoe.trainers.speed import seconds_per_step
+from unimoe.trainers.trainable import set_trainable
 from unimoe.trainers.trainer import TRAINED_FILE, UniMoeTrainer
 
 ROLES = ["router", "experts", "connectors", "attention"]

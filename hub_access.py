@@ -9,39 +9,51 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import PartError
+from .errors import PartError
 
 _DEADLINE_SECONDS = 4.0
 # Configuration, safetensors weights and tokenizer files of the top folder; never pickles.
-_WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _silent_endpoints: dict[str, str] = {}  # endpoint → why
 
 
-def hub_snapshot(hub_id: str, *, local_only: bool = False) -> Path:
-    """Folder of the model `hub_id`: from the local Hub cache, or from the Hub unless `local_only` or HF_HUB_OFFLINE.
+def hub_snapshot(hub_id: str, patterns: Sequence[str] = MODEL_FILES, *, local_only: bool = False) -> Path:
+    """Folder of the model `hub_id`: from the Hub, or from its local cache if the Hub is silent or not to be asked.
 
-    Raises PartError when the model is not there, or when the Hub does not answer within 4 seconds.
+    Args:
+        patterns: which files of the top folder are wanted.
+        local_only: do not ask the Hub; HF_HUB_OFFLINE means the same.
+
+    Raises:
+        PartError: the model is not there, or it is not in the cache and the Hub does not answer within 4 seconds.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     offline = local_only or bool(constants.HF_HUB_OFFLINE)
-    if not offline:
-        _require_answer(constants.ENDPOINT, hub_id)
+    silence = "" if offline else _silence(constants.ENDPOINT, hub_id)
     try:
         folder = snapshot_download(
-            hub_id, allow_patterns=list(_WANTED_FILES), ignore_patterns=["*/*"], local_files_only=offline
+            hub_id,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],
+            local_files_only=offline or bool(silence),
         )
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        reason = "it is not in the local cache" if offline else (str(error).splitlines() or [repr(error)])[0]
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        if silence:
+            reason = f"{constants.ENDPOINT}: {silence}"
+        elif offline:
+            reason = "it is not in the local cache"
         raise PartError(f"{hub_id} cannot be had from the Hub ({reason}). Check the name and the network.") from error
     return Path(folder)
 
 
-def _require_answer(endpoint: str, hub_id: str) -> None:
-    """Raise PartError unless `endpoint` answers anything at all before the deadline."""
+def _silence(endpoint: str, hub_id: str) -> str:
+    """Why `endpoint` answers nothing at all before the deadline; an empty text if it does answer."""
     if endpoint not in _silent_endpoints:
         outcome = ["no answer"]
         # A thread, because name resolution takes no timeout; a daemon, so that nobody waits for it at exit.
@@ -49,11 +61,9 @@ def _require_answer(endpoint: str, hub_id: str) -> None:
         asking.start()
         asking.join(_DEADLINE_SECONDS)
         if not outcome[-1]:
-            return
+            return ""
         _silent_endpoints[endpoint] = outcome[-1]
-    raise PartError(
-        f"{hub_id} cannot be had from the Hub ({endpoint}: {_silent_endpoints[endpoint]}). Check the network."
-    )
+    return _silent_endpoints[endpoint]
 
 
 def _ask(url: str, outcome: list[str]) -> None:

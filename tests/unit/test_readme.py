@@ -1,0 +1,46 @@
+"""What the documents say exists: files that they link to, and names that their examples import."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import unimoe
+
+ROOT = Path(unimoe.__file__).parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "starter_corpus/README.md")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.+?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    file = ROOT / document
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", file.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (file.parent / link).exists()]
+    assert not missing
+
+
+def test_which_file_to_open_names_files() -> None:
+    table = README.partition("## Which file to open")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| .+ \| \[(.+)\]\((.+)\) \|$", table, re.MULTILINE)
+    assert len(rows) > 8
+    assert len(rows) == sum(line.startswith("| ") for line in table.splitlines()) - 1  # the header
+    for name, target in rows:
+        assert name == target
+        assert (ROOT / target).is_file(), target
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_compile_and_import_what_exists(code: str) -> None:
+    for statement in ast.walk(ast.parse(code)):
+        if isinstance(statement, ast.ImportFrom) and statement.module.partition(".")[0] == "unimoe":
+            module = importlib.import_module(statement.module)
+            for alias in statement.names:
+                assert hasattr(module, alias.name), f"{statement.module}.{alias.name}"
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 2

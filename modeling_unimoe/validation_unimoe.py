@@ -3,8 +3,11 @@
 A configuration comes from strangers: without these caps a file of a few bytes could ask for a terabyte.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .errors_unimoe import ConfigurationError
 
@@ -16,6 +19,17 @@ MAX_VOCAB_SIZE = 1 << 24
 MAX_HEADS = 4096
 MAX_POSITIONS = 1 << 31
 MAX_QUERIES = 1 << 16
+# Placeholders need no row of the embedding table, so their ids may follow the vocabulary; no tokenizer goes further.
+MAX_IDS_BEYOND_VOCABULARY = 1 << 16
+
+# What transformers needs for a type of RoPE beside `rope_theta`.
+_ROPE_FIELDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
 
 
 def require_range(owner: str, field: str, value: float, low: float, high: float) -> None:
@@ -28,3 +42,34 @@ def require_sizes(owner: str, config: Any, largest: Mapping[str, int]) -> None:
     """Raises a ConfigurationError unless every field named in `largest` lies between 1 and its cap."""
     for field, high in largest.items():
         require_range(owner, field, getattr(config, field), 1, high)
+
+
+def require_activation(owner: str, field: str, name: str) -> None:
+    """Raises a ConfigurationError unless transformers has an activation of this name."""
+    from transformers.activations import ACT2FN  # loads torch, which a configuration alone does not need
+
+    if name not in ACT2FN:
+        raise ConfigurationError(f"{owner}.{field} is {name!r}; it must be one of {', '.join(sorted(ACT2FN))}.")
+
+
+def require_rope(owner: str, parameters: Mapping[str, Any]) -> None:
+    """Raises a ConfigurationError unless `rope_parameters` has a type, a base and factors that can be computed with."""
+    kinds = ("default", *ROPE_INIT_FUNCTIONS)
+    kind = parameters.get("rope_type")
+    if kind not in kinds:
+        raise ConfigurationError(f"{owner}.rope_parameters.rope_type is {kind!r}; it must be one of {kinds}.")
+    for field in ("rope_theta", *_ROPE_FIELDS.get(kind, ())):
+        value = parameters.get(field)
+        several = field in ("short_factor", "long_factor")
+        if several and not (isinstance(value, list | tuple) and value and all(map(_is_positive, value))):
+            raise ConfigurationError(
+                f"{owner}.rope_parameters.{field} is {value!r}; {kind!r} needs a list of finite numbers > 0."
+            )
+        if not several and not _is_positive(value):
+            raise ConfigurationError(
+                f"{owner}.rope_parameters.{field} is {value!r}; {kind!r} needs a finite number > 0."
+            )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

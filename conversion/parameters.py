@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..trainers.roles import ROLES, role_of
+from .sources import model_without_memory
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,7 @@ def count_parameters(config: UniMoeConfig) -> dict[str, ParameterCount]:
 
     A head that is tied to the embeddings counts once, there. The embedding table is active as a whole.
     """
-    with torch.device("meta"):
-        model = UniMoeForCausalLM(UniMoeConfig(**_fields(config)))
+    model = model_without_memory(config)
     model.tie_weights()
     text = config.text_config
     share = text.even_experts_per_token / text.num_experts if text.num_experts else 1.0
@@ -44,8 +41,3 @@ def count_parameters(config: UniMoeConfig) -> dict[str, ParameterCount]:
 def total_and_active(counts: dict[str, ParameterCount]) -> ParameterCount:
     """The sum over the roles."""
     return ParameterCount(sum(c.total for c in counts.values()), sum(c.active for c in counts.values()))
-
-
-def _fields(config: UniMoeConfig) -> dict:
-    """A copy's fields: building a model writes into its configuration."""
-    return {name: value for name, value in config.to_dict().items() if name != "model_type"}

@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..errors import ConversionError
+from ..errors import ConversionError, UniMoeError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from . import llama_family
@@ -28,6 +29,18 @@ _KEPT_FILES = (
     "*preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",
+)
+# What transformers raises when a field of a configuration has the wrong type or an impossible value: when it reads the
+# configuration, and when it builds the model (RuntimeError is torch's for negative sizes).
+_READING_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError)
+_BUILDING_ERRORS = (
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
 )
 
 
@@ -107,12 +120,48 @@ def open_source(name: str) -> Source:
 
 def expected_tensors(config: UniMoeConfig) -> dict[str, torch.Tensor]:
     """The tensors, without memory, that a checkpoint of this configuration holds; a tied head is not among them."""
-    with torch.device("meta"):
-        model = UniMoeForCausalLM(UniMoeConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"}))
-    state = dict(model.state_dict())
+    state = dict(model_without_memory(config).state_dict())
     if config.text_config.tie_word_embeddings:
         state.pop(llama_family.HEAD)
     return state
+
+
+def model_without_memory(config: UniMoeConfig) -> UniMoeForCausalLM:
+    """A model of a copy of this configuration, because building writes into it; nothing is allocated.
+
+    Raises:
+        ConversionError: the fields of a tower do not go together, so that transformers cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            return UniMoeForCausalLM(UniMoeConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"}))
+    except UniMoeError:
+        raise
+    except _BUILDING_ERRORS as error:
+        raise ConversionError(
+            f"No model can be built of this config.json ({type(error).__name__}: {_first_line(error)}). Correct the "
+            "fields of its towers and connectors."
+        ) from error
+
+
+def read_our_config(folder: Path) -> UniMoeConfig:
+    """The configuration of a folder with a model of ours.
+
+    Raises:
+        ConversionError: there is none, or a field is of the wrong type or impossible; the message names file and field.
+    """
+    path = folder / "config.json"
+    model_type = read_json(path).get("model_type") if path.is_file() else None
+    if model_type is None:
+        raise ConversionError(f"{folder} has no config.json with a model_type: give a model folder.")
+    if model_type != UniMoeConfig.model_type:
+        raise ConversionError(
+            f"{folder} holds a {model_type!r} model, not one of ours. `unimoe convert upcycle` makes one of it."
+        )
+    try:
+        return UniMoeConfig.from_pretrained(folder)
+    except _READING_ERRORS as error:
+        raise ConversionError(f"{path} cannot be used: {_first_line(error)}. Correct it or fetch it again.") from error
 
 
 def resolve_folder(name: str, hub_patterns: tuple[str, ...]) -> Path:
@@ -139,7 +188,7 @@ def resolve_folder(name: str, hub_patterns: tuple[str, ...]) -> Path:
 
 
 def _open_ours(name: str, checkpoint: Checkpoint) -> Source:
-    config = UniMoeConfig.from_pretrained(checkpoint.folder)
+    config = read_our_config(checkpoint.folder)
     expected = expected_tensors(config)
     _check_same(checkpoint, expected)
     keys = {key: key for key in expected}
@@ -184,11 +233,17 @@ def _open_llama(name: str, checkpoint: Checkpoint) -> Source:
 def _hf_config(name: str, folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except _READING_ERRORS as error:
         raise ConversionError(
-            f"transformers cannot read the configuration of {name} ({str(error).splitlines()[0]}). Models with code "
+            f"transformers cannot read the configuration of {name} ({_first_line(error)}). Models with code "
             "of their own are not run; give one of a class that transformers has."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of what an error says; a strict configuration class hides that in the cause."""
+    told = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ is not None else error
+    return str(told).strip().partition("\n")[0].partition(" Errors: ")[0].rstrip(".")
 
 
 def _extra_head(checkpoint: Checkpoint, config: UniMoeConfig, head: str, embedding: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Configuration of a Uni-MoE model: one decoder, optional towers, one connector per modality, routing as data."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from .validation_unimoe import (
     MAX_HIDDEN_SIZE,
     MAX_IDS_BEYOND_VOCABULARY,
     MAX_INTERMEDIATE_SIZE,
+    MAX_LABELS,
     MAX_LAYERS,
     MAX_QUERIES,
     require_range,
@@ -31,12 +33,13 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_unimoe.UniMoeForCausalLM",
 }
 
-# What the towers of transformers call their sizes.
-_LARGEST_TOWER = {
+# What transformers' models, as towers and inside connectors, call their sizes.
+_LARGEST_INSIDE = {
     # Whisper's own names come first, because it answers to the general ones too.
     "d_model": MAX_HIDDEN_SIZE,
     "encoder_ffn_dim": MAX_INTERMEDIATE_SIZE,
     "encoder_layers": MAX_LAYERS,
+    "decoder_layers": MAX_LAYERS,
     "encoder_attention_heads": MAX_HEADS,
     "hidden_size": MAX_HIDDEN_SIZE,
     "intermediate_size": MAX_INTERMEDIATE_SIZE,
@@ -87,6 +90,8 @@ class UniMoeConnectorConfig(PreTrainedConfig):
             raise ConfigurationError(
                 f"{owner}.num_tokens is None; type {self.type!r} needs a number of queries (Uni-MoE: 50)."
             )
+        for field in ("decoder_config", "qformer_config"):
+            _require_inner_sizes(f"{owner}.{field}", getattr(self, field) or {})
         super().__post_init__(**kwargs)
 
 
@@ -145,6 +150,7 @@ class UniMoeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _require_few_labels("UniMoeConfig", kwargs)
         if self.text_config is None:
             self.text_config = UniMoeTextConfig()
         for field, config_class in self.sub_configs.items():
@@ -209,7 +215,7 @@ class UniMoeConfig(PreTrainedConfig):
         for tower in ("vision_config", "speech_config", "audio_config"):
             config = getattr(self, tower)
             # A tower may have one size per stage, in a list, or call it something else.
-            sizes = {name: high for name, high in _LARGEST_TOWER.items() if type(getattr(config, name, None)) is int}
+            sizes = {name: high for name, high in _LARGEST_INSIDE.items() if type(getattr(config, name, None)) is int}
             require_sizes(f"UniMoeConfig.{tower}", config, sizes)
         layers = getattr(self.vision_config, "num_hidden_layers", None)
         if type(layers) is int:
@@ -236,12 +242,26 @@ class UniMoeConfig(PreTrainedConfig):
 
 def _build_sub_config(field: str, config_class: type, value: dict[str, Any]) -> PreTrainedConfig:
     fields = dict(value)
+    _require_few_labels(f"UniMoeConfig.{field}", fields)
     if config_class is AutoConfig:
         config_class = _tower_class(field, fields.pop("model_type", None))
     try:
         return config_class(**fields)
     except StrictDataclassError as error:
-        raise ConfigurationError(f"UniMoeConfig.{field}: {error.__cause__ or error}. Correct the field.") from error
+        raise ConfigurationError(f"Correct UniMoeConfig.{field}: {error.__cause__ or error}") from error
+
+
+def _require_few_labels(owner: str, fields: Mapping[str, Any]) -> None:
+    """transformers names every label of a classifier, which none of ours is: a number of them would take the memory."""
+    if isinstance(fields.get("num_labels"), int):
+        require_range(owner, "num_labels", fields["num_labels"], 0, MAX_LABELS)
+
+
+def _require_inner_sizes(owner: str, fields: Mapping[str, Any]) -> None:
+    for name, high in _LARGEST_INSIDE.items():
+        if isinstance(fields.get(name), int):
+            require_range(owner, name, fields[name], 1, high)
+    _require_few_labels(owner, fields)
 
 
 def _tower_class(field: str, model_type: Any) -> type[PreTrainedConfig]:

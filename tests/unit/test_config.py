@@ -176,6 +176,8 @@ MODEL_MISTAKES = [
     ({"vision_feature_layer": -5}, ["vision_feature_layer", "-5", "between -4 and 3"]),
     ({"vision_token_grid": 0}, ["vision_token_grid", "0", "between 1 and 256"]),
     ({"video_num_frames": 0}, ["video_num_frames", "0", "between 1 and 4096"]),
+    ({"num_labels": 10**9}, ["UniMoeConfig.num_labels", "1000000000", "between 0 and 65536"]),
+    ({"text_config": {"num_labels": 10**9}}, ["text_config.num_labels", "1000000000", "between 0 and 65536"]),
     ({"speech_config": {"d_model": 8}}, ["speech_config", "model_type"]),
     ({"speech_config": {"model_type": "whispr"}}, ["speech_config.model_type", "'whispr'", "'whisper'"]),
     ({"speech_config": {"model_type": ["whisper"]}}, ["speech_config.model_type", "['whisper']"]),
@@ -207,6 +209,8 @@ CONNECTOR_MISTAKES = [
     ({"depth": 0}, ["depth", "0", "between 1 and 16"]),
     ({"num_tokens": 0}, ["num_tokens", "0", "between 1 and 65536"]),
     ({"type": "qformer"}, ["num_tokens", "None", "qformer"]),
+    ({"decoder_config": {"decoder_layers": 10**9}}, ["decoder_config.decoder_layers", "1000000000", "1024"]),
+    ({"qformer_config": {"num_labels": 10**9}}, ["qformer_config.num_labels", "1000000000", "65536"]),
 ]
 
 

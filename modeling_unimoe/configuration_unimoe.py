@@ -22,6 +22,7 @@ from .validation_unimoe import (
     MAX_QUERIES,
     require_range,
     require_sizes,
+    warn_of_misspellings,
 )
 
 # Which class is in which file of a folder that carries this code; `config.json` of such a folder holds it.
@@ -92,6 +93,7 @@ class UniMoeConnectorConfig(PreTrainedConfig):
             )
         for field in ("decoder_config", "qformer_config"):
             _require_inner_sizes(f"{owner}.{field}", getattr(self, field) or {})
+        warn_of_misspellings(self, kwargs)
         super().__post_init__(**kwargs)
 
 
@@ -164,6 +166,7 @@ class UniMoeConfig(PreTrainedConfig):
         if self.vision_token_grid is not None:
             require_range("UniMoeConfig", "vision_token_grid", self.vision_token_grid, 1, 256)
         require_range("UniMoeConfig", "video_num_frames", self.video_num_frames, 1, 4096)
+        warn_of_misspellings(self, kwargs)
         super().__post_init__(**kwargs)
 
     @property

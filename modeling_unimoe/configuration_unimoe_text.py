@@ -21,6 +21,7 @@ from .validation_unimoe import (
     require_range,
     require_rope,
     require_sizes,
+    warn_of_misspellings,
 )
 
 # The position of a name in this tuple is its id in `mm_token_type_ids`.
@@ -190,6 +191,7 @@ class UniMoeTextConfig(PreTrainedConfig):
             self.expert_groups = dict(sorted(self.expert_groups.items()))
         self._check_sizes()
         self._check_routing()
+        warn_of_misspellings(self, kwargs)
         super().__post_init__(**kwargs)
         require_rope("UniMoeTextConfig", self.rope_parameters)  # complete only now, with `rope_theta` and the like
 

@@ -4,12 +4,18 @@ A configuration comes from strangers: without these caps a file of a few bytes c
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
 
 from .errors_unimoe import ConfigurationError
+
+logger = logging.get_logger(__name__)
 
 MAX_EXPERTS = 4096
 MAX_LAYERS = 1024
@@ -22,6 +28,10 @@ MAX_QUERIES = 1 << 16
 MAX_LABELS = 1 << 16
 # Placeholders need no row of the embedding table, so their ids may follow the vocabulary; no tokenizer goes further.
 MAX_IDS_BEYOND_VOCABULARY = 1 << 16
+
+# Share of equal letters from which a name is taken for a misspelling, and what transformers itself takes beside fields.
+_RESEMBLANCE = 0.85
+_TRANSFORMERS_FIELDS = {"torch_dtype", "num_labels", "output_attentions", "attn_implementation", "rope_theta"}
 
 # What transformers needs for a type of RoPE beside `rope_theta`.
 _ROPE_FIELDS = {
@@ -43,6 +53,20 @@ def require_sizes(owner: str, config: Any, largest: Mapping[str, int]) -> None:
     """Raises a ConfigurationError unless every field named in `largest` lies between 1 and its cap."""
     for field, high in largest.items():
         require_range(owner, field, getattr(config, field), 1, high)
+
+
+def warn_of_misspellings(config: PreTrainedConfig, names: Iterable[str]) -> None:
+    """Warn, once each, of extra fields that almost have the name of a field of this configuration.
+
+    transformers keeps fields that it does not know, and adds some of its own; so a name that resembles none is let by.
+    """
+    owner, known = type(config).__name__, [field.name for field in fields(type(config))]
+    for name in names:
+        if name.startswith("_") or name in config.attribute_map or hasattr(PreTrainedConfig, name):
+            continue
+        close = get_close_matches(name, known, n=1, cutoff=_RESEMBLANCE)
+        if close and name not in _TRANSFORMERS_FIELDS:
+            logger.warning_once(f"{owner} has no field {name!r}, which changes nothing. Did you mean {close[0]!r}?")
 
 
 def require_activation(owner: str, field: str, name: str) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from unimoe import UniMoeConfig, UniMoeConnectorConfig, UniMoeTextConfig
 from unimoe.errors import ConfigurationError
+from unimoe.modeling_unimoe import validation_unimoe
 
 GROUPS = tiny.MOIIE_GROUPS["expert_groups"]
 TEXT_MISTAKES = [
@@ -277,3 +278,41 @@ def test_videos_go_through_the_image_connector_unless_they_have_their_own() -> N
     assert config.connectors["video"] is config.video_connector
     config.sound_connector = None
     assert config.connectors["sound"] is None
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(validation_unimoe.logger, "warning_once", said.append, raising=False)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "meant"),
+    [
+        (tiny.text_config, "num_experts_per_token", "num_experts_per_tok"),
+        (tiny.text_config, "spare_layers", "sparse_layers"),
+        (tiny.config, "image_token_index", "image_token_id"),
+        (UniMoeConnectorConfig, "output_norms", "output_norm"),
+    ],
+)
+def test_misspelt_fields_are_pointed_out(warnings: list[str], build: Any, name: str, meant: str) -> None:
+    build(**{name: 1})
+    assert len(warnings) == 1
+    assert f"{name!r}" in warnings[0]
+    assert f"{meant!r}" in warnings[0]
+
+
+def test_what_transformers_adds_is_no_misspelling(warnings: list[str], tmp_path: Any) -> None:
+    config = tiny.config(
+        {"dtype": "float32", "torch_dtype": "float32", "num_local_experts": 4, "rope_theta": 5e5, "temperature": 0.5},
+        architectures=["UniMoeForCausalLM"],
+        auto_map={"AutoConfig": "configuration_unimoe.UniMoeConfig"},
+        transformers_version="5.0.0",
+        license_note="something of one's own",
+        num_labels=2,
+    )
+    config.save_pretrained(tmp_path)
+    UniMoeConfig.from_pretrained(tmp_path, attn_implementation="eager")
+    UniMoeConfig(**config.to_dict())
+    assert warnings == []

@@ -1,12 +1,17 @@
 """`unimoe chat`: talk to a model, show it pictures and videos, play it sounds."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UniMoeError
+
+if TYPE_CHECKING:
+    import torch
 
 _EPILOG = """\
 while chatting:
@@ -20,6 +25,16 @@ examples:
   echo "Hello!" | unimoe chat quickstart-out/model
 """
 _MEDIA_KINDS = ("image", "audio", "video")
+# What a chat needs of a model on the Hub, and which of its JSON files must be objects where they exist.
+_HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+_JSON_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Answers a conversation; hands over the text piece by piece while it appears, and returns all of it.
 Answer = Callable[[list[dict[str, Any]], Callable[[str], None]], str]
 
@@ -55,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise UniMoeError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1.")
     if not 0 <= args.temperature < float("inf"):
         raise UniMoeError(f"--temperature is {args.temperature}; it must be 0 or a positive number.")
+    _accept_any_bytes()
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:
         options["temperature"] = args.temperature
@@ -63,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
         for file in getattr(args, kind):
             conversation.attach(kind, file)
     if args.once is not None:
-        conversation.say(args.once)
+        conversation.say(_plain_text(args.once))
+    elif sys.stdin is None:
+        raise UniMoeError("There is no standard input to read messages from: give one with --once TEXT.")
     elif sys.stdin.isatty():
         talk(conversation)
     else:
@@ -142,25 +160,21 @@ def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Ans
     """Load a model and its processor; the result generates with the given options.
 
     Raises:
-        CheckpointError: there is no such folder or Hub repository, or it holds another kind of model.
+        ConversionError: there is no such folder or Hub repository, it holds another kind of model, or a file of it is
+            missing or damaged.
+        CheckpointError: its tokenizer is missing, or its files do not go together.
+        UniMoeError: the device is not there.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, TextStreamer
+    from transformers import TextStreamer
 
+    from ..conversion.sources import resolve_folder
     from ..progress_bars import transformers_bars
 
-    try:
-        model_type = AutoConfig.from_pretrained(name).model_type
-        if model_type != "unimoe":
-            raise CheckpointError(
-                f"{name} is a {model_type} model; chat takes unimoe models: `unimoe convert upcycle` makes one of it."
-            )
-        with transformers_bars(shown=False):
-            processor = AutoProcessor.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be loaded: {error}") from error
-    model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _usable_device(device)
+    with transformers_bars(shown=False):
+        folder = resolve_folder(name, _HUB_PATTERNS)
+        _check_files(folder)
+        processor, model = _load(folder, place)
 
     class Pieces(TextStreamer):
         """Hands finished words to `show`."""
@@ -180,6 +194,66 @@ def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Ans
         return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     return answer
+
+
+def _usable_device(name: str | None) -> "torch.device":
+    """The device of that name once it has computed something; cuda or cpu for None."""
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).add(1).tolist()
+    except (RuntimeError, AssertionError, ImportError) as error:  # which one depends on the kind of device
+        reason = str(error).partition("\n")[0]
+        raise UniMoeError(
+            f"--device is {name!r}, which cannot be used here ({reason}): use cpu, or leave the option out."
+        ) from error
+    return device
+
+
+def _check_files(folder: Path) -> None:
+    """What transformers would answer with a traceback: files that are missing, truncated or not what they should be."""
+    from ..conversion.io import Checkpoint, read_json
+    from ..conversion.sources import read_our_config
+
+    read_our_config(folder)
+    Checkpoint(folder)
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise CheckpointError(f"{folder} has no {_TOKENIZER_FILES[0]}: save the tokenizer (the processor) into it.")
+    contents = {file: read_json(folder / file) for file in _JSON_FILES if (folder / file).is_file()}
+    if not isinstance(contents.get("tokenizer.json", {"model": {}}).get("model"), dict):
+        raise CheckpointError(f"{folder / 'tokenizer.json'} has no model of a tokenizer in it: fetch the file again.")
+
+
+def _load(folder: Path, device: "torch.device") -> tuple[Any, Any]:
+    """Processor and model. What transformers raises here means that the files do not go together, or do not fit in."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"The processor in {folder} cannot be loaded ({error}): save it again, with its tokenizer."
+        ) from error
+    try:
+        return processor, AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"The model in {folder} cannot be loaded on {device}: {error}") from error
+
+
+def _accept_any_bytes() -> None:
+    """Bytes that are no text become the replacement character, and text that the terminal lacks a question mark."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _plain_text(argument: str) -> str:
+    """An argument of the command line without the halves of characters by which Python keeps bytes that are no text."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _show(piece: str) -> None:

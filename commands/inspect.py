@@ -14,7 +14,7 @@ _SHADES = " ░▒▓█"
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "inspect",
-        help="show layers, experts, parameters and router load",
+        help="show what is inside a model: layers, experts, router load",
         description="Show what is inside a model folder. Weights are not loaded.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")

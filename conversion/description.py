@@ -11,7 +11,7 @@ from ..modeling_unimoe.configuration_unimoe_text import MODALITIES, UniMoeTextCo
 from .io import Checkpoint, read_json
 from .model_card import modalities_of
 from .parameters import ParameterCount, count_parameters, total_and_active
-from .sources import expected_tensors, resolve_folder
+from .sources import expected_tensors, read_our_config, resolve_folder
 
 ROUTER_LOAD_FILE = "router_load.json"
 
@@ -68,7 +68,7 @@ def describe_model(name: str) -> ModelDescription:
         ConversionError: there is no model of ours, or its files are damaged.
     """
     folder = resolve_folder(name, ("*.json", "*.safetensors"))
-    config = _config_of(folder)
+    config = read_our_config(folder)
     text = config.text_config
     parameters = count_parameters(config)
     return ModelDescription(
@@ -90,18 +90,6 @@ def describe_model(name: str) -> ModelDescription:
         weights=_weights(folder, config),
         router_load=_router_load(folder / ROUTER_LOAD_FILE, config),
     )
-
-
-def _config_of(folder: Path) -> UniMoeConfig:
-    path = folder / "config.json"
-    model_type = read_json(path).get("model_type") if path.is_file() else None
-    if model_type is None:
-        raise ConversionError(f"{folder} has no config.json with a model_type: give a model folder.")
-    if model_type != UniMoeConfig.model_type:
-        raise ConversionError(
-            f"{folder} holds a {model_type!r} model, not one of ours. `unimoe convert upcycle` makes one of it."
-        )
-    return UniMoeConfig.from_pretrained(folder)
 
 
 def _routing(text: UniMoeTextConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import ConversionError, PartError
@@ -13,7 +14,7 @@ from ..hub_access import hub_snapshot
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from . import llama_family
 from .io import Checkpoint, read_json
-from .meta_model import meta_model
+from .meta_model import first_line, meta_model
 
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*")
 # Everything beside weights and configuration that a converted folder keeps.
@@ -30,6 +31,8 @@ _KEPT_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+# What transformers raises when it reads a configuration in which a field has the wrong type or an impossible value.
+_READING_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,26 @@ def expected_tensors(config: UniMoeConfig) -> dict[str, torch.Tensor]:
     return state
 
 
+def read_our_config(folder: Path) -> UniMoeConfig:
+    """The configuration of a folder with a model of ours.
+
+    Raises:
+        ConversionError: there is none, or a field is of the wrong type or impossible; the message names file and field.
+    """
+    path = folder / "config.json"
+    model_type = read_json(path).get("model_type") if path.is_file() else None
+    if model_type is None:
+        raise ConversionError(f"{folder} has no config.json with a model_type: give a model folder.")
+    if model_type != UniMoeConfig.model_type:
+        raise ConversionError(
+            f"{folder} holds a {model_type!r} model, not one of ours. `unimoe convert upcycle` makes one of it."
+        )
+    try:
+        return UniMoeConfig.from_pretrained(folder)
+    except _READING_ERRORS as error:
+        raise ConversionError(f"{path} cannot be used: {first_line(error)}. Correct it or fetch it again.") from error
+
+
 def resolve_folder(name: str, hub_patterns: tuple[str, ...]) -> Path:
     """The folder itself, or a snapshot of the files that match the patterns of a model on the Hub.
 
@@ -132,7 +155,7 @@ def resolve_folder(name: str, hub_patterns: tuple[str, ...]) -> Path:
 
 
 def _open_ours(name: str, checkpoint: Checkpoint) -> Source:
-    config = UniMoeConfig.from_pretrained(checkpoint.folder)
+    config = read_our_config(checkpoint.folder)
     expected = expected_tensors(config)
     _check_same(checkpoint, expected)
     keys = {key: key for key in expected}
@@ -177,9 +200,9 @@ def _open_llama(name: str, checkpoint: Checkpoint) -> Source:
 def _hf_config(name: str, folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except _READING_ERRORS as error:
         raise ConversionError(
-            f"transformers cannot read the configuration of {name} ({str(error).splitlines()[0]}). Models with code "
+            f"transformers cannot read the configuration of {name} ({first_line(error)}). Models with code "
             "of their own are not run; give one of a class that transformers has."
         ) from error
 

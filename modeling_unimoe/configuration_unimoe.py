@@ -1,15 +1,29 @@
 """Configuration of a Uni-MoE model: one decoder, optional towers, one connector per modality, routing as data."""
 
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from .configuration_unimoe_beats import UniMoeBeatsConfig
 from .configuration_unimoe_text import UniMoeTextConfig
 from .errors_unimoe import ConfigurationError
-from .validation_unimoe import MAX_HIDDEN_SIZE, MAX_QUERIES, require_range, require_sizes
+from .validation_unimoe import (
+    MAX_HEADS,
+    MAX_HIDDEN_SIZE,
+    MAX_IDS_BEYOND_VOCABULARY,
+    MAX_INTERMEDIATE_SIZE,
+    MAX_LABELS,
+    MAX_LAYERS,
+    MAX_QUERIES,
+    require_range,
+    require_sizes,
+    warn_of_misspellings,
+)
 
 # Which class is in which file of a folder that carries this code; `config.json` of such a folder holds it.
 AUTO_MAP = {
@@ -18,6 +32,20 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_unimoe.UniMoeForCausalLM",
     "AutoModelForImageTextToText": "modeling_unimoe.UniMoeForCausalLM",
     "AutoModelForMultimodalLM": "modeling_unimoe.UniMoeForCausalLM",
+}
+
+# What transformers' models, as towers and inside connectors, call their sizes.
+_LARGEST_INSIDE = {
+    # Whisper's own names come first, because it answers to the general ones too.
+    "d_model": MAX_HIDDEN_SIZE,
+    "encoder_ffn_dim": MAX_INTERMEDIATE_SIZE,
+    "encoder_layers": MAX_LAYERS,
+    "decoder_layers": MAX_LAYERS,
+    "encoder_attention_heads": MAX_HEADS,
+    "hidden_size": MAX_HIDDEN_SIZE,
+    "intermediate_size": MAX_INTERMEDIATE_SIZE,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": MAX_HEADS,
 }
 
 # Sub-configurations may be given as dicts; once the object exists they are configurations, or None where optional.
@@ -63,6 +91,9 @@ class UniMoeConnectorConfig(PreTrainedConfig):
             raise ConfigurationError(
                 f"{owner}.num_tokens is None; type {self.type!r} needs a number of queries (Uni-MoE: 50)."
             )
+        for field in ("decoder_config", "qformer_config"):
+            _require_inner_sizes(f"{owner}.{field}", getattr(self, field) or {})
+        warn_of_misspellings(self, kwargs)
         super().__post_init__(**kwargs)
 
 
@@ -121,6 +152,7 @@ class UniMoeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _require_few_labels("UniMoeConfig", kwargs)
         if self.text_config is None:
             self.text_config = UniMoeTextConfig()
         for field, config_class in self.sub_configs.items():
@@ -129,10 +161,12 @@ class UniMoeConfig(PreTrainedConfig):
                 setattr(self, field, _build_sub_config(field, config_class, value))
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self._check_branches()
+        self._check_towers()
         self._check_tokens()
         if self.vision_token_grid is not None:
             require_range("UniMoeConfig", "vision_token_grid", self.vision_token_grid, 1, 256)
         require_range("UniMoeConfig", "video_num_frames", self.video_num_frames, 1, 4096)
+        warn_of_misspellings(self, kwargs)
         super().__post_init__(**kwargs)
 
     @property
@@ -180,6 +214,17 @@ class UniMoeConfig(PreTrainedConfig):
         if self.audio_config is not None and self.sound_connector is None:
             raise ConfigurationError("UniMoeConfig.audio_config is set but sound_connector is None: give it one.")
 
+    def _check_towers(self) -> None:
+        for tower in ("vision_config", "speech_config", "audio_config"):
+            config = getattr(self, tower)
+            # A tower may have one size per stage, in a list, or call it something else.
+            sizes = {name: high for name, high in _LARGEST_INSIDE.items() if type(getattr(config, name, None)) is int}
+            require_sizes(f"UniMoeConfig.{tower}", config, sizes)
+        layers = getattr(self.vision_config, "num_hidden_layers", None)
+        if type(layers) is int:
+            # The hidden states are the embeddings and what each layer makes of them.
+            require_range("UniMoeConfig", "vision_feature_layer", self.vision_feature_layer, -layers - 1, layers)
+
     def _check_tokens(self) -> None:
         needed = {
             "image_token_id": self.image_connector,
@@ -189,21 +234,51 @@ class UniMoeConfig(PreTrainedConfig):
         for field, connector in needed.items():
             if connector is not None and getattr(self, field) is None:
                 raise ConfigurationError(f"UniMoeConfig.{field} is None but its connector exists: set the token's id.")
+        highest = self.text_config.vocab_size + MAX_IDS_BEYOND_VOCABULARY - 1
+        for field in ("image_token_id", "video_token_id", "audio_token_id", "sound_token_id"):
+            if getattr(self, field) is not None:
+                require_range("UniMoeConfig", field, getattr(self, field), 0, highest)
         used = [i for i in self.placeholder_ids.values() if i is not None]
-        if len(set(used)) != len(used) or any(i < 0 for i in used):
-            raise ConfigurationError(f"UniMoeConfig's placeholder ids are {used}; they must be different and >= 0.")
+        if len(set(used)) != len(used):
+            raise ConfigurationError(f"UniMoeConfig's placeholder ids are {used}; they must be different.")
 
 
 def _build_sub_config(field: str, config_class: type, value: dict[str, Any]) -> PreTrainedConfig:
-    if config_class is not AutoConfig:
-        return config_class(**value)
     fields = dict(value)
-    model_type = fields.pop("model_type", None)
+    _require_few_labels(f"UniMoeConfig.{field}", fields)
+    if config_class is AutoConfig:
+        config_class = _tower_class(field, fields.pop("model_type", None))
+    try:
+        return config_class(**fields)
+    except StrictDataclassError as error:
+        raise ConfigurationError(f"Correct UniMoeConfig.{field}: {error.__cause__ or error}") from error
+
+
+def _require_few_labels(owner: str, fields: Mapping[str, Any]) -> None:
+    """transformers names every label of a classifier, which none of ours is: a number of them would take the memory."""
+    if isinstance(fields.get("num_labels"), int):
+        require_range(owner, "num_labels", fields["num_labels"], 0, MAX_LABELS)
+
+
+def _require_inner_sizes(owner: str, fields: Mapping[str, Any]) -> None:
+    for name, high in _LARGEST_INSIDE.items():
+        if isinstance(fields.get(name), int):
+            require_range(owner, name, fields[name], 1, high)
+    _require_few_labels(owner, fields)
+
+
+def _tower_class(field: str, model_type: Any) -> type[PreTrainedConfig]:
     if model_type is None:
         raise ConfigurationError(f"UniMoeConfig.{field} has no model_type: name the encoder's, e.g. 'whisper'.")
     if model_type == UniMoeBeatsConfig.model_type:
-        return UniMoeBeatsConfig(**fields)
-    return AutoConfig.for_model(model_type, **fields)
+        return UniMoeBeatsConfig
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        close = get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigurationError(
+            f"UniMoeConfig.{field}.model_type is {model_type!r}; it must be a type of model that transformers has.{hint}"
+        )
+    return CONFIG_MAPPING[model_type]
 
 
 # `transformers serve` decides by this table whether a model takes more than text; Auto classes do not fill it.

@@ -17,8 +17,11 @@ from .validation_unimoe import (
     MAX_LAYERS,
     MAX_POSITIONS,
     MAX_VOCAB_SIZE,
+    require_activation,
     require_range,
+    require_rope,
     require_sizes,
+    warn_of_misspellings,
 )
 
 # The position of a name in this tuple is its id in `mm_token_type_ids`.
@@ -194,6 +197,8 @@ class UniMoeTextConfig(PreTrainedConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # Before anything is made of it: a list of that many layers would take the memory.
+        require_range("UniMoeTextConfig", "num_hidden_layers", self.num_hidden_layers, 1, MAX_LAYERS)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads:
@@ -209,7 +214,9 @@ class UniMoeTextConfig(PreTrainedConfig):
             self.expert_groups = dict(sorted(self.expert_groups.items()))
         self._check_sizes()
         self._check_routing()
+        warn_of_misspellings(self, kwargs)
         super().__post_init__(**kwargs)
+        require_rope("UniMoeTextConfig", self.rope_parameters)  # complete only now, with `rope_theta` and the like
 
     @property
     def router_groups(self) -> list[RouterGroup]:
@@ -272,6 +279,11 @@ class UniMoeTextConfig(PreTrainedConfig):
                 f"{owner}.num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
+        if self.head_dim % 2:
+            raise ConfigurationError(
+                f"{owner}.head_dim is {self.head_dim}; it must be even, because RoPE turns pairs of values."
+            )
+        require_activation(owner, "hidden_act", self.hidden_act)
         if self.sliding_window is not None:
             require_range(owner, "sliding_window", self.sliding_window, 1, MAX_POSITIONS)
         if self.pad_token_id is not None:
@@ -283,7 +295,11 @@ class UniMoeTextConfig(PreTrainedConfig):
         owner = "UniMoeTextConfig"
         for field in ("num_experts", "num_null_experts", "num_shared_experts"):
             require_range(owner, field, getattr(self, field), 0, MAX_EXPERTS)
-        for field in ("router_jitter_noise", "router_near_max_band", *LOSS_COEFFICIENTS.values()):
+        if not 0 <= self.router_jitter_noise < 1:
+            raise ConfigurationError(
+                f"{owner}.router_jitter_noise is {self.router_jitter_noise!r}; it must be >= 0 and below 1."
+            )
+        for field in ("router_near_max_band", *LOSS_COEFFICIENTS.values()):
             if not math.isfinite(getattr(self, field)) or getattr(self, field) < 0:
                 raise ConfigurationError(f"{owner}.{field} is {getattr(self, field)!r}; it must be finite and >= 0.")
         wrong = [i for i in self.sparse_layers if not 0 <= i < self.num_hidden_layers]
@@ -298,6 +314,7 @@ class UniMoeTextConfig(PreTrainedConfig):
             return
         for name, experts in (self.expert_groups or {}).items():
             self._check_group(name, experts)
+        self._check_modality_groups()
         smallest = min(len(group.experts) for group in self.router_groups) + self.num_null_experts
         if not 1 <= self.num_experts_per_tok <= smallest:
             null = ", null experts included" if self.num_null_experts else ""
@@ -310,6 +327,19 @@ class UniMoeTextConfig(PreTrainedConfig):
             raise ConfigurationError(f"{owner}.expert_groups names no group for experts {sorted(unused)}: add them.")
         self._check_dynamic_routing()
         self._check_modality_losses()
+
+    def _check_modality_groups(self) -> None:
+        owner, names = "UniMoeTextConfig", sorted(self.expert_groups or {"all": []})
+        for modality, group in (self.modality_groups or {}).items():
+            if modality not in MODALITIES:
+                raise ConfigurationError(
+                    f"{owner}.modality_groups names {modality!r}, which is no modality: use {MODALITIES}."
+                )
+            if group not in names:
+                raise ConfigurationError(
+                    f"{owner}.modality_groups sends {modality!r} to {group!r}, which is not in expert_groups "
+                    f"({names}). Give every modality of {MODALITIES} a group that exists."
+                )
 
     def _check_dynamic_routing(self) -> None:
         owner = "UniMoeTextConfig"

@@ -21,6 +21,7 @@ LORA_TARGETS = ("attention", "experts", "ffn")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
 COEFFICIENTS = tuple(f"router_{name}_loss_coef" for name in ("aux", "z", "modality", "divergence"))
+MAX_NAME = 60  # characters of a stage or an expert; file systems allow 255 bytes, of which ours add some
 
 
 @dataclass
@@ -173,6 +174,7 @@ class StageConfig:
         _require_folder_name(f"{where}.name", self.name)
         require_choice(f"{where}.kind", self.kind, STAGE_KINDS)
         require_choice(f"{where}.schedule", self.schedule, SCHEDULES)
+        require(self.data != [], f"{where}.data", self.data, "a list with at least one file, or left out")
         self._check_numbers(where)
         self._check_roles(where)
         for index, expert in enumerate(self.experts):
@@ -266,6 +268,7 @@ class Recipe:
         require_choice("precision", self.precision, PRECISIONS)
         require_range("seed", self.seed, 0, (1 << 32) - 1)
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
+        require(bool(self.data), "data", self.data, "a list with at least one file")
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):
             stage.check(f"stages[{index}] ({stage.name})")
@@ -311,22 +314,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read ({error.strerror}): check the path.") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The recipe {path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"The recipe {path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}): save it as "
+            "UTF-8, or give a YAML file."
+        ) from error
+    data = _parse_yaml(f"The recipe {path}", text)
     require(isinstance(data, dict), str(path), type(data).__name__, "a YAML mapping with model, data, out and stages")
     for override in overrides:
         _apply_override(data, override)
     recipe = build(Recipe, data, "")
     for name in ("model", "out", "media_root", "cache"):
         if getattr(recipe, name) is not None:
-            setattr(recipe, name, _beside(path, getattr(recipe, name)))
-    recipe.data = [_beside(path, name) for name in recipe.data]
-    for stage in recipe.stages:
+            setattr(recipe, name, _beside(path, name, getattr(recipe, name)))
+    recipe.data = [_beside(path, "data", name) for name in recipe.data]
+    for index, stage in enumerate(recipe.stages):
         if stage.data is not None:
-            stage.data = [_beside(path, name) for name in stage.data]
+            stage.data = [_beside(path, f"stages[{index}].data", name) for name in stage.data]
     recipe.check()
     return recipe
 
@@ -343,7 +350,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"The override {override!r} has no '=': write field=value or stage.field=value.")
     *parents, name = target.split(".")
     place: Any = data
-    stages = {stage.get("name"): stage for stage in data.get("stages", []) if isinstance(stage, dict)}
+    listed = data.get("stages")
+    stages = {str(s.get("name")): s for s in (listed if isinstance(listed, list) else []) if isinstance(s, dict)}
     for parent in parents:
         if place is data and parent in stages:
             place = stages[parent]
@@ -351,11 +359,23 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             place = place.setdefault(parent, {}) if isinstance(place, dict) else place
         if not isinstance(place, dict):
             raise RecipeError(f"The override {override!r} goes through {parent!r}, which is no mapping in the recipe.")
-    place[name] = yaml.safe_load(text)
+    place[name] = _parse_yaml(f"The value of the override {override!r}", text)
 
 
-def _beside(recipe_path: Path, name: str) -> str:
-    return str((recipe_path.parent / Path(name).expanduser()).resolve())
+def _parse_yaml(what: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: a date that does not exist; RecursionError: thousands of brackets.
+        raise RecipeError(f"{what} is not valid YAML: {error}") from error
+
+
+def _beside(recipe_path: Path, field_name: str, name: str) -> str:
+    require(bool(name) and "\0" not in name, field_name, name, "a path")
+    try:
+        return str((recipe_path.parent / Path(name).expanduser()).resolve())
+    except RuntimeError as error:
+        raise RecipeError(f"{field_name} is {name!r}, but there is no such home folder ({error}).") from error
 
 
 def _figures(where: str, value: float | dict[str, float]) -> list[tuple[str, float]]:
@@ -365,8 +385,9 @@ def _figures(where: str, value: float | dict[str, float]) -> list[tuple[str, flo
 
 
 def _require_folder_name(where: str, name: str) -> None:
-    plain = bool(name) and name not in (".", "..") and not set(name) & set('/\\:*?"<>|.')
-    require(plain, where, name, "a name that can be a folder (no dots, slashes or wildcards)")
+    plain = name == name.strip() and name.isprintable() and not set(name) & set('/\\:*?"<>|.')
+    allowed = "a name that can be a folder (no dots, slashes, wildcards or spaces around it)"
+    require(plain and 0 < len(name) <= MAX_NAME, where, name, f"{allowed} of at most {MAX_NAME} characters")
 
 
 def _require_different(where: str, names: list[str]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,12 @@ def test_version() -> None:
     import unimoe as package
 
     assert unimoe("--version").stdout.strip() == f"unimoe {package.__version__}"
+
+
+def test_the_module_runs_from_any_folder(tmp_path: Path) -> None:
+    for place in (tmp_path, Path(cli.__file__).parent):
+        done = subprocess.run([*UNIMOE, "--version"], cwd=place, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), place
 
 
 def test_unknown_command_names_the_known_ones() -> None:
@@ -221,9 +228,12 @@ def test_bad_options_and_folders(folder: Path, tmp_path: Path, capsys: pytest.Ca
     LlamaConfig().save_pretrained(tmp_path / "llama")
     cases = [
         ([str(tmp_path / "nothing"), "--once", "Hi"], "nothing"),
-        ([str(tmp_path / "llama"), "--once", "Hi"], "llama model"),
+        ([str(tmp_path / "llama"), "--once", "Hi"], "'llama' model"),
         ([str(folder), "--once", "Hi", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         ([str(folder), "--once", "Hi", "--temperature", "-1"], "--temperature is -1.0"),
+        ([str(folder), "--once", "Hi", "--device", "nonsense"], "--device is 'nonsense'"),
+        ([str(folder), "--once", "Hi", "--device", "meta"], "--device is 'meta'"),
+        ([str(folder), "--once", "Hi", "--device", ""], "--device is ''"),
         ([str(folder), "--once", "Hi", "--image", str(folder / "meow.wav")], "image"),
         ([str(folder), "--once", "Hi", "--image", str(folder / "missing.png")], "image"),
         ([str(folder), "--once", "Hi", "--image", "https://example.com/cat.png"], "image"),
@@ -233,6 +243,53 @@ def test_bad_options_and_folders(folder: Path, tmp_path: Path, capsys: pytest.Ca
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("unimoe: ")
         assert said in error
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("model.safetensors", _truncate, "truncated"),
+        ("model.safetensors", Path.unlink, "no model.safetensors"),
+        ("tokenizer.json", Path.unlink, "no tokenizer.json"),
+        ("tokenizer.json", lambda path: path.write_text("[1]"), "tokenizer.json does not hold a JSON object"),
+        ("tokenizer.json", lambda path: path.write_text("{}"), "tokenizer.json has no model"),
+        ("tokenizer_config.json", lambda path: path.write_text("[1]"), "tokenizer_config.json does not hold"),
+        ("tokenizer_config.json", lambda path: path.write_bytes(b"\xff"), "tokenizer_config.json cannot be read"),
+        ("generation_config.json", lambda path: path.write_text("[1]"), "generation_config.json does not hold"),
+        ("config.json", lambda path: path.write_text("[1]"), "config.json does not hold a JSON object"),
+        ("config.json", Path.unlink, "no config.json"),
+    ],
+)
+def test_damaged_folders_are_explained_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, damage: Any, said: str
+) -> None:
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    damage(damaged / file)
+    assert cli.main(["chat", str(damaged), "--once", "Hi"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("unimoe: ")
+    assert said in error
+
+
+def test_bytes_that_are_no_text_are_replaced(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Caf\xe9\n"), encoding="utf-8"))
+    answer = expected_answer(folder, [{"role": "user", "content": [{"type": "text", "text": "Caf\ufffd"}]}])
+    assert run_chat(folder, capsys) == answer + "\n"
+    assert run_chat(folder, capsys, "--once", "Caf\udce9") == answer + "\n"
+
+
+def test_without_standard_input_a_message_is_asked_for(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["chat", str(folder)]) == 2
+    assert "--once" in capsys.readouterr().err
 
 
 class Script:

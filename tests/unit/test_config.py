@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from unimoe import UniMoeConfig, UniMoeConnectorConfig, UniMoeTextConfig
 from unimoe.errors import ConfigurationError
+from unimoe.modeling_unimoe import validation_unimoe
 
 GROUPS = tiny.MOIIE_GROUPS["expert_groups"]
 TEXT_MISTAKES = [
@@ -40,6 +42,26 @@ TEXT_MISTAKES = [
     ({"router_aux_loss_coef": -0.1}, ["router_aux_loss_coef", "-0.1", ">= 0"]),
     ({"router_z_loss_coef": math.inf}, ["router_z_loss_coef", "inf", "finite"]),
     ({"router_jitter_noise": -1.0}, ["router_jitter_noise", "-1.0", ">= 0"]),
+    ({"router_jitter_noise": 2}, ["router_jitter_noise", "2", "below 1"]),
+    ({"router_jitter_noise": math.nan}, ["router_jitter_noise", "nan", "below 1"]),
+    ({"modality_groups": {"smell": "all"}}, ["modality_groups", "'smell'", "'image'"]),
+    ({"modality_groups": {"image": "vision"}}, ["modality_groups", "'image'", "'vision'", "['all']"]),
+    (
+        {**tiny.MOIIE_GROUPS, "modality_groups": {**tiny.MOIIE_GROUPS["modality_groups"], "smell": "vision"}},
+        ["modality_groups", "'smell'", "'image'"],
+    ),
+    ({"hidden_act": "foo"}, ["hidden_act", "'foo'", "silu"]),
+    ({"head_dim": 7}, ["head_dim", "7", "even"]),
+    ({"rope_theta": math.nan}, ["rope_parameters.rope_theta", "nan", "> 0"]),
+    ({"rope_theta": -1}, ["rope_parameters.rope_theta", "-1", "> 0"]),
+    ({"rope_parameters": {"rope_theta": "x"}}, ["rope_parameters.rope_theta", "'x'", "> 0"]),
+    ({"rope_parameters": {"rope_type": "foo"}}, ["rope_parameters.rope_type", "'foo'", "'default'"]),
+    ({"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters.factor", "None", "'linear'"]),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 0}}, ["rope_parameters.factor", "0", "> 0"]),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": 3}},
+        ["rope_parameters.long_factor", "3", "a list"],
+    ),
     ({"num_null_experts": -1}, ["num_null_experts", "-1", "between 0 and 4096"]),
     ({"num_shared_experts": 5000}, ["num_shared_experts", "5000", "between 0 and 4096"]),
     ({"shared_intermediate_size": 0}, ["shared_intermediate_size", "0", "between 1"]),
@@ -109,6 +131,25 @@ def test_hostile_sizes_are_refused(fields: dict[str, Any]) -> None:
         tiny.text_config(**fields)
 
 
+def test_a_billion_layers_are_refused_before_they_are_counted() -> None:
+    """Without `sparse_layers` the configuration lists every layer; a list of a billion would take the memory."""
+    tracemalloc.start()
+    with pytest.raises(ConfigurationError, match="num_hidden_layers is 10000000;"):
+        UniMoeTextConfig(num_hidden_layers=10**7)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_placeholders_may_follow_the_vocabulary() -> None:
+    assert tiny.config(sound_token_id=tiny.VOCAB_SIZE).sound_token_id == tiny.VOCAB_SIZE
+
+
+@pytest.mark.parametrize("layer", [-4, 3])
+def test_every_hidden_state_of_the_tower_may_be_read(layer: int) -> None:
+    assert tiny.config(vision_feature_layer=layer).vision_feature_layer == layer
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -136,10 +177,28 @@ MODEL_MISTAKES = [
     ({"audio_token_id": None}, ["audio_token_id", "None"]),
     ({"sound_token_id": None}, ["sound_token_id", "None"]),
     ({"video_token_id": tiny.IMAGE}, ["placeholder ids", "92", "different"]),
-    ({"image_token_id": -1}, ["placeholder ids", "-1", ">= 0"]),
+    ({"image_token_id": -1}, ["image_token_id", "-1", "between 0"]),
+    ({"sound_token_id": 10**9}, ["sound_token_id", "1000000000", "between 0 and 65631"]),
+    ({"vision_feature_layer": 99}, ["vision_feature_layer", "99", "between -4 and 3"]),
+    ({"vision_feature_layer": -5}, ["vision_feature_layer", "-5", "between -4 and 3"]),
     ({"vision_token_grid": 0}, ["vision_token_grid", "0", "between 1 and 256"]),
     ({"video_num_frames": 0}, ["video_num_frames", "0", "between 1 and 4096"]),
+    ({"num_labels": 10**9}, ["UniMoeConfig.num_labels", "1000000000", "between 0 and 65536"]),
+    ({"text_config": {"num_labels": 10**9}}, ["text_config.num_labels", "1000000000", "between 0 and 65536"]),
     ({"speech_config": {"d_model": 8}}, ["speech_config", "model_type"]),
+    ({"speech_config": {"model_type": "whispr"}}, ["speech_config.model_type", "'whispr'", "'whisper'"]),
+    ({"speech_config": {"model_type": ["whisper"]}}, ["speech_config.model_type", "['whisper']"]),
+    ({"speech_config": {"model_type": "whisper", "d_model": "8"}}, ["speech_config", "d_model", "'8'"]),
+    ({"text_config": {"hidden_size": "8"}}, ["text_config", "hidden_size", "'8'"]),
+    ({"image_connector": {"type": "glue"}}, ["image_connector", "type", "glue", "qformer"]),
+    (
+        {"vision_config": {"model_type": "clip_vision_model", "num_hidden_layers": 10**9}},
+        ["vision_config.num_hidden_layers", "1000000000", "between 1 and 1024"],
+    ),
+    (
+        {"speech_config": {"model_type": "whisper", "encoder_layers": 10**9}},
+        ["speech_config.encoder_layers", "1000000000", "between 1 and 1024"],
+    ),
 ]
 
 
@@ -157,6 +216,8 @@ CONNECTOR_MISTAKES = [
     ({"depth": 0}, ["depth", "0", "between 1 and 16"]),
     ({"num_tokens": 0}, ["num_tokens", "0", "between 1 and 65536"]),
     ({"type": "qformer"}, ["num_tokens", "None", "qformer"]),
+    ({"decoder_config": {"decoder_layers": 10**9}}, ["decoder_config.decoder_layers", "1000000000", "1024"]),
+    ({"qformer_config": {"num_labels": 10**9}}, ["qformer_config.num_labels", "1000000000", "65536"]),
 ]
 
 
@@ -223,3 +284,41 @@ def test_videos_go_through_the_image_connector_unless_they_have_their_own() -> N
     assert config.connectors["video"] is config.video_connector
     config.sound_connector = None
     assert config.connectors["sound"] is None
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(validation_unimoe.logger, "warning_once", said.append, raising=False)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "meant"),
+    [
+        (tiny.text_config, "num_experts_per_token", "num_experts_per_tok"),
+        (tiny.text_config, "spare_layers", "sparse_layers"),
+        (tiny.config, "image_token_index", "image_token_id"),
+        (UniMoeConnectorConfig, "output_norms", "output_norm"),
+    ],
+)
+def test_misspelt_fields_are_pointed_out(warnings: list[str], build: Any, name: str, meant: str) -> None:
+    build(**{name: 1})
+    assert len(warnings) == 1
+    assert f"{name!r}" in warnings[0]
+    assert f"{meant!r}" in warnings[0]
+
+
+def test_what_transformers_adds_is_no_misspelling(warnings: list[str], tmp_path: Any) -> None:
+    config = tiny.config(
+        {"dtype": "float32", "torch_dtype": "float32", "num_local_experts": 4, "rope_theta": 5e5, "temperature": 0.5},
+        architectures=["UniMoeForCausalLM"],
+        auto_map={"AutoConfig": "configuration_unimoe.UniMoeConfig"},
+        transformers_version="5.0.0",
+        license_note="something of one's own",
+        num_labels=2,
+    )
+    config.save_pretrained(tmp_path)
+    UniMoeConfig.from_pretrained(tmp_path, attn_implementation="eager")
+    UniMoeConfig(**config.to_dict())
+    assert warnings == []

@@ -158,3 +158,46 @@ def test_other_models_are_refused_with_a_way_on(tmp_path: Path, capsys: pytest.C
     assert "convert upcycle" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path / "nothing")]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (["text_config"], "x", ["text_config", "'x'"]),
+        (["vision_config"], "x", ["vision_config", "'x'"]),
+        (["image_connector"], [1], ["image_connector", "[1]"]),
+        (["text_config", "num_attention_heads"], 3, ["num_attention_heads is 3", "multiple"]),
+        (["text_config", "num_attention_heads"], "4", ["num_attention_heads", "'4'"]),
+        (["text_config", "head_dim"], 7, ["head_dim is 7", "even"]),
+        (["vision_config", "num_attention_heads"], 3, ["vision_config", "(3)", "multiple"]),
+        (["speech_config", "d_model"], 33, ["33", "towers"]),
+        (["vision_config", "patch_size"], 0, ["towers"]),
+        (["vision_config", "hidden_act"], "foo", ["'foo'", "towers"]),
+        (["speech_connector", "decoder_config"], {"d_model": "x"}, ["d_model", "'x'", "connectors"]),
+        (["dtype"], "float33", ["float33"]),
+        (["id2label"], 3, ["int"]),
+    ],
+)
+def test_wrong_fields_are_named_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], place: list[str], value: object, said: list[str]
+) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    inner = config
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(config))
+    capsys.readouterr()
+    for command in (["inspect", str(folder)], ["convert", "upcycle", str(folder), "--out", str(folder / "sparse")]):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("unimoe: ")
+        for part in ["config.json", *said]:
+            assert part in error
+
+
+def test_a_config_that_is_no_object_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.json").write_text("[1]")
+    assert cli.main(["inspect", str(folder)]) == 2
+    assert "config.json does not hold a JSON object" in capsys.readouterr().err

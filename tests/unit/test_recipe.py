@@ -131,6 +131,18 @@ def stage(**overrides: Any) -> dict[str, Any]:
         (fields(moe={"num_experts": 1, "num_experts_per_tok": 2}), r"num_experts_per_tok is 2"),
         (fields(cache="c", stages=[{"name": "one", "train": ["towers"]}]), r"one.* trains the towers"),
         ([1, 2], r"a YAML mapping"),
+        (fields(out=5), r"^out is 5; it must be text"),
+        (fields(out=""), r"^out is ''; it must be a path"),
+        (fields(model="a\0b"), r"^model is 'a\\x00b'; it must be a path"),
+        (fields(model="~no-such-person/model"), r"^model is '~no-such-person/model'.*home folder"),
+        (fields(data="a.jsonl"), r"^data is 'a.jsonl'; it must be a list of text"),
+        (fields(data=[]), r"^data is \[\]; it must be a list with at least one file"),
+        (stage(data=[]), r"data is \[\]; it must be a list with at least one file"),
+        (stage(data=["a\0b"]), r"^stages\[0\]\.data is 'a\\x00b'; it must be a path"),
+        (stage(train="router"), r"stages\[0\]\.train is 'router'; it must be a list of text"),
+        (stage(max_grad_norm=float("inf")), r"max_grad_norm is inf; it must be finite"),
+        (stage(name="a\n"), r"name is 'a\\n'; it must be a name that can be a folder"),
+        (stage(name="a" * 300), r"name is 'aaa.*at most 60 characters"),
     ],
 )
 def test_impossible_recipes_are_refused(tmp_path: Path, data: Any, message: str) -> None:
@@ -155,6 +167,33 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"bad\.yaml is not valid YAML"):
         load_recipe(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfemodel: x", r"recipe\.yaml is not UTF-8 text \(byte 0 is 0xff\)"),
+        (b"model: 2020-13-45", r"recipe\.yaml is not valid YAML: month must be"),
+        (b"[" * 5000, r"recipe\.yaml is not valid YAML"),
+    ],
+    ids=["no text", "no date", "no end"],
+)
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("override", ["seed=[", "seed=2020-13-45", "seed=!!python/x 1"])
+def test_overrides_that_are_no_yaml_are_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=r"The value of the override 'seed=.*is not valid YAML"):
+        load_recipe(written(tmp_path, fields()), [override])
+
+
+@pytest.mark.parametrize("stages", [5, None, [{"name": ["a"]}]], ids=["number", "nothing", "list for name"])
+def test_overrides_of_a_broken_recipe_blame_the_recipe(tmp_path: Path, stages: Any) -> None:
+    with pytest.raises(RecipeError, match=r"^stages"):
+        load_recipe(written(tmp_path, fields(stages=stages)), ["seed=1"])
 
 
 def test_the_command_prints_its_plan(capsys: pytest.CaptureFixture[str]) -> None:

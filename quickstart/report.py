@@ -31,7 +31,8 @@ SECONDS_AND_LOSSES = ("seconds", "loss_first", "loss_last")
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1f2933}
 h1{margin-bottom:0}table{border-collapse:collapse;margin:1rem 0;width:100%}
-td,th{padding:.3rem .5rem;border-bottom:1px solid #e4e7eb;text-align:right;vertical-align:top;overflow-wrap:anywhere}
+td,th{padding:.3rem .5rem;border-bottom:1px solid #e4e7eb;text-align:right;vertical-align:top}
+table.parts td{overflow-wrap:anywhere}
 td:first-child,th:first-child{text-align:left}table.accuracy td:last-child{font-weight:bold}img{max-width:100%}.note{color:#52606d}
 .card{display:inline-block;vertical-align:top;width:11rem;margin:.4rem;padding:.6rem;border:1px solid #e4e7eb;border-radius:.5rem}
 .card img{height:5rem}.card audio{width:100%;height:2rem}.ok{color:#047857}.no{color:#b91c1c}
@@ -67,7 +68,7 @@ def write_report(folder: Path, metrics: dict[str, Any], details: dict[str, Any])
         f"<p>Dense to sparse: largest difference of any logit {metrics['upcycling']['max_abs_logit_difference']:.1e} "
         "(float32).</p>",
         "<h2>Parts</h2>",
-        _table(("part", "licence", "source", "digest"), details["parts"]),
+        _table(("part", "licence", "source", "digest"), details["parts"], "parts"),
         "<h2>What gave way to the time limit</h2>",
         "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in details["limits"]) + "</ul>",
     ]
@@ -174,8 +175,13 @@ def _data_url(picture: Image.Image) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table class='{kind}'><tr>{head}</tr>{body}</table>"
+
+
+def _cell(value: Any) -> str:
+    """Escaped; a figure stays on one line with its unit."""
+    return html.escape(str(value)).replace(" %", "&nbsp;%")
 
 
 def _picture(figure: plt.Figure, description: str) -> str:

@@ -72,11 +72,11 @@ def test_the_page_holds_every_figure_and_medium(tmp_path: Path) -> None:
     }
     page = report.write_report(tmp_path, metrics, _details()).read_text(encoding="utf-8")
     for text in (
-        "62 %",
+        "62&nbsp;%",
         "dense twin",
-        "99 %",
-        "50 % (pixels 5 %)",
-        "25 %",
+        "99&nbsp;%",
+        "50&nbsp;% (pixels 5&nbsp;%)",
+        "25&nbsp;%",
         "1,234",
         "3.0e-06",
         "small &amp; quick",
@@ -98,4 +98,4 @@ def test_pages_without_examples_are_written(tmp_path: Path) -> None:
     assert "<audio" not in page
     headings = re.findall("<h2>(.+?)</h2>", page)
     assert headings[:3] == ["Held-out accuracy", "Some held-out answers", "What each stage trained"]
-    assert "62 %" in page
+    assert "62&nbsp;%" in page

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
-from . import _convert_unimoe
+from . import _convert_assemble, _convert_unimoe
 
 _EPILOG = """\
 examples:
@@ -49,6 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     upcycle.add_argument("--dtype", choices=("fp32", "bf16"), help="store weights so (default: as in SOURCE)")
     upcycle.add_argument("--seed", type=int, default=0, help="of the router's rows (default: 0)")
+    _convert_assemble.add_parser(kinds)
     _convert_unimoe.add_parser(kinds)
 
 

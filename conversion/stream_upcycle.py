@@ -71,20 +71,10 @@ def plan_upcycle(source: Source, sparsity: Sparsity, dtype: torch.dtype | None =
     """
     config = sparse_config(source.config, sparsity)
     config.dtype = dtype or source.dtype
-    outputs = [_copied(source, key, dtype) for key in source.keys if not _is_replaced(key, sparsity)]
+    outputs = kept_tensors(source, sparsity, dtype)
     for layer in sparsity.sparse_layers:
         outputs += _sparse_layer(source, config, sparsity, layer, dtype)
-    expected = {key: tuple(tensor.shape) for key, tensor in expected_tensors(config).items()}
-    made = {output.name: output.shape for output in outputs}
-    if made != expected:
-        differing = sorted(key for key in {*made, *expected} if made.get(key) != expected.get(key))[0]
-        raise ConversionError(
-            f"The output's {differing} would have shape {made.get(differing)} but the model needs "
-            f"{expected.get(differing)}: the source does not hold what its configuration says."
-        )
-    # In the order of the model, so that a layer's tensors are beside each other.
-    by_name = {output.name: output for output in outputs}
-    return UpcyclePlan(source, sparsity, config, dtype, tuple(by_name[key] for key in expected))
+    return UpcyclePlan(source, sparsity, config, dtype, in_model_order(outputs, config))
 
 
 def run_upcycle(
@@ -109,11 +99,7 @@ def run_upcycle(
     with finished_folder(out) as folder:
         shards = write_checkpoint(folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress)
         seconds = time.monotonic() - started
-        for path in source.kept_files():
-            shutil.copyfile(path, folder / path.name)
-        if not (folder / "generation_config.json").exists():
-            GenerationConfig.from_model_config(plan.config.text_config).save_pretrained(folder)
-        save_config(plan.config, folder)
+        write_beside_weights(source, plan.config, folder)
         receipt = Receipt(
             source=source.public_name,
             out=out.name,
@@ -135,6 +121,38 @@ def run_upcycle(
         receipt.save(folder / RECEIPT_FILE)
         complete_bundle(folder, _card(plan, out.name, receipt))
     return receipt
+
+
+def kept_tensors(source: Source, sparsity: Sparsity, dtype: torch.dtype | None) -> list[OutputTensor]:
+    """The source's tensors that a sparse model takes over as they are: all but the FFNs of its sparse layers."""
+    return [_copied(source, key, dtype) for key in source.keys if not _is_replaced(key, sparsity)]
+
+
+def in_model_order(outputs: list[OutputTensor], config: UniMoeConfig) -> tuple[OutputTensor, ...]:
+    """The tensors in the order of the model, so that those of a layer are beside each other.
+
+    Raises:
+        ConversionError: they are not what a model of this configuration consists of.
+    """
+    expected = {key: tuple(tensor.shape) for key, tensor in expected_tensors(config).items()}
+    made = {output.name: output.shape for output in outputs}
+    if made != expected:
+        differing = sorted(key for key in {*made, *expected} if made.get(key) != expected.get(key))[0]
+        raise ConversionError(
+            f"The output's {differing} would have shape {made.get(differing)} but the model needs "
+            f"{expected.get(differing)}: the source does not hold what its configuration says."
+        )
+    by_name = {output.name: output for output in outputs}
+    return tuple(by_name[key] for key in expected)
+
+
+def write_beside_weights(source: Source, config: UniMoeConfig, folder: Path) -> None:
+    """What a folder holds beside weights, card and code: the source's tokenizer and the like, and configurations."""
+    for path in source.kept_files():
+        shutil.copyfile(path, folder / path.name)
+    if not (folder / "generation_config.json").exists():
+        GenerationConfig.from_model_config(config.text_config).save_pretrained(folder)
+    save_config(config, folder)
 
 
 def verify_written(written: Checkpoint, outputs: tuple[OutputTensor, ...]) -> None:

@@ -1,0 +1,89 @@
+"""`unimoe convert assemble`: tuned dense models become the experts of one sparse model."""
+
+import argparse
+from pathlib import Path
+
+from ..errors import ConversionError
+
+_EPILOG = """\
+examples:
+  unimoe convert assemble --base llava-7b --expert vision=task2 --expert spoken=task3 --expert listening=task7 \\
+      --expert untuned=llava-7b --out unimoe-4e --layers all
+  unimoe convert assemble --base dense --layers 1,3 --out sparse \\
+      --expert image=training/experts/image/expert.safetensors --expert speech=training/experts/speech/expert.safetensors
+  unimoe convert assemble --base dense --layers all --out unimoe-8e --expert audio=mlp_audiocap.bin \\
+      --expert v=mlp_basev.bin --expert base=mlp_base.bin --expert base1=mlp_base1.bin --expert base4=mlp_base4.bin \\
+      --expert base7=mlp_base7.bin --expert base=mlp_base.bin --expert base7=mlp_base7.bin
+
+The order of the experts is that of their ids. Only FFNs are taken from them: connectors, attention and all else are
+those of BASE. OUT/receipt.json says of every tensor what it was made of.
+"""
+
+
+def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the conversion to those of `unimoe convert`."""
+    parser = kinds.add_parser(
+        "assemble",
+        help="make one sparse model of several tuned dense ones",
+        description="Write a sparse model whose experts are the FFNs of tuned dense models; all else is from BASE.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--base", required=True, metavar="DENSE", help="folder or Hub id: a LLaMA-family model, or a dense one of ours"
+    )
+    parser.add_argument(
+        "--expert",
+        required=True,
+        action="append",
+        metavar="NAME=SOURCE",
+        help="a model like BASE, or a .safetensors or .bin file with FFN weights only; repeat it, once per expert",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (default: 2)")
+    parser.add_argument(
+        "--layers", default="odd", help="sparse layers, counted from 0: odd, even, all or 1,3,5 (default: odd)"
+    )
+    parser.add_argument(
+        "--router-init",
+        choices=("normal", "zeros"),
+        default="normal",
+        help="normal: random rows; zeros: all tokens start on the first K experts (default: normal)",
+    )
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="store weights so (default: as in BASE)")
+    parser.add_argument("--seed", type=int, default=0, help="of the router's rows (default: 0)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan, assemble, print the receipt."""
+    import torch
+
+    from ..conversion.assemble import plan_assembly, run_assembly
+    from ..conversion.sources import open_source
+    from .convert import parse_layers
+
+    experts = [parse_expert(text) for text in args.expert]
+    base = open_source(args.base)
+    plan = plan_assembly(
+        base,
+        experts,
+        sparse_layers=parse_layers(args.layers, base.config.text_config.num_hidden_layers),
+        num_experts_per_tok=args.top_k,
+        router_init=args.router_init,
+        seed=args.seed,
+        dtype={None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype],
+    )
+    print("Plan", *plan.lines(), sep="\n  ", flush=True)
+    receipt = run_assembly(plan, args.out)
+    print("Receipt", *receipt.lines(), sep="\n  ")
+    print(f"Saved in {args.out} (receipt.json says of every tensor what it was made of).")
+    return 0
+
+
+def parse_expert(text: str) -> tuple[str, str]:
+    """Name and source of "NAME=SOURCE". Raises ConversionError when one of them is missing."""
+    name, separator, source = text.partition("=")
+    if not (separator and name.strip() and source):
+        raise ConversionError(f"--expert is {text!r}; write NAME=SOURCE, for example speech=./speech-expert.")
+    return name.strip(), source

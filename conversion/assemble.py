@@ -1,0 +1,263 @@
+"""Assembly of checkpoints on disk: tuned dense models become the experts of one sparse model, tensor by tensor.
+
+Expert e of every sparse layer is the FFN of the e-th source; everything else is the base's (Uni-MoE, arXiv 2405.11273,
+section 3.3, between its second and third stage). `trainers.assembly` does the same in memory inside a curriculum.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..errors import ConversionError
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from .assembly_receipt import AssemblyReceipt, AssemblySource, AssemblyTarget
+from .expert_ffns import Expert, ExpertSource, open_experts
+from .hub import complete_bundle
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
+from .model_card import model_card
+from .parameters import count_parameters, total_and_active
+from .receipt import RECEIPT_FILE
+from .sources import Source
+from .stream_upcycle import in_model_order, kept_tensors, verify_written, write_beside_weights
+from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX, RouterInit, Sparsity, initial_router_rows, sparse_config
+
+
+@dataclass(frozen=True)
+class AssemblyPlan:
+    """What will be written. `made_of` says of every output what its pieces are, in the order of its memory."""
+
+    base: Source
+    experts: tuple[Expert, ...]
+    sparsity: Sparsity
+    config: UniMoeConfig
+    dtype: torch.dtype | None
+    outputs: tuple[OutputTensor, ...]
+    made_of: dict[str, list[str]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(output.num_bytes for output in self.outputs)
+
+    @property
+    def sources(self) -> list[tuple[ExpertSource, list[int]]]:
+        """Every source once, with the ids of the experts that are made of it."""
+        ids: dict[int, tuple[ExpertSource, list[int]]] = {}
+        for index, expert in enumerate(self.experts):
+            ids.setdefault(id(expert.source), (expert.source, []))[1].append(index)
+        return list(ids.values())
+
+    def notes(self) -> list[str]:
+        """What the reader should know beyond tensors."""
+        notes, width = [], _main_dtype(self)
+        for source, _ in self.sources:
+            dtypes = {source.checkpoint.tensors[name].dtype for name in source.tensors.values()}
+            if other := sorted(_name(dtype) for dtype in dtypes - {width}):
+                notes.append(f"{source.public_name} holds {', '.join(other)}, written as {_name(width)}")
+        return notes
+
+    def lines(self) -> list[str]:
+        """The plan for a reader."""
+        text = self.config.text_config
+        before = total_and_active(count_parameters(self.base.config))
+        after = total_and_active(count_parameters(self.config))
+        return [
+            f"base        {self.base.name}: {_name(self.base.dtype)}",
+            *(f"expert {i:<4} {expert.name}: {expert.source.public_name}" for i, expert in enumerate(self.experts)),
+            f"sparse      {len(text.sparse_layers)} of {text.num_hidden_layers} layers {text.sparse_layers}: "
+            f"{text.num_experts_per_tok} experts per token, router {self.sparsity.router_init}",
+            f"parameters  {before.total:,} -> {after.total:,} ({after.active:,} active per token)",
+            f"writes      {self.num_bytes / 1e6:,.1f} MB, {_name(_main_dtype(self))}",
+            *(f"note        {note}" for note in self.notes()),
+        ]
+
+
+def plan_assembly(
+    base: Source,
+    experts: Sequence[tuple[str, str | Path]],
+    *,
+    sparse_layers: Sequence[int],
+    num_experts_per_tok: int = 2,
+    router_init: RouterInit = "normal",
+    expert_groups: dict[str, list[int]] | None = None,
+    modality_groups: dict[str, str] | None = None,
+    routing: dict[str, Any] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> AssemblyPlan:
+    """Describe the assembly; only headers are read.
+
+    Args:
+        base: the dense model that gives everything but the experts, see `open_source`.
+        experts: name and source of every expert, in the order of their ids; see `open_experts`. A source may serve
+            several experts.
+        sparse_layers: counted from 0.
+        router_init, expert_groups, modality_groups, routing, seed: see `Sparsity`.
+        dtype: of the output's floating point tensors; None keeps the base's, also for the experts.
+
+    Raises:
+        ConversionError: the base is sparse, a source cannot be read or does not fit.
+        ConfigurationError: the sparsity is impossible.
+    """
+    if not experts:
+        raise ConversionError("There are no experts: name at least one source.")
+    sparsity = Sparsity(
+        num_experts=len(experts),
+        num_experts_per_tok=num_experts_per_tok,
+        sparse_layers=tuple(sorted(sparse_layers)),
+        expert_groups=expert_groups,
+        modality_groups=modality_groups,
+        router_init=router_init,
+        routing=dict(routing or {}),
+        seed=seed,
+    )
+    config = sparse_config(base.config, sparsity)
+    config.dtype = dtype or base.dtype
+    opened = tuple(open_experts(experts, base, sparsity.sparse_layers))
+    outputs = kept_tensors(base, sparsity, dtype)
+    made_of = {output.name: [f"base: {base.keys[output.name]}"] for output in outputs}
+    for layer in sparsity.sparse_layers:
+        for output, pieces in _sparse_layer(base, opened, config, sparsity, layer, dtype):
+            outputs.append(output)
+            made_of[output.name] = pieces
+    return AssemblyPlan(base, opened, sparsity, config, dtype, in_model_order(outputs, config), made_of)
+
+
+def run_assembly(
+    plan: AssemblyPlan, out: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, progress: bool = True
+) -> AssemblyReceipt:
+    """Write the sparse model as a complete Hugging Face folder; every tensor is read back and compared.
+
+    Raises:
+        ConversionError: `out` is not empty, a source is damaged, or the disk returns something else than was written.
+            Then nothing is left behind.
+    """
+    with finished_folder(out) as folder:
+        sources = _digested_sources(plan, progress)
+        started, digests = time.monotonic(), dict[str, str]()
+        shards = write_checkpoint(
+            folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
+        )
+        seconds = time.monotonic() - started
+        verify_written(Checkpoint(folder), plan.outputs)
+        write_beside_weights(plan.base, plan.config, folder)
+        before, after = (total_and_active(count_parameters(c)) for c in (plan.base.config, plan.config))
+        receipt = AssemblyReceipt(
+            out=out.name,
+            experts=[expert.name for expert in plan.experts],
+            sparse_layers=list(plan.sparsity.sparse_layers),
+            experts_per_token=plan.sparsity.num_experts_per_tok,
+            router_init=plan.sparsity.router_init,
+            seed=plan.sparsity.seed,
+            dtype=_name(_main_dtype(plan)),
+            parameters_before=before.total,
+            parameters_after=after.total,
+            parameters_active=after.active,
+            sources=sources,
+            targets={o.name: _target(o, plan.made_of[o.name], digests[o.name]) for o in plan.outputs},
+            notes=plan.notes(),
+            tensors_read_back=len(plan.outputs),
+            bytes_written=sum(path.stat().st_size for path in shards),
+            seconds_writing=round(seconds, 2),
+        )
+        receipt.save(folder / RECEIPT_FILE)
+        complete_bundle(folder, _card(plan, out.name, receipt))
+    return receipt
+
+
+def _sparse_layer(
+    base: Source,
+    experts: Sequence[Expert],
+    config: UniMoeConfig,
+    sparsity: Sparsity,
+    layer: int,
+    dtype: torch.dtype | None,
+) -> list[tuple[OutputTensor, list[str]]]:
+    """The three tensors of a sparse layer, each with what its pieces are."""
+    text, mlp = config.text_config, f"{LANGUAGE_PREFIX}layers.{layer}.mlp."
+    dtype = dtype or base.checkpoint.tensors[base.keys[f"{mlp}down_proj.weight"]].dtype
+    hidden, inner, rows = text.hidden_size, text.moe_intermediate_size, initial_router_rows(text, sparsity, layer)
+
+    def fused(name: str, shape: tuple[int, ...], projections: tuple[str, ...]) -> tuple[OutputTensor, list[str]]:
+        pieces: list[Callable[[], torch.Tensor]] = []
+        made_of = []
+        for index, expert in enumerate(experts):
+            for projection in projections:
+                key = expert.source.tensors[layer, projection]
+                pieces.append(partial(expert.source.checkpoint.read, key))
+                made_of.append(f"expert {index} ({expert.name}): {key}")
+        return OutputTensor(mlp + name, dtype, shape, tuple(pieces)), made_of
+
+    router = OutputTensor(mlp + "gate.weight", dtype, tuple(rows.shape), (lambda: rows,))
+    drawn = "zeros" if sparsity.router_init == "zeros" else f"drawn, seed {sparsity.seed}"
+    return [
+        (router, [f"router rows: {drawn}"]),
+        fused("experts.gate_up_proj", (len(experts), 2 * inner, hidden), FFN_PROJECTIONS[:2]),
+        fused("experts.down_proj", (len(experts), hidden, inner), FFN_PROJECTIONS[2:]),
+    ]
+
+
+def _digested_sources(plan: AssemblyPlan, progress: bool) -> list[AssemblySource]:
+    """The receipt's sources; every file is read once for its digest."""
+    base, sparse = plan.base, set(plan.sparsity.sparse_layers)
+    checkpoints = [base.checkpoint, *(source.checkpoint for source, _ in plan.sources)]
+    files = {file.resolve(): "" for checkpoint in checkpoints for file in checkpoint.files}
+    size = sum(file.stat().st_size for file in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="Digests", disable=not progress) as bar:
+        for path in files:
+            with open(path, "rb") as file:
+                files[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            bar.update(path.stat().st_size)
+
+    def digests(checkpoint: Checkpoint) -> dict[str, str]:
+        return {file.name: files[file.resolve()] for file in checkpoint.files}
+
+    kept = {output.name for output in plan.outputs}
+    replaced = {name: "an FFN whose layer has experts now" for ours, name in base.keys.items() if ours not in kept}
+    records = [
+        AssemblySource(
+            "base",
+            base.public_name,
+            [],
+            digests(base.checkpoint),
+            len(base.keys) - len(replaced),
+            {**base.dropped, **replaced},
+        )
+    ]
+    for source, ids in plan.sources:
+        unused = {
+            n: "an FFN whose layer stays dense" for (layer, _), n in source.tensors.items() if layer not in sparse
+        }
+        taken = len(source.tensors) - len(unused)
+        dropped = {**source.others, **unused}
+        records.append(AssemblySource("expert", source.public_name, ids, digests(source.checkpoint), taken, dropped))
+    return records
+
+
+def _target(output: OutputTensor, made_of: list[str], digest: str) -> AssemblyTarget:
+    return AssemblyTarget(list(output.shape), _name(output.dtype), made_of, digest)
+
+
+def _card(plan: AssemblyPlan, name: str, receipt: AssemblyReceipt) -> str:
+    return model_card(
+        name,
+        plan.config,
+        count_parameters(plan.config),
+        license=plan.base.license,
+        base_models=[plan.base.name] if plan.base.is_hub_id else None,
+        sections={"Assembly receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
+    )
+
+
+def _main_dtype(plan: AssemblyPlan) -> torch.dtype:
+    return plan.dtype or plan.base.dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

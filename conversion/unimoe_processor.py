@@ -1,5 +1,6 @@
 """The processor and the generation settings of a released Uni-MoE model."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ def load_tokenizer(*folders: Path | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the first folder that holds one, with the placeholder tokens added; None where none does.
 
     Raises:
-        ConversionError: its files are damaged.
+        ConversionError: its files are damaged, or a package that reads them is missing.
     """
     for folder in folders:
         if folder is None or not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             continue
+        _require_reader(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -37,6 +39,22 @@ def load_tokenizer(*folders: Path | None) -> PreTrainedTokenizerBase | None:
         prepare_tokenizer(tokenizer, chat_tokens=False)
         return tokenizer
     return None
+
+
+def _require_reader(folder: Path) -> None:
+    """Without these packages transformers would make another tokenizer of a SentencePiece model, with a warning only."""
+    if (folder / "tokenizer.json").is_file() or all(map(_is_installed, ("sentencepiece", "google.protobuf"))):
+        return
+    raise ConversionError(
+        f"Reading {folder / 'tokenizer.model'} needs sentencepiece and protobuf: pip install 'unimoe[convert]'."
+    )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
 
 
 def placeholder_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from unimoe import UniMoeForCausalLM, cli
+from unimoe.conversion import unimoe_processor
 from unimoe.conversion.export_unimoe import export_unimoe
 from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import, run_import
 from unimoe.conversion.unimoe_keys import KeyMap, rules_for, vision_prefix
@@ -257,3 +258,12 @@ def test_the_same_plan_written_twice_is_the_same(tmp_path: Path) -> None:
     first, second = (run_import(plan, tmp_path / name, progress=False) for name in ("a", "b"))
     assert first.targets == second.targets
     assert same_tensors(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_sentencepiece_model_is_not_read_without_sentencepiece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"model")
+    monkeypatch.setattr(unimoe_processor, "find_spec", lambda name: None)
+    with pytest.raises(ConversionError, match=r"needs sentencepiece and protobuf: pip install 'unimoe\[convert\]'"):
+        unimoe_processor.load_tokenizer(tmp_path)

@@ -116,6 +116,15 @@ def run_curriculum(
         return [run.stage(stage) for stage in recipe.stages]
 
 
+def require_model_folder(folder: str) -> None:
+    """Raises RecipeError unless a recipe's model is there."""
+    if not (Path(folder) / "config.json").is_file():
+        raise RecipeError(
+            f"The recipe's model {folder} is no model folder: a path counts from the recipe's own folder, and the folder "
+            "holds a model of ours with its processor."
+        )
+
+
 def load_start_model(folder: str | Path, recipe: Recipe) -> UniMoeForCausalLM:
     """A model in float32 with the recipe's implementations of attention and experts."""
     return _with_implementations(UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32), recipe)
@@ -349,6 +358,7 @@ def _refuse_settings_of_cached_training(recipe: Recipe) -> None:
 def _load_processor(folder: str) -> Any:
     from ..processing.processing_unimoe import UniMoeProcessor
 
+    require_model_folder(folder)
     return UniMoeProcessor.from_pretrained(folder)
 
 

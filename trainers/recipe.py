@@ -339,8 +339,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write a recipe that `load_recipe` reads back equal, up to relative paths."""
-    text = yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True, width=110)
+    """Write a recipe that `load_recipe` reads back equal from anywhere: its paths become absolute."""
+    fields = asdict(recipe)
+    fields["data"] = [str(Path(file).absolute()) for file in recipe.data]
+    for name in ("model", "out", "cache", "media_root"):
+        fields[name] = fields[name] and str(Path(fields[name]).absolute())
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
     Path(path).write_text(text, encoding="utf-8")
 
 

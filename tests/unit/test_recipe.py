@@ -196,6 +196,30 @@ def test_overrides_of_a_broken_recipe_blame_the_recipe(tmp_path: Path, stages: A
         load_recipe(written(tmp_path, fields(stages=stages)), ["seed=1"])
 
 
+def test_a_model_that_is_not_there_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(EXAMPLE.read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["train", str(recipe)]) == 2
+    message = capsys.readouterr().err.strip()
+    assert str(tmp_path / "start_model") in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_saved_recipe_means_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inner").mkdir()
+    recipe = Recipe(
+        model="start", data=["data.jsonl"], out="result", stages=[StageConfig(name="a", train=["ffn"], steps=1)]
+    )
+    save_recipe(recipe, tmp_path / "inner" / "recipe.yaml")
+    again = load_recipe(tmp_path / "inner" / "recipe.yaml")
+    assert (again.model, again.out, again.data) == (
+        str(tmp_path / "start"),
+        str(tmp_path / "result"),
+        [str(tmp_path / "data.jsonl")],
+    )
+
+
 def test_the_command_prints_its_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(EXAMPLE), "--plan", "--set", "mixture.steps=5"]) == 0
     printed = capsys.readouterr().out

@@ -6,7 +6,6 @@ always has the squeeze-and-excitation gate, so it is set to be exactly 1: weight
 whose sides are multiples of 32.
 """
 
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,9 +34,11 @@ def read_state_dict(path: Path) -> dict[str, "torch.Tensor"]:
     """
     import torch
 
+    from ..conversion.io import UNPICKLING_ERRORS
+
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except UNPICKLING_ERRORS as error:
         raise PartError(f"{path} is not a plain PyTorch state dict ({error}). Fetch it again.") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise PartError(f"{path} holds something other than named tensors, which is refused.")

@@ -38,7 +38,8 @@ from .checkpoints import exclusive, write_durably
 from .collator import Augment, CachedCollator, RawCollator
 from .data import ConversationDataset
 from .encoder_cache import EncoderCache
-from .recipe import ExpertConfig, Recipe, StageConfig, save_recipe
+from .recipe import ExpertConfig, Recipe, StageConfig
+from .recipe_file import save_recipe
 from .sampler import ModalityBatchSampler
 from .stage import (
     CHECKPOINTS_FOLDER,
@@ -108,7 +109,7 @@ def run_curriculum(
             on_start=on_stage_start,
             on_progress=on_progress,
             progress_bar=progress_bar,
-            training_arguments=dict(training_arguments or {}),
+            training_arguments={"gradient_checkpointing": recipe.gradient_checkpointing, **(training_arguments or {})},
         )
         for stage in recipe.stages:
             run.require_same_settings(stage)

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from .balance_decay import BalanceDecay
 from .checkpoints import newest_checkpoint, write_durably
 from .data import ConversationDataset
 from .lora import add_lora, merge_lora
@@ -127,6 +128,9 @@ def run_training(
     log = LossLog(name, folder / LOSSES_FILE, planned, trainer, settings)
     log.keep_until(0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
     trainer.add_callback(log)
+    if stage.router_aux_loss_final_coef is not None:
+        steps_of_decay = stage.router_aux_loss_decay_steps or planned
+        trainer.add_callback(BalanceDecay(model.config.text_config, stage.router_aux_loss_final_coef, steps_of_decay))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     first, last = log.ends()
     report = StageReport(name, stage.kind, planned, log.seconds, count_trainable(trained_model), first, last)

@@ -18,9 +18,8 @@ from unimoe.trainers.recipe import (
     MoeConfig,
     Recipe,
     StageConfig,
-    load_recipe,
-    save_recipe,
 )
+from unimoe.trainers.recipe_file import load_recipe, save_recipe
 
 EXAMPLE = Path(unimoe.__file__).parent / "trainers" / "recipes" / "unimoe_three_stages.yaml"
 

@@ -4,13 +4,16 @@
     OUT/clip/      the vision encoder in Hugging Face's layout
     OUT/whisper/   the speech encoder, or OUT/BEATs.pt with OUT/qformer_config.json
 
+A model with a float32 router, which of the released ones only the 8-expert variant has, is written in that variant's
+layout: OUT/experts and OUT/finetuned come on top, see `export_eight_experts`.
+
 Importing these folders gives the same model again, to the last bit.
 """
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from safetensors.torch import save_file
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .export_eight_experts import DEEPSPEED_MOE, absent_pairs, eight_expert_fields, write_eight_experts
 from .io import DEFAULT_SHARD_BYTES, PICKLE, PICKLE_INDEX, Checkpoint, finished_folder, read_json
 from .unimoe_config import original_config
 from .unimoe_keys import (
@@ -28,11 +33,11 @@ from .unimoe_keys import (
     VISION_TOWER,
     AudioKind,
     KeyMap,
+    Layout,
     rules_for,
-    take,
     vision_prefix,
-    weight_norm_magnitude,
 )
+from .unimoe_originals import Originals
 
 BEATS_FILE = "BEATs.pt"
 _QUERY_EMBEDDINGS = ALIGNER + "decoder.audio_decoder.embed_tokens.weight"
@@ -44,9 +49,10 @@ _NEEDED: dict[str, Any] = {
 }
 _NEEDED_TEXT: dict[str, Any] = {
     "expert_groups": None,
+    "router_type": "top_k",
+    "num_null_experts": 0,
+    "num_shared_experts": 0,
     "router_scoring": "softmax",
-    "norm_topk_prob": True,
-    "router_pick": "max",
     "attention_bias": False,
     "attention_output_bias": False,
     "use_qk_norm": False,
@@ -65,20 +71,42 @@ def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHAR
         raise ConversionError(f"{model} holds no model of ours: give a folder that `unimoe convert unimoe` wrote.")
     config = UniMoeConfig.from_pretrained(model)
     audio = audio_kind(config)
+    layout = layout_for(config.text_config)
     checkpoint = Checkpoint(model)
-    key_map = KeyMap(rules_for(audio, vision_prefix(checkpoint.tensors)))
+    key_map = KeyMap(rules_for(audio, vision_prefix(checkpoint.tensors), layout))
+    fields = original_config(config, "clip", "whisper" if audio == "whisper" else BEATS_FILE)
+    if layout == "deepspeed":
+        fields |= eight_expert_fields(config.text_config)
     with finished_folder(out) as folder:
         base = folder / "base"
         base.mkdir()
-        written = _write_base(base, checkpoint, key_map, config, max_shard_bytes)
-        _write_json(
-            base / "config.json", original_config(config, "clip", "whisper" if audio == "whisper" else BEATS_FILE)
-        )
+        originals = Originals(checkpoint, key_map, config)
+        pairs = absent_pairs(originals) if layout == "deepspeed" else {}
+        written = _write_base(base, originals, pairs, max_shard_bytes)
+        if layout == "deepspeed":
+            written += write_eight_experts(folder, originals, fields)
+        _write_json(base / "config.json", fields)
         for path in model.glob("tokenizer*"):
             shutil.copyfile(path, base / path.name)
-        written += _write_encoders(folder, checkpoint, key_map, config)
+        written += _write_encoders(folder, originals)
         _write_preprocessors(folder, model)
     return written
+
+
+def layout_for(text: UniMoeTextConfig) -> Layout:
+    """The layout whose code routes as a model does. Raises ConversionError when neither does."""
+    layout: Layout = "deepspeed" if text.router_in_float32 else "plain"
+    # DeepSpeed divides by the sum of two weights, but leaves a single one as it is; the other code always divides.
+    normalised = text.num_experts_per_tok > 1 or layout == "plain"
+    picks = ("max", "sample_always") if layout == "deepspeed" else ("max",)
+    for field, allowed in (("norm_topk_prob", (normalised,)), ("router_pick", picks)):
+        if getattr(text, field) not in allowed:
+            raise ConversionError(
+                f"The original has no {field} = {getattr(text, field)!r} with router_in_float32 = "
+                f"{text.router_in_float32} and {text.num_experts_per_tok} experts per token; only "
+                f"{' or '.join(map(repr, allowed))} can be exported."
+            )
+    return layout
 
 
 def audio_kind(config: UniMoeConfig) -> AudioKind:
@@ -105,43 +133,10 @@ def audio_kind(config: UniMoeConfig) -> AudioKind:
     return kinds[tuple(types)]
 
 
-class _Originals:
-    """The original tensors of a model of ours, one at a time."""
-
-    def __init__(self, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig) -> None:
-        self.checkpoint, self.key_map, self.config = checkpoint, key_map, config
-        self.targets: dict[str, str] = {}
-        layers = config.audio_config.num_hidden_layers if config.audio_config is not None else 1
-        for name in checkpoint.tensors:
-            for original in key_map.originals(name, config.text_config.num_experts, layers):
-                self.targets[self._spelled(original)] = name
-
-    def names(self, *prefixes: str) -> list[str]:
-        return [name for name in self.targets if name.startswith(prefixes)]
-
-    def read(self, original: str) -> torch.Tensor:
-        place = self.key_map.place(original)
-        tensor = self.checkpoint.read(self.targets[original])
-        if place.rule.how == "weight_norm" and place.rule.part == 0:
-            return weight_norm_magnitude(tensor)
-        return take(tensor, place).clone()
-
-    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: self.read(name) for name in names}
-
-    def _spelled(self, original: str) -> str:
-        """A projector of one layer has no numbers in its names."""
-        if self.config.image_connector.depth > 1 or not original.startswith(PROJECTOR):
-            return original
-        return original.replace(PROJECTOR + "0.", PROJECTOR)
-
-
-def _write_base(
-    folder: Path, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig, max_shard_bytes: int
-) -> list[str]:
-    originals = _Originals(checkpoint, key_map, config)
-    towers = set(originals.names(VISION_TOWER, AUDIO_TOWER))
-    names = [name for name in originals.targets if name not in towers]
+def _write_base(folder: Path, originals: Originals, pairs: dict[str, torch.Tensor], max_shard_bytes: int) -> list[str]:
+    checkpoint = originals.checkpoint
+    elsewhere = {*originals.names(VISION_TOWER, AUDIO_TOWER), *(n for n in originals.targets if DEEPSPEED_MOE in n)}
+    names = [name for name in originals.targets if name not in elsewhere]
     shards: list[list[str]] = [[]]
     filled = 0
     pieces = Counter(originals.targets[name] for name in names)
@@ -155,8 +150,9 @@ def _write_base(
         filled += size
     files = [PICKLE] if len(shards) == 1 else [_shard(i, len(shards)) for i in range(len(shards))]
     for file, members in zip(files, shards, strict=True):
-        torch.save(originals.read_all(members), folder / file)
+        torch.save(originals.read_all(members) | (pairs if file == files[-1] else {}), folder / file)
     if len(shards) > 1:
+        shards[-1] += pairs
         weight_map = {name: file for file, members in zip(files, shards, strict=True) for name in members}
         _write_json(folder / PICKLE_INDEX, {"metadata": {}, "weight_map": weight_map})
     torch.save(originals.read_all(originals.names(PROJECTOR)), folder / "mm_projector.bin")
@@ -164,7 +160,7 @@ def _write_base(
     return [f"base: {len(names)} tensors in {len(files)} file(s), mm_projector.bin, mm_audio_aligner.bin"]
 
 
-def _aligner(originals: _Originals) -> dict[str, torch.Tensor]:
+def _aligner(originals: Originals) -> dict[str, torch.Tensor]:
     """Queries first, which one of the original's loaders takes by position; then everything that it loads strictly."""
     aligner = originals.read_all([*originals.names("model.query_tokens"), *originals.names(ALIGNER)])
     whisper = originals.config.speech_config
@@ -174,8 +170,8 @@ def _aligner(originals: _Originals) -> dict[str, torch.Tensor]:
     return aligner
 
 
-def _write_encoders(folder: Path, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig) -> list[str]:
-    originals = _Originals(checkpoint, key_map, config)
+def _write_encoders(folder: Path, originals: Originals) -> list[str]:
+    config = originals.config
     vision = {n.removeprefix(VISION_TOWER): originals.read(n) for n in originals.names(VISION_TOWER)}
     _write_hf(folder / "clip", config.vision_config, vision)
     audio = {name.removeprefix(AUDIO_TOWER): originals.read(name) for name in originals.names(AUDIO_TOWER)}

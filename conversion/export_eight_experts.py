@@ -60,7 +60,7 @@ def eight_expert_fields(text: UniMoeTextConfig) -> dict[str, Any]:
 
 def absent_pairs(originals: Originals) -> dict[str, torch.Tensor]:
     """Zeros for the low-rank pairs of dense layers, which the base's shards hold: the original draws absent ones."""
-    pairs = {}
+    pairs: dict[str, torch.Tensor] = {}
     for name in originals.names("model.layers."):
         projection = name.removesuffix(".weight")
         if projection.endswith(tuple(f".mlp.{p}" for p in _PROJECTIONS)):

@@ -248,6 +248,8 @@ class Recipe:
         experts_implementation: of transformers ("grouped_mm", "batched_mm", "eager"); None leaves its default.
         cache: folder for the frozen towers' states; None runs the towers in every step.
         pad_to_multiple_of: sequence lengths are rounded up to it, because every new shape costs time.
+        max_bad_samples: share of the samples that may be unreadable: they are left out and listed in `bad_samples.jsonl`
+            of the stage; more of them end the run.
         gradient_checkpointing: compute the decoder's activations again in the backward pass: less memory, a third more
             time.
     """
@@ -265,12 +267,14 @@ class Recipe:
     cache: str | None = None
     pad_to_multiple_of: int = 8
     gradient_checkpointing: bool = False
+    max_bad_samples: float = 0.01
 
     def check(self, where: str = "recipe") -> None:
         """Raise RecipeError naming field, value and what is allowed, if anything in the recipe is impossible."""
         require_choice("precision", self.precision, PRECISIONS)
         require_range("seed", self.seed, 0, (1 << 32) - 1)
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
+        require(0 <= self.max_bad_samples <= 1, "max_bad_samples", self.max_bad_samples, "between 0 and 1")
         require(bool(self.data), "data", self.data, "a list with at least one file")
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):

@@ -1,7 +1,7 @@
 """`transformers.Trainer` for Uni-MoE: modality batches, learning rates by role, exact resume, losses apart."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from ..errors import CheckpointError, RecipeError, TrainingError
+from ..errors import CheckpointError, DataError, RecipeError, TrainingError
 from ..modeling_unimoe.configuration_unimoe_text import LOSS_COEFFICIENTS
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..roles import role_of
+from .bad_samples import BadSamples
 from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal
 from .data import ConversationDataset
 from .objective import columns_to_keep, training_loss
@@ -41,6 +42,8 @@ class UniMoeTrainer(Trainer):
         label_smoothing: share of the target spread evenly over the vocabulary.
         modality_weights: share of the steps by modality or task; see `sampler.group_weights`.
         min_learning_rate_ratio: the schedule ends at this share of the peak rate.
+
+    `bad_samples`, when set, lists the samples that a `TolerantCollator` could not read; without it the first ends the run.
 
     A checkpoint counts once its `COMPLETE` file is there; `train(resume_from_checkpoint=True)` takes the newest of
     these, or starts from the beginning when there is none. What random numbers a batch needs depends on its position
@@ -77,6 +80,7 @@ class UniMoeTrainer(Trainer):
         # The loss is ours, and divided by the tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.bad_samples: BadSamples | None = None
         self.group_losses: dict[str, list[float]] = {}
         self._group_pending: list[tuple[str, torch.Tensor]] = []
         self._sums = torch.zeros(len(LOSS_NAMES))
@@ -133,6 +137,7 @@ class UniMoeTrainer(Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         sample_ids, group = inputs.pop("sample_ids", []), inputs.pop("group", "")
+        self._note_bad(inputs.pop("bad_samples", ()))
         config = self.base.config.text_config
         keep = inputs.pop("logits_to_keep", None) or columns_to_keep(labels)
         outputs = model(
@@ -154,6 +159,14 @@ class UniMoeTrainer(Trainer):
         if model.training:
             self._note(parts, loss, sample_ids, group)
         return (loss, outputs) if return_outputs else loss
+
+    def _note_bad(self, bad: Sequence[tuple[str, str]]) -> None:
+        if self.bad_samples is not None:
+            self.bad_samples.note(bad)
+        elif bad:
+            raise DataError(
+                f"The sample {bad[0][0]} cannot be read: {bad[0][1]} Repair it, or set trainer.bad_samples."
+            )
 
     def _token_groups(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         base = self.base

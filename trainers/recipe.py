@@ -121,6 +121,7 @@ class StageConfig:
         schedule: of the learning rate after `warmup_steps`; it ends at `min_learning_rate_ratio` of its peak.
         weight_decay, adam_betas: of AdamW; biases and norms do not decay.
         max_grad_norm: longer gradients are scaled down to it; 0 leaves them.
+        max_skipped_steps: steps whose loss or gradient is not finite that may be left out; one more ends the run.
         label_smoothing: share of the target that is spread evenly over the vocabulary.
         lora: adapters that train beside `train`.
         experts: the runs of a stage of kind "experts".
@@ -153,6 +154,7 @@ class StageConfig:
     weight_decay: float = 0.0
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 0
     label_smoothing: float = 0.0
     lora: LoraSettings | None = None
     experts: list[ExpertConfig] = field(default_factory=list)
@@ -192,7 +194,7 @@ class StageConfig:
     def _check_numbers(self, where: str) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
             require_range(f"{where}.{name}", getattr(self, name), 1, 1 << 40)
-        for name in ("warmup_steps", "save_every", "router_aux_loss_decay_steps"):
+        for name in ("warmup_steps", "save_every", "max_skipped_steps", "router_aux_loss_decay_steps"):
             require_range(f"{where}.{name}", getattr(self, name), 0, 1 << 40)
         for name in ("weight_decay", "max_grad_norm", *COEFFICIENTS, "router_aux_loss_final_coef"):
             value = getattr(self, name)

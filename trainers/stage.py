@@ -257,6 +257,7 @@ def _build_trainer(
         label_smoothing=stage.label_smoothing,
         modality_weights=stage.modality_weights,
         min_learning_rate_ratio=stage.min_learning_rate_ratio,
+        max_skipped_steps=stage.max_skipped_steps,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -20,9 +20,9 @@ def seconds_per_step(trainer: UniMoeTrainer) -> float:
     """Mean duration of an optimizer step over the groups of samples, by their share of the steps.
 
     Every group gets one step for warming up (kernels are built for new shapes) and up to three timed ones, with
-    collating, forward, backward, clipping and optimizer. The fastest counts: what else the machine does for a moment makes steps
-    slower, never faster, and must not decide how long a whole stage trains. Weights and random states are put back afterwards; the trainer's own
-    optimizer is never made.
+    collating, forward, backward, clipping and optimizer. The fastest counts: what else the machine does for a moment
+    makes steps slower, never faster, and must not decide how long a whole stage trains. Weights and random states are
+    put back afterwards; the trainer's own optimizer is never made.
     """
     sampler = trainer.train_sampler()
     model = trainer.model.to(trainer.args.device)  # type: ignore[arg-type]

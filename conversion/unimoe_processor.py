@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..processing.chat_unimoe import MEDIA_TOKENS, VICUNA_CHAT_TEMPLATE, prepare_tokenizer
+from ..processing.chat_templates_unimoe import VICUNA_CHAT_TEMPLATE
+from ..processing.chat_unimoe import MEDIA_TOKENS, prepare_tokenizer
 from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.processor_parts_unimoe import load_image_processor

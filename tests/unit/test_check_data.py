@@ -55,7 +55,7 @@ def test_clean_files_of_both_formats(folder: Path, capsys: pytest.CaptureFixture
         "<image><audio><video>", image="/x/good.png", voice="good.wav", video=["good.png", "/y/good.png"]
     )
     assert cli.main(["check-data", str(written(folder, original, lines=False)), "--media-root", str(folder)]) == 0
-    assert "1 records in Uni-MoE's form; media: 1 image, 1 video, 1 audio\nNo" in capsys.readouterr().out
+    assert "1 records in LLaVA's form; media: 1 image, 1 video, 1 audio\nNo" in capsys.readouterr().out
 
 
 def test_every_kind_of_problem_in_our_format(folder: Path) -> None:

@@ -65,12 +65,17 @@ def placeholder_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def build_processor(
-    config: UniMoeConfig, tokenizer: PreTrainedTokenizerBase, clip: Path, whisper: Path | None
+    config: UniMoeConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    clip: Path,
+    whisper: Path | None,
+    image_aspect_ratio: str = "square",
 ) -> UniMoeProcessor:
     """A processor that prepares inputs as the original does.
 
     Args:
         clip, whisper: the encoders' folders with their preprocessor_config.json.
+        image_aspect_ratio: of the original's config.json, where everything but "pad" leaves pictures as they are.
     """
     pictures = load_image_processor(_settings(clip), str(clip))
     vision = config.vision_config
@@ -85,6 +90,7 @@ def build_processor(
         tokenizer=tokenizer,
         chat_template=VICUNA_CHAT_TEMPLATE,
         tokenization="spaced",  # the token ids that the released models were trained with
+        image_aspect_ratio="pad" if image_aspect_ratio == "pad" else "square",
         image_tokens=patches,
         video_tokens=patches,
         speech_tokens=speech.num_tokens if speech is not None else 0,

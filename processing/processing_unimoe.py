@@ -36,8 +36,8 @@ from .chat_unimoe import (
     read_messages,
 )
 from .feature_extraction_unimoe import UniMoeFeatureExtractor
-from .media_inputs_unimoe import check_token_counts, process_media, waiting_runs
-from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, PlaceholderError
+from .media_inputs_unimoe import IMAGE_ASPECT_RATIOS, check_token_counts, process_media, waiting_runs
+from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, OptionError, PlaceholderError
 from .original_chat_unimoe import TOKENIZATIONS, build_encoder, needs_answer
 from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
 from .processor_parts_unimoe import PARTS, PresentParts, load_parts
@@ -59,6 +59,8 @@ class UniMoeProcessor(ProcessorMixin):
         speech_tokens, sound_tokens: features per audio window in either branch; 0: the branch does not exist.
         tokenization: "plain"; "spaced", the token ids of released Uni-MoE checkpoints, see `ChatEncoder`; those that
             begin with "original": ids and labels of the original code with its faults, see `build_encoder`.
+        image_aspect_ratio: "square" leaves the shape of pictures to the image processor; "pad" first puts each in the
+            middle of a square of the image processor's mean colour. Frames of videos are left as they are.
 
     Attributes:
         media_policy: where media may come from and how big they may be; not saved with the processor.
@@ -66,6 +68,7 @@ class UniMoeProcessor(ProcessorMixin):
 
     Raises:
         PlaceholderError: a token count is impossible, or the tokenizer lacks a placeholder token.
+        OptionError: image_aspect_ratio is neither of the two.
     """
 
     padding_side = "left"
@@ -83,6 +86,7 @@ class UniMoeProcessor(ProcessorMixin):
         speech_tokens: int = 0,
         sound_tokens: int = 0,
         tokenization: str = "plain",
+        image_aspect_ratio: str = "square",
     ) -> None:
         # Not the inherited __init__: it wants every part to be there, and real torchvision for the video one.
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -97,7 +101,10 @@ class UniMoeProcessor(ProcessorMixin):
         self.speech_tokens, self.sound_tokens = speech_tokens, sound_tokens
         if tokenization not in TOKENIZATIONS:
             raise PlaceholderError(f"UniMoeProcessor: tokenization is {tokenization!r}; use one of {TOKENIZATIONS}.")
-        self.tokenization = tokenization
+        if image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
+            allowed = " or ".join(map(repr, IMAGE_ASPECT_RATIOS))
+            raise OptionError(f"UniMoeProcessor: image_aspect_ratio is {image_aspect_ratio!r}; use {allowed}.")
+        self.tokenization, self.image_aspect_ratio = tokenization, image_aspect_ratio
         self.media_policy = DEFAULT_POLICY
         self._encoders: dict[tuple[str, int, str], ChatEncoder] = {}
         self.image_token, self.video_token, self.audio_token = IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN

@@ -82,7 +82,7 @@ def test_the_template_for_captions(tokenization: str, begins: bool) -> None:
 
 
 def test_an_unknown_version_is_named() -> None:
-    with pytest.raises(UniMoeError, match="no template 'llama3'.*'minicpm'"):
+    with pytest.raises(UniMoeError, match=r"no template 'llama3'.*'minicpm'"):
         bunny_chat_template("llama3", tokenizer())
 
 

@@ -20,19 +20,10 @@ from safetensors.torch import save_file
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .io import DEFAULT_SHARD_BYTES, PICKLE, PICKLE_INDEX, Checkpoint, finished_folder, read_json
+from .key_rules import KeyMap, take, weight_norm_magnitude
+from .llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
 from .unimoe_config import original_config
-from .unimoe_keys import (
-    ALIGNER,
-    AUDIO_TOWER,
-    PROJECTOR,
-    VISION_TOWER,
-    AudioKind,
-    KeyMap,
-    rules_for,
-    take,
-    vision_prefix,
-    weight_norm_magnitude,
-)
+from .unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, rules_for
 
 BEATS_FILE = "BEATs.pt"
 _QUERY_EMBEDDINGS = ALIGNER + "decoder.audio_decoder.embed_tokens.weight"

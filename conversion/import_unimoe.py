@@ -22,6 +22,8 @@ from ..processing.processing_unimoe import UniMoeProcessor
 from .hub import complete_bundle, push_folder, save_config
 from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, read_json, write_checkpoint
+from .key_rules import KeyMap, Target
+from .llava_keys import vision_prefix
 from .model_card import model_card
 from .parameters import count_parameters, total_and_active
 from .receipt import RECEIPT_FILE
@@ -30,7 +32,7 @@ from .unimoe_adapter import require_one_lora_each, write_adapter
 from .unimoe_config import Encoders, our_config
 from .unimoe_experts import add_absent_pairs, add_experts, integrate_pairs
 from .unimoe_files import BeatsFile, Gathered, add_encoder, gather, lay_over, reader
-from .unimoe_keys import KeyMap, Target, rules_for, vision_prefix
+from .unimoe_keys import rules_for
 from .unimoe_processor import build_processor, generation_config, load_tokenizer, placeholder_ids
 from .unimoe_variant import Variant, layout_of, recognise
 

@@ -10,7 +10,9 @@ from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from ..modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from .unimoe_keys import ALIGNER, PROJECTOR, Shape
+from .key_rules import Shape
+from .llava_keys import PROJECTOR
+from .unimoe_keys import ALIGNER
 from .unimoe_variant import Variant
 
 PLACEHOLDERS = ("image", "video", "audio", "sound")

@@ -17,7 +17,9 @@ import torch
 
 from ..errors import ConversionError
 from .io import UNPICKLING_ERRORS, Checkpoint, TensorFile, TensorInfo, read_json, refuse_truncated
-from .unimoe_keys import AUDIO_TOWER, VISION_TOWER, Layout, Shape
+from .key_rules import Shape
+from .llava_keys import VISION_TOWER
+from .unimoe_keys import AUDIO_TOWER, Layout
 from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, read_lora_scale
 
 # Written by the saver of every variant; a folder without one of them is not complete.

@@ -62,13 +62,14 @@ def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHAR
         base = folder / "base"
         base.mkdir()
         written = _write_base(base, checkpoint, key_map, config, max_shard_bytes)
-        _write_json(
-            base / "config.json", original_config(config, "clip", "whisper" if audio == "whisper" else BEATS_FILE)
-        )
+        processor = _processor_settings(model)
+        aspect = processor.get("image_aspect_ratio", "square")
+        audio_tower = "whisper" if audio == "whisper" else BEATS_FILE
+        _write_json(base / "config.json", original_config(config, "clip", audio_tower, aspect))
         for path in model.glob("tokenizer*"):
             shutil.copyfile(path, base / path.name)
         written += _write_encoders(folder, checkpoint, key_map, config)
-        _write_preprocessors(folder, model)
+        _write_preprocessors(folder, processor)
     return written
 
 
@@ -184,9 +185,12 @@ def _write_hf(folder: Path, config: Any, tensors: dict[str, torch.Tensor]) -> No
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_preprocessors(folder: Path, model: Path) -> None:
+def _processor_settings(model: Path) -> dict[str, Any]:
     path = model / "processor_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
+
+
+def _write_preprocessors(folder: Path, settings: Mapping[str, Any]) -> None:
     if settings.get("image_processor"):
         _write_json(folder / "clip" / "preprocessor_config.json", settings["image_processor"])
     extractor = settings.get("feature_extractor")

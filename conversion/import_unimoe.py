@@ -106,7 +106,10 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
     outputs = tuple(
         OutputTensor(name, config.dtype, shape, targets[name].pieces(read)) for name, shape in expected.items()
     )
-    processor = None if tokenizer is None else build_processor(config, tokenizer, folders.clip, folders.whisper)
+    processor = None
+    if tokenizer is not None:
+        aspect = original.get("image_aspect_ratio", "square")
+        processor = build_processor(config, tokenizer, folders.clip, folders.whisper, aspect)
     notes += _notes(original, processor is not None)
     origin = (
         f"Converted from the released Uni-MoE model, variant *{variant.name}* (arXiv 2405.11273). The terms of its "
@@ -245,10 +248,6 @@ def _notes(original: dict[str, Any], has_processor: bool) -> list[str]:
     notes = []
     if not has_processor:
         notes.append("no processor: neither base nor fine-tuned folder holds tokenizer.model or tokenizer.json")
-    if original.get("image_aspect_ratio", "square") != "square":
-        notes.append(
-            f"image_aspect_ratio is {original['image_aspect_ratio']!r}: pad pictures to a square before the processor"
-        )
     if original.get("mm_use_im_patch_token", True):
         notes.append("left out: the untrained <im_patch> row that the original's loader adds, since no prompt uses it")
     return notes

@@ -20,6 +20,7 @@ from .configuration_unimoe import AUTO_MAP, UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import init_connector_weights
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin, begins_text, check_text_inputs, place_features
+from .generation_unimoe import repeat_media, restarts_at_longer_rope
 from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
 from .outputs_unimoe import UniMoeCausalLMOutputWithPast, UniMoeModelOutputWithPast
@@ -312,6 +313,10 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Media go in once, with the prompt; every generated token is text."""
         self._warn_of_long_context(input_ids, kwargs.get("inputs_embeds") if is_first_iteration else None)
+        if restarts_at_longer_rope(self.config.text_config, input_ids.shape[1], kwargs.get("past_key_values")):
+            kwargs |= {"past_key_values": None, "next_sequence_length": None}
+            is_first_iteration = True
+            is_first_iteration = True
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         inputs.pop("mm_token_type_ids", None)
         if not is_first_iteration and kwargs.get("use_cache", True):
@@ -343,7 +348,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             modality_ids = self.model.modality_ids(input_ids)
             for modality, names in MEDIA_INPUTS.items():
                 for name in (n for n in names if media.get(n) is not None):
-                    media[name] = _repeat_media(media[name], modality_ids == MODALITIES.index(modality), expand_size)
+                    media[name] = repeat_media(media[name], modality_ids == MODALITIES.index(modality), expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -359,13 +364,6 @@ def _input_modalities(config: UniMoeConfig) -> tuple[str, ...]:
     sees = (config.image_connector is not None or config.video_connector is not None) and is_torchvision_available()
     hears = config.speech_connector is not None or config.sound_connector is not None
     return (("image", "video") if sees else ()) + (("audio",) if hears else ()) + ("text",)
-
-
-def _repeat_media(media: torch.Tensor, mask_BS: torch.Tensor, expand_size: int) -> torch.Tensor:
-    places_B = mask_BS.sum(dim=1)
-    tokens_per_item = int(places_B.sum()) // len(media)
-    counts = (places_B // max(tokens_per_item, 1)).tolist()
-    return torch.cat([sample for sample in media.split(counts) for _ in range(expand_size)])
 
 
 def _share_of_batch(learned: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:

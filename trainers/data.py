@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ..errors import DataError
 from .json_records import parsed, read_records
 from .media_paths import MediaPaths
-from .original_data import convert, is_original
+from .original_data import OriginalRules, convert, is_original
 
 Sample = dict[str, Any]
 
@@ -40,10 +40,10 @@ class ConversationDataset(Dataset):
 
     Args:
         files: paths of the files.
-        media_root: folder that relative media paths start from, each file's own folder when None; for files in Uni-MoE's
+        media_root: folder that relative media paths start from, each file's own folder when None; for files in LLaVA's
             form see `MediaPaths`.
         check_media: look whether every media file exists.
-        original_rules: of files in Uni-MoE's form, see `original_data`.
+        original_rules: of files in LLaVA's form, see `original_data`.
         max_missing: share of the samples whose media may be missing; these are left out.
 
     Attributes: samples; left_out, the samples that were left out, each with the reason.
@@ -57,7 +57,7 @@ class ConversationDataset(Dataset):
         files: Iterable[str | Path],
         media_root: str | Path | None = None,
         check_media: bool = True,
-        original_rules: bool = False,
+        original_rules: OriginalRules | None = None,
         max_missing: float = 0.0,
     ) -> None:
         samples = [sample for file in files for sample in read_samples(Path(file), media_root, original_rules)]
@@ -127,7 +127,9 @@ def group_of(sample: Sample) -> str:
     return task if modality in task else f"{modality}/{task}"
 
 
-def read_samples(file: Path, media_root: str | Path | None = None, original_rules: bool = False) -> Iterator[Sample]:
+def read_samples(
+    file: Path, media_root: str | Path | None = None, original_rules: OriginalRules | None = None
+) -> Iterator[Sample]:
     """The samples of one file, in order and one at a time; arguments and errors as of `ConversationDataset`."""
     read = sample_reader(file, media_root, original_rules)
     for record in parsed(read_records(file)):
@@ -135,7 +137,7 @@ def read_samples(file: Path, media_root: str | Path | None = None, original_rule
 
 
 def sample_reader(
-    file: Path, media_root: str | Path | None = None, original_rules: bool = False
+    file: Path, media_root: str | Path | None = None, original_rules: OriginalRules | None = None
 ) -> Callable[[Any, str], Sample]:
     """A function (record, its place) -> sample for the records of a file; it raises DataError."""
     paths = MediaPaths(file.parent, media_root)

@@ -241,7 +241,7 @@ class Recipe:
 
     Args:
         model: folder of the model that the first stage starts from, with its processor.
-        data: files of conversations, in our form or in that of Uni-MoE's data, see `data`; their media paths are relative
+        data: files of conversations, in our form or in LLaVA's, see `data`; their media paths are relative
             to `media_root`, or to the file's folder when that is None.
         out: folder of the stages' results.
         moe: needed by stages of kind "experts" and "moe".

@@ -18,8 +18,10 @@ from tiny_eight_experts import PROJECTIONS, EightExperts, eight_experts
 from unimoe import UniMoeConfig, UniMoeForCausalLM, cli
 from unimoe.conversion.export_unimoe import export_unimoe
 from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import
+from unimoe.conversion.key_rules import KeyMap
+from unimoe.conversion.llava_keys import vision_prefix
 from unimoe.conversion.unimoe_experts import EXPERT_FILES
-from unimoe.conversion.unimoe_keys import KeyMap, rules_for, vision_prefix
+from unimoe.conversion.unimoe_keys import rules_for
 from unimoe.errors import ConversionError, UniMoeError
 
 TOWERS = ("model.vision_tower", "model.speech_tower")

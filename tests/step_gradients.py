@@ -32,7 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
         "modality_groups": {"image": "seen", "video": "seen", "text": "told", "speech": "told", "sound": "told"},
         "router_aux_loss_layers": "joint",
     },
-    "dynamic": LOSSES | {"router_type": "dynamic", "router_top_p": 0.5, "num_null_experts": 1, "num_shared_experts": 1},
+    "dynamic": LOSSES
+    | {"router_type": "dynamic", "router_top_p": 0.5, "num_null_experts": 1, "num_shared_experts": 1},
 }
 
 

@@ -11,7 +11,7 @@ Every layout loads with a plain `from_pretrained`. Tensors are copied bit by bit
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -182,6 +182,7 @@ def _taken_apart(output: OutputTensor, checkpoint: Checkpoint) -> list[OutputTen
     experts, rows, columns = output.shape
     shape = (rows // len(projections), columns)
     made = []
+    read: Callable[[], torch.Tensor]
     for expert in range(experts):
         for place, projection in enumerate(projections):
             index = expert * len(projections) + place

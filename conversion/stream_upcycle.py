@@ -22,6 +22,7 @@ from .hub import complete_bundle, save_config
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
 from .model_card import model_card
 from .parameters import count_parameters, total_and_active
+from .picture_processor import picture_processor
 from .prompted_rows import RouterRows
 from .receipt import RECEIPT_FILE, Comparison, Receipt
 from .sources import Source, expected_tensors
@@ -197,6 +198,9 @@ def write_beside_weights(source: Source, config: UniMoeConfig, folder: Path) -> 
     """What a folder holds beside weights, card and code: the source's tokenizer and the like, and configurations."""
     for path in source.kept_files():
         shutil.copyfile(path, folder / path.name)
+    processor = picture_processor(source)
+    if processor is not None:
+        processor.save_pretrained(folder)
     settings = folder / "generation_config.json"
     generation = (
         GenerationConfig.from_pretrained(folder)

@@ -287,13 +287,23 @@ def _fused(
 
 
 def _card(plan: UpcyclePlan, name: str, receipt: Receipt) -> str:
+    source = plan.source
+    origin = (
+        f"[{source.name}](https://huggingface.co/{source.name})" if source.is_hub_id else f"`{source.public_name}`"
+    )
+    layers = plan.config.text_config.sparse_layers
+    start = f"Upcycled from {origin}: the FFNs of layers {', '.join(map(str, layers))} became experts."
+    recipe = "\n".join(f"- {line}" for line in plan.recipe())
     return model_card(
         name,
         plan.config,
         count_parameters(plan.config),
-        license=plan.source.license,
-        base_models=[plan.source.name] if plan.source.is_hub_id else None,
-        sections={"Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
+        license=source.license_metadata,
+        base_models=[source.name] if source.is_hub_id else None,
+        sections={
+            "Recipe": f"{start}\n\n{recipe}",
+            "Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```",
+        },
     )
 
 

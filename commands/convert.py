@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
-from . import _convert_assemble, _convert_unimoe
+from . import _convert_assemble, _convert_moiie, _convert_unimoe
 
 _EPILOG = """\
 examples:
@@ -51,6 +51,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     upcycle.add_argument("--seed", type=int, default=0, help="of the router's rows (default: 0)")
     _convert_assemble.add_parser(kinds)
     _convert_unimoe.add_parser(kinds)
+    _convert_moiie.add_parser(kinds)
 
 
 ROUTER_INITS = ("normal", "zeros")

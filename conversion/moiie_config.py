@@ -78,7 +78,7 @@ def our_moiie_config(
     variant: MoiieVariant,
     vision: PreTrainedConfig | None,
     shapes: Mapping[str, Shape],
-    placeholder_ids: Mapping[str, int] | None = None,
+    image_token_id: int | None = None,
 ) -> UniMoeConfig:
     """Our configuration of a MoIIE checkpoint.
 
@@ -86,8 +86,8 @@ def our_moiie_config(
         original: its config.json.
         vision: the SigLIP tower; None for a language model alone.
         shapes: its tensors, by original name.
-        placeholder_ids: token ids of "image" and "video". None: those that follow the vocabulary; the embedding table
-            does not grow, because placeholders are replaced before they are looked up.
+        image_token_id: of the placeholder. None: the id that follows the vocabulary; the embedding table does not grow,
+            because placeholders are replaced before they are looked up.
 
     Raises:
         ConversionError: see `our_text_config`.
@@ -97,7 +97,6 @@ def our_moiie_config(
     fields: dict[str, Any] = {"route_run_end_as_text": grouped}
     if vision is None or not variant.projector_depth:
         return UniMoeConfig(text_config=text, **fields)
-    ids = placeholder_ids or {"image": text.vocab_size, "video": text.vocab_size + 1}
     first = PROJECTOR + ("0.weight" if PROJECTOR + "0.weight" in shapes else "weight")
     return UniMoeConfig(
         text_config=text,
@@ -105,8 +104,7 @@ def our_moiie_config(
         image_connector=UniMoeConnectorConfig(
             type="mlp", depth=variant.projector_depth, input_size=shapes[first][1], output_size=text.hidden_size
         ),
-        image_token_id=ids["image"],
-        video_token_id=ids["video"],
+        image_token_id=text.vocab_size if image_token_id is None else image_token_id,
         vision_feature_layer=-2,
         vision_feature_select_strategy="full",
         vision_scales=list(SCALES) if original.get("use_s2") else None,

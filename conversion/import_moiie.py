@@ -66,7 +66,8 @@ def plan_moiie(checkpoint: str, *, vision_tower: str | None = None, dtype: torch
     image_token = None if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>")
     vision = None if tower is None else _vision_config(tower)
     config = our_moiie_config(original, variant, vision, gathered.shapes, image_token)  # type: ignore[arg-type]
-    config.dtype = dtype or main_dtype(stored)
+    wanted = dtype or main_dtype(stored)
+    config.dtype = wanted
     expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
     key_map = moiie_key_map(variant, config, vision_prefix(expected))
     made = _made_routers(variant, config)
@@ -80,8 +81,8 @@ def plan_moiie(checkpoint: str, *, vision_tower: str | None = None, dtype: torch
         config=config,
         gathered=gathered,
         targets=targets,
-        outputs=_outputs(gathered, config, expected, targets, made),
-        dtype=config.dtype,
+        outputs=_outputs(gathered, config, wanted, expected, targets, made),
+        dtype=wanted,
         processor=processor,
         generation=_generation_config(config, tokenizer),
         origin=_origin(variant),
@@ -178,6 +179,7 @@ def _made_routers(variant: MoiieVariant, config: UniMoeConfig) -> tuple[str, ...
 def _outputs(
     gathered: SourceTensors,
     config: UniMoeConfig,
+    dtype: torch.dtype,
     expected: dict[str, Shape],
     targets: dict[str, Target],
     made: tuple[str, ...],
@@ -189,7 +191,7 @@ def _outputs(
             pieces = (lambda shape=shape, seed=number: _drawn(shape, std, seed),)
         else:
             pieces = targets[name].pieces(gathered.read)  # type: ignore[assignment]
-        outputs.append(OutputTensor(name, config.dtype, shape, pieces))
+        outputs.append(OutputTensor(name, dtype, shape, pieces))
     return tuple(outputs)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 
 from ..errors import ConversionError
@@ -10,7 +11,8 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnector
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from .key_rules import Shape
 from .llava_keys import PROJECTOR
-from .moiie_keys import Pools, Sizes
+from .meta_model import first_line
+from .moiie_keys import Sizes
 from .moiie_variant import MoiieVariant, model_type_of
 
 SCALES = [1, 2, 3]
@@ -168,9 +170,10 @@ def _backbone_config(original: Mapping[str, Any], variant: MoiieVariant) -> Any:
     given = {name: original[name] for name in names if name in original}
     try:
         return config_class(**given)
-    except (ValueError, TypeError, KeyError) as error:
-        told = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConversionError(f"config.json describes no {config_class.__name__} ({told}). Correct it.") from error
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise ConversionError(
+            f"config.json describes no {config_class.__name__} ({first_line(error)}). Correct it."
+        ) from error
 
 
 def _routing(original: Mapping[str, Any], variant: MoiieVariant) -> dict[str, Any]:
@@ -235,6 +238,3 @@ def _rope_scaling(text: UniMoeTextConfig) -> dict[str, Any] | None:
     kept = {k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta", "original_max_position_embeddings")}
     kept.pop("partial_rotary_factor", None)
     return {"type": rope["rope_type"], **kept}
-
-
-__all__ = ["MODALITY_GROUPS", "Pools", "original_moiie_config", "our_moiie_config", "our_text_config", "sizes_of"]

@@ -90,7 +90,7 @@ def test_the_load_becomes_even() -> None:
     gate.bias_update_rate = 0.001
     x = hidden(tokens=400) + 3 * gate.weight[0] / gate.weight[0].norm()
     shares = []
-    for _ in range(300):
+    for _ in range(500):
         gate.load_C = None
         gate(x)
         shares.append(gate.load_C / gate.load_C.sum())

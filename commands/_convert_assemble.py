@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..conversion.assemble import plan_assembly, run_assembly
     from ..conversion.sources import open_source
-    from .convert import parse_layers
+    from ._convert_upcycle import parse_layers
 
     experts = [parse_expert(text) for text in args.expert]
     base = open_source(args.base)

@@ -66,6 +66,28 @@ def accuracy_by_task(answers: list[Answer]) -> dict[str, float]:
     return {task: right[task] / total[task] for task in TASKS if total[task]}
 
 
+@torch.no_grad()
+def answer_loss(
+    model: UniMoeForCausalLM, processor: UniMoeProcessor, cache: EncoderCache, samples: list[dict[str, Any]]
+) -> float:
+    """Cross entropy per token of the right answers: its mean over tasks."""
+    model.eval()
+    collator = CachedCollator(processor, cache)
+    losses: dict[str, list[float]] = defaultdict(list)
+    for task in dict.fromkeys(sample["task"] for sample in samples):
+        of_task = [sample for sample in samples if sample["task"] == task]
+        for start in range(0, len(of_task), BATCH_SIZE):
+            batch = collator(of_task[start : start + BATCH_SIZE])
+            labels = batch["labels"]
+            inputs = {name: value for name, value in _model_inputs(batch).items() if name != "logits_to_keep"}
+            logits = model(**inputs).logits[:, :-1].float()
+            learned = labels[:, 1:] != IGNORED
+            losses[task] += torch.nn.functional.cross_entropy(
+                logits[learned], labels[:, 1:][learned], reduction="none"
+            ).tolist()
+    return sum(sum(values) / len(values) for values in losses.values()) / len(losses)
+
+
 def spread(samples: list[dict[str, Any]], per_task: int) -> list[dict[str, Any]]:
     """At most `per_task` samples of each task, evenly spread over the list."""
     chosen = []

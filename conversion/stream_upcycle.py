@@ -197,8 +197,17 @@ def write_beside_weights(source: Source, config: UniMoeConfig, folder: Path) -> 
     """What a folder holds beside weights, card and code: the source's tokenizer and the like, and configurations."""
     for path in source.kept_files():
         shutil.copyfile(path, folder / path.name)
-    if not (folder / "generation_config.json").exists():
-        GenerationConfig.from_model_config(config.text_config).save_pretrained(folder)
+    settings = folder / "generation_config.json"
+    generation = (
+        GenerationConfig.from_pretrained(folder)
+        if settings.exists()
+        else GenerationConfig.from_model_config(config.text_config)
+    )
+    if source.kind == "multimodal" and config.image_token_id is not None:
+        # An answer never holds a placeholder, which would stand for a picture that is not there.
+        generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), config.image_token_id})
+    if not settings.exists() or source.kind == "multimodal":
+        generation.save_pretrained(folder)
     save_config(config, folder)
 
 

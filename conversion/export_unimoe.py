@@ -10,7 +10,7 @@ Importing these folders gives the same model again, to the last bit.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,11 @@ from safetensors.torch import save_file
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .io import DEFAULT_SHARD_BYTES, PICKLE, PICKLE_INDEX, Checkpoint, finished_folder, read_json
+from .key_rules import KeyMap
+from .llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
+from .originals import Originals
 from .unimoe_config import original_config
-from .unimoe_keys import (
-    ALIGNER,
-    AUDIO_TOWER,
-    PROJECTOR,
-    VISION_TOWER,
-    AudioKind,
-    KeyMap,
-    rules_for,
-    take,
-    vision_prefix,
-    weight_norm_magnitude,
-)
+from .unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, rules_for
 
 BEATS_FILE = "BEATs.pt"
 _QUERY_EMBEDDINGS = ALIGNER + "decoder.audio_decoder.embed_tokens.weight"
@@ -71,13 +63,14 @@ def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHAR
         base = folder / "base"
         base.mkdir()
         written = _write_base(base, checkpoint, key_map, config, max_shard_bytes)
-        _write_json(
-            base / "config.json", original_config(config, "clip", "whisper" if audio == "whisper" else BEATS_FILE)
-        )
+        processor = _processor_settings(model)
+        aspect = processor.get("image_aspect_ratio", "square")
+        audio_tower = "whisper" if audio == "whisper" else BEATS_FILE
+        _write_json(base / "config.json", original_config(config, "clip", audio_tower, aspect))
         for path in model.glob("tokenizer*"):
             shutil.copyfile(path, base / path.name)
         written += _write_encoders(folder, checkpoint, key_map, config)
-        _write_preprocessors(folder, model)
+        _write_preprocessors(folder, processor)
     return written
 
 
@@ -105,35 +98,15 @@ def audio_kind(config: UniMoeConfig) -> AudioKind:
     return kinds[tuple(types)]
 
 
-class _Originals:
+class _Originals(Originals):
     """The original tensors of a model of ours, one at a time."""
 
     def __init__(self, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig) -> None:
-        self.checkpoint, self.key_map, self.config = checkpoint, key_map, config
-        self.targets: dict[str, str] = {}
         layers = config.audio_config.num_hidden_layers if config.audio_config is not None else 1
-        for name in checkpoint.tensors:
-            for original in key_map.originals(name, config.text_config.num_experts, layers):
-                self.targets[self._spelled(original)] = name
-
-    def names(self, *prefixes: str) -> list[str]:
-        return [name for name in self.targets if name.startswith(prefixes)]
-
-    def read(self, original: str) -> torch.Tensor:
-        place = self.key_map.place(original)
-        tensor = self.checkpoint.read(self.targets[original])
-        if place.rule.how == "weight_norm" and place.rule.part == 0:
-            return weight_norm_magnitude(tensor)
-        return take(tensor, place).clone()
-
-    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: self.read(name) for name in names}
-
-    def _spelled(self, original: str) -> str:
-        """A projector of one layer has no numbers in its names."""
-        if self.config.image_connector.depth > 1 or not original.startswith(PROJECTOR):
-            return original
-        return original.replace(PROJECTOR + "0.", PROJECTOR)
+        super().__init__(checkpoint, key_map, config.text_config.num_experts, layers)
+        self.config = config
+        if config.image_connector.depth == 1:  # a projector of one layer has no numbers in its names
+            self.sources = {name.replace(PROJECTOR + "0.", PROJECTOR): ours for name, ours in self.sources.items()}
 
 
 def _write_base(
@@ -141,12 +114,12 @@ def _write_base(
 ) -> list[str]:
     originals = _Originals(checkpoint, key_map, config)
     towers = set(originals.names(VISION_TOWER, AUDIO_TOWER))
-    names = [name for name in originals.targets if name not in towers]
+    names = [name for name in originals.sources if name not in towers]
     shards: list[list[str]] = [[]]
     filled = 0
-    pieces = Counter(originals.targets[name] for name in names)
+    pieces = Counter(originals.sources[name][0] for name in names)
     for name in names:
-        ours = originals.targets[name]
+        ours = originals.sources[name][0]
         size = checkpoint.tensors[ours].num_bytes // pieces[ours]
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
@@ -193,9 +166,12 @@ def _write_hf(folder: Path, config: Any, tensors: dict[str, torch.Tensor]) -> No
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_preprocessors(folder: Path, model: Path) -> None:
+def _processor_settings(model: Path) -> dict[str, Any]:
     path = model / "processor_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
+
+
+def _write_preprocessors(folder: Path, settings: Mapping[str, Any]) -> None:
     if settings.get("image_processor"):
         _write_json(folder / "clip" / "preprocessor_config.json", settings["image_processor"])
     extractor = settings.get("feature_extractor")

@@ -14,8 +14,8 @@ import torch
 
 from ..errors import ConversionError
 from .io import Checkpoint, TensorFile, TensorInfo
+from .key_rules import Shape
 from .unimoe_files import Gathered, SourceTensor, require_finetuned, without_wrappers
-from .unimoe_keys import Shape
 from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor, add_low_rank
 from .unimoe_variant import decoder_layers, eight_expert_layers
 

@@ -48,6 +48,7 @@ from .stage import (
     StageReport,
     run_training,
 )
+from .stage_processor import processor_of
 
 STAGE_FILE = "stage.json"
 SETTINGS_FILE = "settings.json"
@@ -153,6 +154,7 @@ class _Curriculum:
         self.augment = augment
         self.on_stage_end = on_stage_end
         self.expert_folders: list[Path] = []
+        self.processors = {stage.name: processor_of(stage, self.processor) for stage in recipe.stages}
         self.settings = RunSettings(
             self.processor, self.collator, seed=recipe.seed, precision=recipe.precision, **run_options
         )
@@ -174,10 +176,11 @@ class _Curriculum:
         return report
 
     def collator(self, stage: StageConfig) -> Any:
+        processor = self.processors[stage.name]
         if self.cache is None:
-            return RawCollator(self.processor, self.recipe.pad_to_multiple_of)
+            return RawCollator(processor, self.recipe.pad_to_multiple_of)
         return CachedCollator(
-            self.processor,
+            processor,
             self.cache,
             self.recipe.pad_to_multiple_of,
             feature_noise=stage.feature_noise,

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ..errors import DataError
 from .json_records import parsed, read_records
 from .media_paths import MediaPaths
-from .original_data import convert, is_original
+from .original_data import OriginalRules, convert, is_original
 
 Sample = dict[str, Any]
 
@@ -40,10 +40,10 @@ class ConversationDataset(Dataset):
 
     Args:
         files: paths of the files.
-        media_root: folder that relative media paths start from, each file's own folder when None; for files in Uni-MoE's
+        media_root: folder that relative media paths start from, each file's own folder when None; for files in LLaVA's
             form see `MediaPaths`.
         check_media: look whether every media file exists.
-        original_rules: of files in Uni-MoE's form, see `original_data`.
+        original_rules: of files in LLaVA's form, see `original_data`.
 
     Raises:
         DataError: unreadable file or record (named as file:line), or missing media.
@@ -54,7 +54,7 @@ class ConversationDataset(Dataset):
         files: Iterable[str | Path],
         media_root: str | Path | None = None,
         check_media: bool = True,
-        original_rules: bool = False,
+        original_rules: OriginalRules | None = None,
     ) -> None:
         samples = [sample for file in files for sample in read_samples(Path(file), media_root, original_rules)]
         self._take(samples, check_media)
@@ -119,7 +119,9 @@ def group_of(sample: Sample) -> str:
     return task if modality in task else f"{modality}/{task}"
 
 
-def read_samples(file: Path, media_root: str | Path | None = None, original_rules: bool = False) -> Iterator[Sample]:
+def read_samples(
+    file: Path, media_root: str | Path | None = None, original_rules: OriginalRules | None = None
+) -> Iterator[Sample]:
     """The samples of one file, in order and one at a time; arguments and errors as of `ConversationDataset`."""
     read = sample_reader(file, media_root, original_rules)
     for record in parsed(read_records(file)):
@@ -127,7 +129,7 @@ def read_samples(file: Path, media_root: str | Path | None = None, original_rule
 
 
 def sample_reader(
-    file: Path, media_root: str | Path | None = None, original_rules: bool = False
+    file: Path, media_root: str | Path | None = None, original_rules: OriginalRules | None = None
 ) -> Callable[[Any, str], Sample]:
     """A function (record, its place) -> sample for the records of a file; it raises DataError."""
     paths = MediaPaths(file.parent, media_root)

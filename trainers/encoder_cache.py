@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..errors import DataError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.media_audio_unimoe import load_audio
+from ..processing.media_inputs_unimoe import image_pixels
 from ..processing.media_policy_unimoe import MediaPolicy
 from ..processing.media_unimoe import load_image, open_media
 from ..processing.media_video_unimoe import load_video
@@ -170,7 +171,7 @@ class EncoderCache:
     def _encode(self, kind: str, media: list[Any]) -> list[dict[str, torch.Tensor]]:
         base, device = self.model.model, self.model.device
         if kind == "image":
-            pixels = self.processor.image_processor(images=media, return_tensors="pt")["pixel_values"]
+            pixels = image_pixels(self.processor, media)
             states = {"image": base.encode_image(pixels.to(device)).split(1)}
             return [{"image": self._pool("image", item[0])} for item in states["image"]]
         if kind == "video":
@@ -240,6 +241,8 @@ def _fingerprint(
         "augment": None if augment is None else f"{augment.__module__}.{augment.__qualname__}",
         "dtype": str(dtype),
     }
+    if kind == "image" and processor.image_aspect_ratio != "square":
+        settings["image_aspect_ratio"] = processor.image_aspect_ratio
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for tower in (tower for tower in towers if tower is not None):
         digest.update(json.dumps(tower.config.to_diff_dict(), sort_keys=True, default=str).encode())

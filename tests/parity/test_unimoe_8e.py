@@ -29,7 +29,7 @@ from unimoe_case import (
 )
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.unimoe_keys import take
+from unimoe.conversion.key_rules import take
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
 from unimoe.modeling_unimoe.losses_unimoe import load_balancing_loss
 

@@ -20,7 +20,7 @@ from unimoe_case import (
     zero_beyond,
 )
 
-from unimoe.conversion.unimoe_keys import take
+from unimoe.conversion.key_rules import take
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
 

@@ -15,7 +15,9 @@ from tiny_eight_experts import EightExperts, eight_experts
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import
-from unimoe.conversion.unimoe_keys import KeyMap, rules_for, vision_prefix
+from unimoe.conversion.key_rules import KeyMap
+from unimoe.conversion.llava_keys import vision_prefix
+from unimoe.conversion.unimoe_keys import rules_for
 from unimoe.errors import ConversionError, UniMoeError
 
 TOWERS = ("model.vision_tower", "model.speech_tower")

@@ -4,7 +4,6 @@ Expert e of every sparse layer is the FFN of the e-th source; everything else is
 section 3.3, between its second and third stage). `trainers.assembly` does the same in memory inside a curriculum.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .assembly_receipt import AssemblyReceipt, AssemblySource, AssemblyTarget
 from .expert_ffns import Expert, ExpertSource, open_experts
+from .file_digests import file_digests
 from .hub import complete_bundle
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
 from .model_card import model_card
@@ -209,13 +208,7 @@ def _digested_sources(plan: AssemblyPlan, progress: bool) -> list[AssemblySource
     """The receipt's sources; every file is read once for its digest."""
     base, sparse = plan.base, set(plan.sparsity.sparse_layers)
     checkpoints = [base.checkpoint, *(source.checkpoint for source, _ in plan.sources)]
-    files = {file.resolve(): "" for checkpoint in checkpoints for file in checkpoint.files}
-    size = sum(file.stat().st_size for file in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="Digests", disable=not progress) as bar:
-        for path in files:
-            with open(path, "rb") as file:
-                files[path] = hashlib.file_digest(file, "sha256").hexdigest()
-            bar.update(path.stat().st_size)
+    files = file_digests((file for checkpoint in checkpoints for file in checkpoint.files), progress)
 
     def digests(checkpoint: Checkpoint) -> dict[str, str]:
         return {file.name: files[file.resolve()] for file in checkpoint.files}

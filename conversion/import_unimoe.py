@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, WhisperConfig
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
+from .encoder_folders import nameless, require_type
 from .import_plan import ImportPlan, WriteBeside, account, push_import, write_import
 from .import_receipt import ImportReceipt
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, read_json
@@ -205,8 +206,8 @@ def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) 
         if folders.whisper is None:
             raise ConversionError("This is a speech model, and its Whisper folder was not given: add --whisper DIR.")
         add_encoder(gathered, "whisper", Checkpoint(folders.whisper))
-        _require_type(folders.whisper, "whisper")
-        return Encoders(vision, whisper=_nameless(WhisperConfig.from_pretrained(folders.whisper)))
+        require_type(folders.whisper, "whisper")
+        return Encoders(vision, whisper=nameless(WhisperConfig.from_pretrained(folders.whisper)))
     if folders.beats is None:
         raise ConversionError("This is the audio model, and its BEATs file was not given: add --beats FILE.pt.")
     beats = BeatsFile(folders.beats)
@@ -216,21 +217,8 @@ def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) 
 
 
 def _vision_config(folder: Path) -> CLIPVisionConfig:
-    _require_type(folder, "clip", "clip_vision_model")
-    return _nameless(CLIPVisionConfig.from_pretrained(folder))
-
-
-def _nameless(config: Any) -> Any:
-    """Without where the encoder came from, which is nobody's business in a published folder."""
-    config._name_or_path = ""
-    return config
-
-
-def _require_type(folder: Path, *allowed: str) -> None:
-    path = folder / "config.json"
-    found = read_json(path).get("model_type")
-    if found not in allowed:
-        raise ConversionError(f"{path} describes a {found!r} model; {' or '.join(map(repr, allowed))} is needed.")
+    require_type(folder, "clip", "clip_vision_model")
+    return nameless(CLIPVisionConfig.from_pretrained(folder))
 
 
 def _account(gathered: Gathered, key_map: KeyMap, expected: dict[str, tuple[int, ...]]) -> dict[str, Target]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from .fused_layouts import Shapes
 from .llava_keys import vision_prefix
@@ -32,7 +32,11 @@ _OTHER_KINDS = {
     "qwen2_5_vl": "its tower reads pictures of any size, and their tokens have positions in three axes",
     "llava_next": "it cuts pictures into tiles and marks their lines",
     "llava_onevision": "it cuts pictures into tiles and marks their lines",
+    "llama": "it lies in the layout of LLaVA's own code; `unimoe convert compose` puts its projector behind a tower",
 }
+# What LLaVA's own code writes into config.json, the decoder's fields beside it. transformers' class of that name would
+# take none of them and describe some other decoder.
+_LLAVA_OWN = ("llava", "llava_llama")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,13 @@ def language_part(shapes: Shapes) -> LanguagePart | None:
             taken = set(names.values())
             return LanguagePart(names, tuple(name for name in shapes if name not in taken))
     return None
+
+
+def llava_own_config(fields: Mapping[str, Any]) -> LlamaConfig | None:
+    """The decoder of a config.json that LLaVA's own code wrote; None for any other."""
+    if fields.get("model_type") not in _LLAVA_OWN or "text_config" in fields or "hidden_size" not in fields:
+        return None
+    return LlamaConfig.from_dict({**fields, "model_type": LlamaConfig.model_type})
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -142,6 +153,7 @@ __all__ = [
     "LanguagePart",
     "PicturePart",
     "language_part",
+    "llava_own_config",
     "picture_part",
     "special_token_ids",
     "text_config_of",

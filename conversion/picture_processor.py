@@ -20,7 +20,7 @@ def picture_processor(source: Source) -> UniMoeProcessor | None:
     config = source.config
     if source.kind != "multimodal" or config.image_connector is None:
         return None
-    settings, tokenizer = _image_settings(source.folder), load_tokenizer(source.folder)
+    settings, tokenizer = image_settings(source.folder), load_tokenizer(source.folder)
     if settings is None or tokenizer is None:
         return None
     if tokenizer.get_vocab().get(IMAGE_TOKEN) != config.image_token_id:
@@ -41,7 +41,7 @@ def image_features(config: Any) -> int:
     return patches - (config.vision_feature_select_strategy == "patch")
 
 
-def _image_settings(folder: Path) -> dict[str, Any] | None:
+def image_settings(folder: Path) -> dict[str, Any] | None:
     """Settings of the image processor, from a file of their own or from the processor's."""
     if (folder / "preprocessor_config.json").is_file():
         return read_json(folder / "preprocessor_config.json")
@@ -58,4 +58,4 @@ def _chat_template(folder: Path) -> str | None:
     return None
 
 
-__all__ = ["image_features", "picture_processor"]
+__all__ = ["image_features", "image_settings", "picture_processor"]

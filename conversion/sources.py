@@ -4,10 +4,9 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
@@ -19,10 +18,12 @@ from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from . import llama_family
 from .fused_layouts import internlm2_config, is_internlm2, unfused_parts
 from .io import Checkpoint, read_json
+from .licences import licence_metadata
 from .meta_model import first_line, meta_model
 from .multimodal_layouts import (
     LanguagePart,
     language_part,
+    llava_own_config,
     picture_part,
     special_token_ids,
     text_config_of,
@@ -45,7 +46,6 @@ _KEPT_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-_LICENSE_FIELDS = ("license", "license_name", "license_link")
 # What transformers raises when it reads a configuration in which a field has the wrong type or an impossible value.
 _READING_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError)
 
@@ -113,23 +113,7 @@ class Source:
 
         A source without such a card, but with a licence file, which is copied, has a link to that.
         """
-        stated = {name: value for name, value in self._card_metadata().items() if name in _LICENSE_FIELDS}
-        found = {name: value for name, value in stated.items() if isinstance(value, str)}
-        files = sorted(path.name for path in self.folder.glob("LICENSE*"))
-        if "license" not in found and files:
-            found |= {"license": "other", "license_link": files[0]}
-        return found
-
-    def _card_metadata(self) -> dict[str, Any]:
-        card = self.folder / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        if not text.startswith("---\n") or "\n---" not in text[4:]:
-            return {}
-        try:
-            metadata = yaml.safe_load(text[4 : text.index("\n---", 4)])
-        except yaml.YAMLError:
-            return {}
-        return metadata if isinstance(metadata, dict) else {}
+        return licence_metadata(self.folder)
 
     def kept_files(self) -> list[Path]:
         """Tokenizer, processor, licence and the like; not the processor of a class that is not ours."""
@@ -144,7 +128,7 @@ def open_source(name: str) -> Source:
     Raises:
         ConversionError: it is not there, damaged, or no dense model that we can read; the message says why.
     """
-    folder = resolve_folder(name, _HUB_PATTERNS)
+    folder = resolve_model_folder(name)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ConversionError(f"{folder} has no config.json: give a Hugging Face model folder.")
@@ -207,6 +191,14 @@ def resolve_folder(name: str, hub_patterns: tuple[str, ...]) -> Path:
         return hub_snapshot(name, hub_patterns)
     except PartError as error:
         raise ConversionError(f"{name!r} is no folder, and {error}") from error
+
+
+def resolve_model_folder(name: str) -> Path:
+    """As `resolve_folder`, with weights: of a model on the Hub the safetensors files, or the pickled ones without these."""
+    folder = resolve_folder(name, _HUB_PATTERNS)
+    if Path(name).expanduser().is_dir() or any(folder.glob("*.safetensors")):
+        return folder
+    return resolve_folder(name, (*_HUB_PATTERNS, "pytorch_model*.bin*"))
 
 
 def _open_ours(name: str, checkpoint: Checkpoint) -> Source:
@@ -293,7 +285,8 @@ def _hf_config(name: str, checkpoint: Checkpoint) -> PreTrainedConfig:
     try:
         if is_internlm2(checkpoint.shapes):
             return internlm2_config(read_json(checkpoint.folder / "config.json"))
-        return AutoConfig.from_pretrained(checkpoint.folder)
+        llava = llava_own_config(read_json(checkpoint.folder / "config.json"))
+        return AutoConfig.from_pretrained(checkpoint.folder) if llava is None else llava
     except _READING_ERRORS as error:
         raise ConversionError(
             f"transformers cannot read the configuration of {name} ({first_line(error)}). Models with code "

@@ -35,7 +35,7 @@ _DECODER_FIELDS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 # What the query decoder takes from its Whisper; the rest of a WhisperConfig describes the encoder and the vocabulary.
-_QUERY_DECODER_FIELDS = (
+QUERY_DECODER_FIELDS = (
     "d_model",
     "decoder_layers",
     "decoder_attention_heads",
@@ -49,7 +49,7 @@ _QUERY_DECODER_FIELDS = (
     "scale_embedding",
     "init_std",
 )
-_QFORMER_FIELDS = (
+QFORMER_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -226,7 +226,7 @@ def _speech_connector(
             input_size=whisper.d_model,
             output_size=hidden_size,
             num_tokens=shapes[variant.query_tokens][1],
-            decoder_config={name: getattr(whisper, name) for name in _QUERY_DECODER_FIELDS},
+            decoder_config={name: getattr(whisper, name) for name in QUERY_DECODER_FIELDS},
         )
     }
 
@@ -237,9 +237,7 @@ def _sound_connector(
     if encoders.beats is None:
         raise ConversionError("This is the audio model, and its BEATs file was not given: add --beats FILE.pt.")
     given = encoders.qformer
-    qformer = (
-        _qformer_of(shapes) if given is None else {name: given[name] for name in _QFORMER_FIELDS if name in given}
-    )
+    qformer = _qformer_of(shapes) if given is None else {name: given[name] for name in QFORMER_FIELDS if name in given}
     return {
         "sound_connector": UniMoeConnectorConfig(
             type="qformer",

@@ -84,7 +84,7 @@ def build_processor(
         clip, whisper: the encoders' folders with their preprocessor_config.json.
         image_aspect_ratio: of the original's config.json, where everything but "pad" leaves pictures as they are.
     """
-    pictures = load_image_processor(_settings(clip), str(clip))
+    pictures = load_image_processor(preprocessor_settings(clip), str(clip))
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
     speech, sound = config.speech_connector, config.sound_connector
@@ -123,18 +123,27 @@ def generation_config(config: UniMoeConfig) -> GenerationConfig:
 def _feature_extractor(config: UniMoeConfig, whisper: Path | None) -> UniMoeFeatureExtractor:
     if config.speech_connector is None or whisper is None:
         return UniMoeFeatureExtractor(speech=False, sound=True)
-    settings = _settings(whisper)
-    return UniMoeFeatureExtractor(
-        speech=True,
-        feature_size=settings.get("feature_size", config.speech_config.num_mel_bins),
-        sampling_rate=settings.get("sampling_rate", 16_000),
-        window_seconds=float(settings.get("chunk_length", 30)),
-        n_fft=settings.get("n_fft", 400),
-        hop_length=settings.get("hop_length", 160),
-    )
+    return UniMoeFeatureExtractor(speech=True, **whisper_features(whisper, config.speech_config.num_mel_bins))
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def whisper_features(folder: Path, num_mel_bins: int = 80) -> dict[str, Any]:
+    """Settings of a Whisper's log-mel spectrogram, by the names of `UniMoeFeatureExtractor`.
+
+    Raises:
+        ConversionError: the folder has none.
+    """
+    settings = preprocessor_settings(folder)
+    return {
+        "feature_size": settings.get("feature_size", num_mel_bins),
+        "sampling_rate": settings.get("sampling_rate", 16_000),
+        "window_seconds": float(settings.get("chunk_length", 30)),
+        "n_fft": settings.get("n_fft", 400),
+        "hop_length": settings.get("hop_length", 160),
+    }
+
+
+def preprocessor_settings(folder: Path) -> dict[str, Any]:
+    """An encoder's preprocessor_config.json. Raises ConversionError when there is none."""
     if not (folder / _PREPROCESSOR).is_file():
         raise ConversionError(f"{folder / _PREPROCESSOR} is missing: the folder is not complete. Fetch the file.")
     return read_json(folder / _PREPROCESSOR)

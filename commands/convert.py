@@ -2,13 +2,14 @@
 
 import argparse
 
-from . import _convert_assemble, _convert_layouts, _convert_moiie, _convert_unimoe, _convert_upcycle
+from . import _convert_assemble, _convert_compose, _convert_layouts, _convert_moiie, _convert_unimoe, _convert_upcycle
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("convert", help="dense checkpoints and released models become ours")
     parser.set_defaults(run=run)
     kinds = parser.add_subparsers(title="conversions", metavar="CONVERSION", required=True)
+    _convert_compose.add_parser(kinds)
     _convert_upcycle.add_parser(kinds)
     _convert_assemble.add_parser(kinds)
     _convert_layouts.add_parser(kinds)

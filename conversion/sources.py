@@ -47,7 +47,7 @@ _KEPT_FILES = (
     "NOTICE*",
 )
 # What transformers raises when it reads a configuration in which a field has the wrong type or an impossible value.
-_READING_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError)
+READING_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError)
 
 
 Kind = Literal["llama", "internlm2", "multimodal", "unimoe"]
@@ -172,7 +172,7 @@ def read_our_config(folder: Path) -> UniMoeConfig:
         )
     try:
         return UniMoeConfig.from_pretrained(folder)
-    except _READING_ERRORS as error:
+    except READING_ERRORS as error:
         raise ConversionError(f"{path} cannot be used: {first_line(error)}. Correct it or fetch it again.") from error
 
 
@@ -287,7 +287,7 @@ def _hf_config(name: str, checkpoint: Checkpoint) -> PreTrainedConfig:
             return internlm2_config(read_json(checkpoint.folder / "config.json"))
         llava = llava_own_config(read_json(checkpoint.folder / "config.json"))
         return AutoConfig.from_pretrained(checkpoint.folder) if llava is None else llava
-    except _READING_ERRORS as error:
+    except READING_ERRORS as error:
         raise ConversionError(
             f"transformers cannot read the configuration of {name} ({first_line(error)}). Models with code "
             "of their own are not run; give one of a class that transformers has."

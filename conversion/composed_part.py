@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import ConversionError
 from .io import Checkpoint
@@ -67,21 +69,29 @@ class ComposedPart:
         return len({name for made in self.tensors.values() for name in made.made_of})
 
 
-def taken(checkpoint: Checkpoint, prefix: str, expected: Mapping[str, Shape], what: str) -> dict[str, Made]:
+def taken(
+    checkpoint: Checkpoint,
+    prefix: str,
+    expected: Mapping[str, Shape],
+    what: str,
+    older_names: Mapping[str, str] | None = None,
+) -> dict[str, Made]:
     """The tensors of a module, found in a checkpoint whatever it puts before their names.
 
     Args:
         prefix: what our names start with.
         expected: names below the prefix -> shapes.
         what: the module, for messages.
+        older_names: what some of these are called in older files, see `older_names`.
 
     Raises:
         ConversionError: the checkpoint lacks one, or holds it in another shape.
     """
-    stored = _stored_names(checkpoint.tensors, list(expected))
+    schemes = [{name: name for name in expected}, {name: (older_names or {}).get(name, name) for name in expected}]
+    stored = max((_with_prefix(checkpoint.tensors, scheme) for scheme in schemes), key=_found_in(checkpoint))
     made = {}
     for name, shape in expected.items():
-        found = stored + name
+        found = stored[name]
         if found in checkpoint.tensors:
             _require_shape(checkpoint, found, shape, what)
             made[prefix + name] = Made(shape, (partial(checkpoint.read, found),), (found,))
@@ -95,17 +105,30 @@ def taken(checkpoint: Checkpoint, prefix: str, expected: Mapping[str, Shape], wh
     return made
 
 
+def older_names(model: PreTrainedModel) -> dict[str, str]:
+    """What the tensors of a model are called in files of older releases of transformers, which most of the Hub holds."""
+    state = dict(model.state_dict())
+    ours = {id(tensor): name for name, tensor in state.items()}
+    reverted = revert_weight_conversion(model, state)
+    return {ours[id(tensor)]: name for name, tensor in reverted.items() if id(tensor) in ours}
+
+
 def left_over(checkpoint: Checkpoint, parts: Iterable[Made], reason: str) -> dict[str, str]:
     """The tensors of a checkpoint that nothing is made of -> the reason."""
     used = {name for made in parts for name in made.made_of}
     return {name: reason for name in checkpoint.tensors if name not in used}
 
 
-def _stored_names(stored: Iterable[str], wanted: list[str]) -> str:
-    """What a checkpoint puts before the names of a module: of all that fits one of them, what fits the most."""
-    names = set(stored)
+def _with_prefix(stored: Iterable[str], scheme: Mapping[str, str]) -> dict[str, str]:
+    """The names of a scheme with what a checkpoint puts before them: of all that fits the first, what fits the most."""
+    names, wanted = set(stored), list(scheme.values())
     candidates = {name.removesuffix(first) for first in wanted[:1] for name in names if _ends(name, first)}
-    return max(sorted(candidates), key=lambda begin: sum(begin + name in names for name in wanted), default="")
+    begin = max(sorted(candidates), key=lambda begin: sum(begin + name in names for name in wanted), default="")
+    return {name: begin + older for name, older in scheme.items()}
+
+
+def _found_in(checkpoint: Checkpoint) -> Callable[[Mapping[str, str]], int]:
+    return lambda names: sum(name in checkpoint.tensors for name in names.values())
 
 
 def _ends(name: str, end: str) -> bool:
@@ -121,4 +144,4 @@ def _require_shape(checkpoint: Checkpoint, name: str, shape: Shape, what: str) -
         )
 
 
-__all__ = ["ComposedPart", "Made", "left_over", "taken"]
+__all__ = ["ComposedPart", "Made", "left_over", "older_names", "taken"]

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..errors import ConversionError
 from ..modeling_unimoe.encoding_unimoe import build_tower
 from ..processing.processor_parts_unimoe import load_image_processor
-from .composed_part import ComposedPart, left_over, taken
+from .composed_part import ComposedPart, left_over, older_names, taken
 from .encoder_folders import nameless
 from .io import Checkpoint
 from .meta_model import BUILDING_ERRORS, first_line
@@ -66,7 +66,7 @@ def open_vision_tower(name: str, layer: int | None = None, image_size: int | Non
     pictures = picture_processor_of(folder, image_size)
     states = _states(folder, tower, picture_size(pictures), layer)
     expected = {key: tuple(tensor.shape) for key, tensor in tower.state_dict().items()}
-    tensors = taken(checkpoint, TOWER, expected, "the vision tower")
+    tensors = taken(checkpoint, TOWER, expected, "the vision tower", older_names(tower))
     facts = f"{config.model_type}, states {states.layer} of width {states.width}"
     dropped = left_over(checkpoint, tensors.values(), "not part of the vision encoder")
     part = ComposedPart("vision tower", name, folder, facts, tuple(checkpoint.files), tensors, dropped)

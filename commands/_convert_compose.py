@@ -1,6 +1,7 @@
 """`unimoe convert compose`: a language model and encoders become one dense model, ready to train."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,8 @@ def run(args: argparse.Namespace) -> int:
         qformer_weights=args.qformer_weights,
     )
     dtypes: dict[str | None, Any] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    same = ("speech_connector", "speech_tokens", "speech_queries", "sound_connector", "sound_tokens")
-    same += ("projector_depth", "output_norm", "vision_feature_layer", "image_size", "image_aspect_ratio")
-    same += ("video_frames", "video_pooling", "window_seconds", "chat_template", "seed")
+    # Flags that are called as the choice is.
+    same = [field.name for field in dataclasses.fields(ComposeOptions) if field.name in args and field.name != "dtype"]
     chosen = {name: getattr(args, name) for name in same}
     options = ComposeOptions(**chosen, vision_token_grid=args.image_grid, dtype=dtypes.get(args.dtype))
     plan = plan_composition(ingredients, options)

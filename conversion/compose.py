@@ -46,6 +46,7 @@ from .sources import expected_tensors, open_source
 from .speech_part import CONNECTOR as SPEECH_CONNECTOR
 from .speech_part import add_prompt_queries, add_query_decoder
 from .stream_upcycle import in_model_order, verify_written
+from .unimoe_processor import placeholder_ids
 from .vision_part import picture_processor_of
 
 _NEW = "new: "
@@ -126,10 +127,9 @@ def plan_composition(ingredients: Ingredients, options: ComposeOptions | None = 
     source = open_source(ingredients.language_model)
     chat = prepare_chat(source, options.chat_template)
     opened = open_parts(source, ingredients, options)
-    ids = chat.tokenizer.convert_tokens_to_ids(list(opened.placeholders.values()))
-    placeholder_ids = dict(zip(opened.placeholders, ids, strict=True))
     rows = grown_rows(source.config.text_config, len(chat.tokenizer) - 1)
-    config = composed_config(opened, grown_config(source.config.text_config, rows), placeholder_ids, options)
+    text = grown_config(source.config.text_config, rows)
+    config = composed_config(opened, text, placeholder_ids(chat.tokenizer), options)
     config.dtype = options.dtype or source.dtype
     expected = expected_tensors(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}

@@ -9,7 +9,6 @@ import torch
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from ..processing.chat_unimoe import MEDIA_TOKENS
 from .composed_part import ComposedPart
 from .image_projector import CONNECTOR as PROJECTOR
 from .image_projector import open_projector, projector_sizes, projector_tensors
@@ -21,7 +20,6 @@ from .sources import Source
 from .speech_part import CONNECTOR as SPEECH_CONNECTOR
 from .speech_part import TOWER as SPEECH_TOWER
 from .speech_part import SpeechTower, open_speech_tower, query_decoder_fields
-from .unimoe_config import PLACEHOLDERS
 from .vision_part import TOWER as VISION_TOWER
 from .vision_part import VisionTower, open_vision_tower, states_fields
 
@@ -127,7 +125,6 @@ class OpenedParts:
     qformer: dict[str, Any]
     replaced: tuple[str, ...]
     unused_projector: bool = False
-    placeholders = dict(zip(PLACEHOLDERS, MEDIA_TOKENS, strict=True))
 
     def audio_settings(self, processor: Any) -> dict[str, Any]:
         """Settings of the feature extractor: of the new speech tower, or of a dense model of ours that has one."""
@@ -208,8 +205,8 @@ def composed_config(
     if options.vision_token_grid is not None:
         fields["vision_token_grid"] = options.vision_token_grid
     fields["video_pooling"] = options.video_pooling or fields["video_pooling"]
-    ids = {f"{name}_token_id": number for name, number in placeholder_ids.items()}
-    return UniMoeConfig(text_config=text, **fields, **ids, video_num_frames=options.video_frames)
+    fields |= {f"{name}_token_id": number for name, number in placeholder_ids.items()}
+    return UniMoeConfig(text_config=text, **fields, video_num_frames=options.video_frames)
 
 
 def _speech(tower: SpeechTower, options: ComposeOptions, connector: Any) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def add_prompt_queries(tower: SpeechTower, num_tokens: int) -> None:
         raise ConversionError(
             f"{tower.part.path} lacks tokenizer or word embeddings, which prompt queries start from."
         )
-    ids = tokenizer.convert_tokens_to_ids(list(_DECODER_PROMPT))[:num_tokens]
+    ids = [tokenizer.get_vocab()[token] for token in _DECODER_PROMPT[:num_tokens]]
     width = tower.config.d_model
 
     def queries() -> torch.Tensor:

@@ -17,6 +17,7 @@ from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars
 from .parameters import count_parameters, total_and_active
+from .picture_processor import image_features
 from .receipt import Comparison, Continuation
 from .sources import Source, load_dense, load_tokenizer
 
@@ -235,10 +236,7 @@ def _picture_prompt(config: UniMoeConfig, ids: torch.Tensor, generator: torch.Ge
     """A random picture among random tokens, as both classes take it."""
     vision = config.vision_config
     pixels = torch.randn(1, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
-    classes = vision.model_type == "clip_vision_model"  # CLIP has a class token before its patches
-    patches = (vision.image_size // vision.patch_size) ** 2 + classes
-    features = patches - (config.vision_feature_select_strategy == "patch")
-    places = torch.full((1, features), config.image_token_id)
+    places = torch.full((1, image_features(config)), config.image_token_id)
     return _Prompt(
         {"input_ids": torch.cat((ids[:, :4], places, ids[:, 4:8]), dim=1), "pixel_values": pixels},
         never=(config.image_token_id,),

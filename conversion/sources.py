@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -45,6 +45,7 @@ _KEPT_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
 # What transformers raises when it reads a configuration in which a field has the wrong type or an impossible value.
 _READING_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError)
 
@@ -104,16 +105,31 @@ class Source:
     @property
     def license(self) -> str | None:
         """The licence that the source's model card states, or None."""
+        return self.license_metadata.get("license")
+
+    @property
+    def license_metadata(self) -> dict[str, str]:
+        """What the source's model card says of its licence: `license`, and for others `license_name` and `license_link`.
+
+        A source without such a card, but with a licence file, which is copied, has a link to that.
+        """
+        stated = {name: value for name, value in self._card_metadata().items() if name in _LICENSE_FIELDS}
+        found = {name: value for name, value in stated.items() if isinstance(value, str)}
+        files = sorted(path.name for path in self.folder.glob("LICENSE*"))
+        if "license" not in found and files:
+            found |= {"license": "other", "license_link": files[0]}
+        return found
+
+    def _card_metadata(self) -> dict[str, Any]:
         card = self.folder / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         if not text.startswith("---\n") or "\n---" not in text[4:]:
-            return None
+            return {}
         try:
             metadata = yaml.safe_load(text[4 : text.index("\n---", 4)])
         except yaml.YAMLError:
-            return None
-        stated = metadata.get("license") if isinstance(metadata, dict) else None
-        return stated if isinstance(stated, str) else None
+            return {}
+        return metadata if isinstance(metadata, dict) else {}
 
     def kept_files(self) -> list[Path]:
         """Tokenizer, processor, licence and the like; not the processor of a class that is not ours."""

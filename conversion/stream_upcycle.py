@@ -22,6 +22,7 @@ from .hub import complete_bundle, save_config
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
 from .model_card import model_card
 from .parameters import count_parameters, total_and_active
+from .picture_processor import picture_processor
 from .prompted_rows import RouterRows
 from .receipt import RECEIPT_FILE, Comparison, Receipt
 from .sources import Source, expected_tensors
@@ -197,6 +198,9 @@ def write_beside_weights(source: Source, config: UniMoeConfig, folder: Path) -> 
     """What a folder holds beside weights, card and code: the source's tokenizer and the like, and configurations."""
     for path in source.kept_files():
         shutil.copyfile(path, folder / path.name)
+    processor = picture_processor(source)
+    if processor is not None:
+        processor.save_pretrained(folder)
     settings = folder / "generation_config.json"
     generation = (
         GenerationConfig.from_pretrained(folder)
@@ -285,13 +289,23 @@ def _fused(
 
 
 def _card(plan: UpcyclePlan, name: str, receipt: Receipt) -> str:
+    source = plan.source
+    origin = (
+        f"[{source.name}](https://huggingface.co/{source.name})" if source.is_hub_id else f"`{source.public_name}`"
+    )
+    layers = plan.config.text_config.sparse_layers
+    start = f"Upcycled from {origin}: the FFNs of layers {', '.join(map(str, layers))} became experts."
+    recipe = "\n".join(f"- {line}" for line in plan.recipe())
     return model_card(
         name,
         plan.config,
         count_parameters(plan.config),
-        license=plan.source.license,
-        base_models=[plan.source.name] if plan.source.is_hub_id else None,
-        sections={"Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
+        license=source.license_metadata,
+        base_models=[source.name] if source.is_hub_id else None,
+        sections={
+            "Recipe": f"{start}\n\n{recipe}",
+            "Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```",
+        },
     )
 
 

@@ -4,16 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaOnevisionConfig,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2Config,
     SiglipVisionConfig,
@@ -144,6 +149,40 @@ def test_they_become_sparse(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert model.config.text_config.sparse_layers == [1]
     assert model.generation_config.suppress_tokens == ([IMAGE] if name in SEES else None)
     assert (model.model.vision_tower is not None) == (name in SEES)
+
+
+def save_processor(folder: Path, template: str | None) -> None:
+    words = {"<unk>": 0, "USER": 5, "ASSISTANT": 6, "What": 7, "is": 8, "this": 9, "<image>": IMAGE}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<image>"])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>").save_pretrained(folder)
+    side = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size=side, crop_size=side).save_pretrained(folder)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}USER <image> {{ m.content[1].text }}{% endfor %}"])
+def test_a_processor_goes_along(template: str | None, tmp_path: Path) -> None:
+    model = save(CONFIGS["llava"], tmp_path / "dense")
+    save_processor(tmp_path / "dense", template)
+    assert cli.main(["convert", "upcycle", str(tmp_path / "dense"), "--out", str(tmp_path / "sparse")]) == 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "sparse")
+    picture = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert (inputs["input_ids"] == IMAGE).sum() == 4
+    expected_pixels = CLIPImageProcessorPil.from_pretrained(tmp_path / "dense")(picture, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected_pixels["pixel_values"])
+    if template is not None:
+        assert inputs["input_ids"][0].tolist() == [5, *[IMAGE] * 4, 7, 8, 9]
+    sparse = UniMoeForCausalLM.from_pretrained(tmp_path / "sparse").eval()
+    given = {name: inputs[name] for name in ("input_ids", "pixel_values")}
+    with torch.no_grad():
+        assert (sparse(**given).logits - model(**given).logits).abs().max() <= 1e-5
 
 
 def test_an_older_layout_of_names_is_read(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ Importing these folders gives the same model again, to the last bit.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .io import DEFAULT_SHARD_BYTES, PICKLE, PICKLE_INDEX, Checkpoint, finished_folder, read_json
-from .key_rules import KeyMap, take, weight_norm_magnitude
+from .key_rules import KeyMap
 from .llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
+from .originals import Originals
 from .unimoe_config import original_config
 from .unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, rules_for
 
@@ -97,35 +98,15 @@ def audio_kind(config: UniMoeConfig) -> AudioKind:
     return kinds[tuple(types)]
 
 
-class _Originals:
+class _Originals(Originals):
     """The original tensors of a model of ours, one at a time."""
 
     def __init__(self, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig) -> None:
-        self.checkpoint, self.key_map, self.config = checkpoint, key_map, config
-        self.targets: dict[str, str] = {}
         layers = config.audio_config.num_hidden_layers if config.audio_config is not None else 1
-        for name in checkpoint.tensors:
-            for original in key_map.originals(name, config.text_config.num_experts, layers):
-                self.targets[self._spelled(original)] = name
-
-    def names(self, *prefixes: str) -> list[str]:
-        return [name for name in self.targets if name.startswith(prefixes)]
-
-    def read(self, original: str) -> torch.Tensor:
-        place = self.key_map.place(original)
-        tensor = self.checkpoint.read(self.targets[original])
-        if place.rule.how == "weight_norm" and place.rule.part == 0:
-            return weight_norm_magnitude(tensor)
-        return take(tensor, place).clone()
-
-    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: self.read(name) for name in names}
-
-    def _spelled(self, original: str) -> str:
-        """A projector of one layer has no numbers in its names."""
-        if self.config.image_connector.depth > 1 or not original.startswith(PROJECTOR):
-            return original
-        return original.replace(PROJECTOR + "0.", PROJECTOR)
+        super().__init__(checkpoint, key_map, config.text_config.num_experts, layers)
+        self.config = config
+        if config.image_connector.depth == 1:  # a projector of one layer has no numbers in its names
+            self.sources = {name.replace(PROJECTOR + "0.", PROJECTOR): ours for name, ours in self.sources.items()}
 
 
 def _write_base(
@@ -133,12 +114,12 @@ def _write_base(
 ) -> list[str]:
     originals = _Originals(checkpoint, key_map, config)
     towers = set(originals.names(VISION_TOWER, AUDIO_TOWER))
-    names = [name for name in originals.targets if name not in towers]
+    names = [name for name in originals.sources if name not in towers]
     shards: list[list[str]] = [[]]
     filled = 0
-    pieces = Counter(originals.targets[name] for name in names)
+    pieces = Counter(originals.sources[name][0] for name in names)
     for name in names:
-        ours = originals.targets[name]
+        ours = originals.sources[name][0]
         size = checkpoint.tensors[ours].num_bytes // pieces[ours]
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])

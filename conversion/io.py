@@ -14,7 +14,7 @@ import pickle
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -270,20 +270,36 @@ def write_checkpoint(
     Raises:
         ConversionError: the pieces of a tensor do not fill it.
     """
-    shards = _split(list(outputs), max_shard_bytes)
+    shards = split_outputs(list(outputs), max_shard_bytes)
     names = [SAFETENSORS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    total = sum(output.num_bytes for shard in shards for output in shard)
+    return write_shards(folder, dict(zip(names, shards, strict=True)), progress=progress, digests=digests)
+
+
+def write_shards(
+    folder: Path,
+    shards: Mapping[str, list[OutputTensor]],
+    *,
+    progress: bool = True,
+    digests: dict[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write files of these names and tensors, and their index unless there is one file alone.
+
+    `metadata` goes into the index; for the rest see `write_checkpoint`.
+    """
+    total = sum(output.num_bytes for shard in shards.values() for output in shard)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not progress) as bar:
-        for name, shard in zip(names, shards, strict=True):
+        for name, shard in shards.items():
             _write_shard(folder / name, shard, bar.update, digests)
     if len(shards) > 1:
-        weight_map = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        weight_map = {output.name: name for name, shard in shards.items() for output in shard}
+        index = {"metadata": {"total_size": total, **(metadata or {})}, "weight_map": weight_map}
         (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [folder / name for name in names]
+    return [folder / name for name in shards]
 
 
-def _split(outputs: list[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
+def split_outputs(outputs: list[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
+    """The tensors in lists of at most so many bytes; a larger tensor has one of its own."""
     shards: list[list[OutputTensor]] = [[]]
     for output in outputs:
         filled = sum(tensor.num_bytes for tensor in shards[-1])

@@ -19,6 +19,7 @@ from ..roles import role_of
 from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal
 from .data import ConversationDataset
 from .objective import columns_to_keep, training_loss
+from .router_bias import RouterBiasUpdate, choice_biases
 from .sampler import ModalityBatchSampler, group_weights
 
 logger = logging.get_logger(__name__)
@@ -83,6 +84,7 @@ class UniMoeTrainer(Trainer):
         self._micro_steps = 0
         self._last_batch: list[tuple[list[str], torch.Tensor]] = []
         self._saving = False
+        self.add_callback(RouterBiasUpdate(self))
 
     @property
     def base(self) -> UniMoeForCausalLM:
@@ -157,9 +159,9 @@ class UniMoeTrainer(Trainer):
 
     def _token_groups(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         base = self.base
-        if not base.config.text_config.sparse_layers or len(base.config.text_config.router_groups) == 1:
+        if not base.config.text_config.sparse_layers:
             return None
-        return base.model.language_model.token_groups(input_ids, base.model.modality_ids(input_ids))
+        return base.model.token_groups(base.model.modality_ids(input_ids))
 
     def _note(self, parts: Any, loss: torch.Tensor, sample_ids: list[str], group: str) -> None:
         if not loss.requires_grad:
@@ -293,7 +295,7 @@ class UniMoeTrainer(Trainer):
         if self._is_plain or not self.args.should_save:
             return
         # PEFT saves its adapters only; routers and connectors trained beside them would be lost.
-        trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained_tensors(self.model).items()}
         save_file(trained, Path(output_dir or self.args.output_dir) / TRAINED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -302,7 +304,7 @@ class UniMoeTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         trained = load_file(trained_file)
-        target = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
+        target = _trained_tensors(model or self.model)
         if set(trained) != set(target):
             different = sorted(set(trained) ^ set(target))[:5]
             raise CheckpointError(
@@ -310,8 +312,8 @@ class UniMoeTrainer(Trainer):
                 "settings of the run that wrote it, or start in another folder."
             )
         with torch.no_grad():
-            for name, parameter in target.items():
-                parameter.copy_(trained[name])
+            for name, tensor in target.items():
+                tensor.copy_(trained[name])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.base.all_tied_weights_keys) if hasattr(self.base, "all_tied_weights_keys") else set()
@@ -325,6 +327,11 @@ class UniMoeTrainer(Trainer):
     @property
     def _is_plain(self) -> bool:
         return isinstance(self.accelerator.unwrap_model(self.model), UniMoeForCausalLM)
+
+
+def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training moves: parameters, and the routers' biases."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | choice_biases(model)
 
 
 def _with_floor(schedule: Callable[[int], float], floor: float, warmup_steps: int) -> Callable[[int], float]:

@@ -1,19 +1,12 @@
-"""The dense model that MoIIE's recipes start from: a language model, a SigLIP tower and a new connector in one folder.
+"""The dense model that MoIIE's recipes start from: a language model, a SigLIP tower and a new connector in one folder."""
 
-    python -m unimoe.conversion.bunny_start microsoft/Phi-3-mini-4k-instruct google/siglip-so400m-patch14-384 \\
-        --template phi3 --out runs/moiie_phi3/start
-
-The two models are held in memory, in bfloat16 unless told otherwise: 9 GB for Phi-3-mini, 17 GB for Llama-3-8B.
-"""
-
-import argparse
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SiglipVisionModel
 from transformers.initialization import no_init_weights
 
-from ..errors import ConversionError, UniMoeError
+from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.chat_templates_unimoe import BUNNY_SEPARATORS
@@ -21,8 +14,6 @@ from ..processing.chat_unimoe import IMAGE_TOKEN
 from .bunny_processor import build_bunny_processor, prepare_bunny_tokenizer
 from .hub import save_bundle
 from .llama_family import dense_from
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def write_bunny_start(
@@ -102,29 +93,3 @@ def _joined(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.suppress_tokens = [config.image_token_id]
     return model.eval()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command above; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m unimoe.conversion.bunny_start")
-    parser.add_argument("language", help="folder or Hub id of a LLaMA-family model")
-    parser.add_argument("tower", help="folder or Hub id of a SigLIP model")
-    parser.add_argument("--template", required=True, choices=sorted(BUNNY_SEPARATORS), help="Bunny's chat template")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--scales", metavar="1,2,3", help="of S2; without: one scale")
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16", help="default: %(default)s")
-    given = parser.parse_args(arguments)
-    try:
-        scales = [int(scale) for scale in given.scales.split(",")] if given.scales else None
-        write_bunny_start(
-            given.language, given.tower, given.template, given.out, scales=scales, dtype=_DTYPES[given.dtype]
-        )
-    except (UniMoeError, ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}")
-        return 2
-    print(f"{given.out} is ready: unimoe inspect {given.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

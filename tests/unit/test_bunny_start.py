@@ -8,8 +8,8 @@ import tiny_media
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from unimoe import UniMoeForCausalLM
-from unimoe.conversion.bunny_start import main, write_bunny_start
+from unimoe import UniMoeForCausalLM, cli
+from unimoe.conversion.bunny_start import write_bunny_start
 from unimoe.errors import ConversionError
 from unimoe.processing.processing_unimoe import UniMoeProcessor
 
@@ -43,8 +43,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("scales", [None, [1, 2]])
 def test_the_folder_holds_both_and_answers(parts: tuple[Path, Path], scales: list[int] | None, tmp_path: Path) -> None:
     language, tower = parts
-    arguments = [str(language), str(tower), "--template", "phi3", "--out", str(tmp_path / "start"), "--dtype", "fp32"]
-    assert main(arguments + (["--scales", "1,2"] if scales else [])) == 0
+    command = ["convert", "start", str(language), str(tower), "--template", "phi3", "--dtype", "fp32"]
+    assert cli.main([*command, "--out", str(tmp_path / "start"), *(["--scales", "1,2"] if scales else [])]) == 0
     model = UniMoeForCausalLM.from_pretrained(tmp_path / "start").eval()
     processor = UniMoeProcessor.from_pretrained(tmp_path / "start")
     assert model.config.vision_scales == scales
@@ -57,7 +57,7 @@ def test_the_folder_holds_both_and_answers(parts: tuple[Path, Path], scales: lis
     assert all(torch.equal(tower_state[name], tensor) for name, tensor in saved.items())
     connector = model.model.image_connector
     assert connector.layers[0].in_features == HIDDEN * len(scales or [1])
-    assert 0.01 < float(connector.layers[0].weight.std()) < 0.04
+    assert 0.01 < connector.layers[0].weight.std().item() < 0.04
     question = [{"role": "user", "content": [{"type": "image", "image": tiny_media.picture()}, "What?"]}]
     batch = processor.apply_chat_template(
         question, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
@@ -84,5 +84,9 @@ def test_what_cannot_work_is_named(
         write_bunny_start(*map(str, parts), "llama", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    assert main([*map(str, parts), "--template", "phi3", "--out", str(tmp_path / "full")]) == 2
-    assert "is not empty: name another folder" in capsys.readouterr().out
+    command = ["convert", "start", *map(str, parts), "--template", "phi3", "--out", str(tmp_path / "full")]
+    assert cli.main(command) == 2
+    assert "is not empty: name another folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--scales", "1,x"])
+    assert "'1,x' is no list of whole numbers" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def _joined(
             "input_size": width * len(scales or [1]),
             "output_size": text.hidden_size,
         },
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_id=int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),  # type: ignore[arg-type]
         vision_feature_layer=-2,
         vision_feature_select_strategy="full",  # SigLIP has no class token to drop
         vision_scales=scales,
@@ -88,7 +88,7 @@ def _joined(
     torch.manual_seed(seed)
     for module in model.model.image_connector.modules():
         model._init_weights(module)
-    model.to(next(decoder.parameters()).dtype)
+    model.to(next(decoder.parameters()).dtype)  # type: ignore[arg-type]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.suppress_tokens = [config.image_token_id]

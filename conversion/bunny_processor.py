@@ -69,13 +69,12 @@ def build_bunny_processor(
     if max(scales) > 1:
         side = max(scales) * vision.image_size
         pictures.size = {"height": side, "width": side}
-    template: str | dict[str, str] = bunny_chat_template(version, tokenizer)
-    if for_training:
-        template = {"default": template, "plain": bunny_chat_template("plain", tokenizer)}
+    template = bunny_chat_template(version, tokenizer)
+    captions = {"default": template, "plain": bunny_chat_template("plain", tokenizer)}
     return UniMoeProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
-        chat_template=template,
+        chat_template=captions if for_training else template,
         image_tokens=(vision.image_size // vision.patch_size) ** 2,
         image_aspect_ratio=image_aspect_ratio,
     )

@@ -20,7 +20,7 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .assembly_receipt import AssemblyReceipt, AssemblySource, AssemblyTarget
 from .expert_ffns import Expert, ExpertSource, open_experts
 from .hub import complete_bundle
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, finished_folder, write_checkpoint
 from .model_card import model_card
 from .parameters import count_parameters, total_and_active
 from .receipt import RECEIPT_FILE
@@ -58,8 +58,8 @@ class AssemblyPlan:
         notes, width = [], _main_dtype(self)
         for source, _ in self.sources:
             dtypes = {source.checkpoint.tensors[name].dtype for name in source.tensors.values()}
-            if other := sorted(_name(dtype) for dtype in dtypes - {width}):
-                notes.append(f"{source.public_name} holds {', '.join(other)}, written as {_name(width)}")
+            if other := sorted(dtype_name(dtype) for dtype in dtypes - {width}):
+                notes.append(f"{source.public_name} holds {', '.join(other)}, written as {dtype_name(width)}")
         return notes
 
     def lines(self) -> list[str]:
@@ -68,12 +68,12 @@ class AssemblyPlan:
         before = total_and_active(count_parameters(self.base.config))
         after = total_and_active(count_parameters(self.config))
         return [
-            f"base        {self.base.name}: {_name(self.base.dtype)}",
+            f"base        {self.base.name}: {dtype_name(self.base.dtype)}",
             *(f"expert {i:<4} {expert.name}: {expert.source.public_name}" for i, expert in enumerate(self.experts)),
             f"sparse      {len(text.sparse_layers)} of {text.num_hidden_layers} layers {text.sparse_layers}: "
             f"{text.num_experts_per_tok} experts per token, router {self.sparsity.router_init}",
             f"parameters  {before.total:,} -> {after.total:,} ({after.active:,} active per token)",
-            f"writes      {self.num_bytes / 1e6:,.1f} MB, {_name(_main_dtype(self))}",
+            f"writes      {self.num_bytes / 1e6:,.1f} MB, {dtype_name(_main_dtype(self))}",
             *(f"note        {note}" for note in self.notes()),
         ]
 
@@ -155,7 +155,7 @@ def run_assembly(
             experts_per_token=plan.sparsity.num_experts_per_tok,
             router_init=plan.sparsity.router_init,
             seed=plan.sparsity.seed,
-            dtype=_name(_main_dtype(plan)),
+            dtype=dtype_name(_main_dtype(plan)),
             parameters_before=before.total,
             parameters_after=after.total,
             parameters_active=after.active,
@@ -241,7 +241,7 @@ def _digested_sources(plan: AssemblyPlan, progress: bool) -> list[AssemblySource
 
 
 def _target(output: OutputTensor, made_of: list[str], digest: str) -> AssemblyTarget:
-    return AssemblyTarget(list(output.shape), _name(output.dtype), made_of, digest)
+    return AssemblyTarget(list(output.shape), dtype_name(output.dtype), made_of, digest)
 
 
 def _card(plan: AssemblyPlan, name: str, receipt: AssemblyReceipt) -> str:
@@ -257,7 +257,3 @@ def _card(plan: AssemblyPlan, name: str, receipt: AssemblyReceipt) -> str:
 
 def _main_dtype(plan: AssemblyPlan) -> torch.dtype:
     return plan.dtype or plan.base.dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

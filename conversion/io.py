@@ -98,6 +98,15 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
 
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most floating point bytes; float32 where there are none."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            if info.dtype.is_floating_point:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor of its own memory, on the CPU."""
         info = self.tensors[name]
@@ -159,15 +168,8 @@ class Checkpoint:
     def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
         """The content of a .bin file, mapped rather than read; the last file stays open."""
         if self._pickle is None or self._pickle[0] != path:
-            refuse_truncated(path)
             self._pickle = None  # unmaps the file that was open
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except UNPICKLING_ERRORS as error:
-                raise ConversionError(
-                    f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). "
-                    "Pickles that hold code are never run; give the weights as safetensors."
-                ) from error
+            content = load_pickle(path)
             if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
                 raise ConversionError(f"{path} holds more than named tensors. Give the weights as safetensors.")
             self._pickle = (path, content)
@@ -187,6 +189,25 @@ class TensorFile(Checkpoint):
         return self._tensors_of(self.path)
 
 
+def load_pickle(path: Path, *, mapped: bool = True) -> Any:
+    """What torch.save wrote, on the CPU; code in it is not run.
+
+    Args:
+        mapped: leave tensors in the file until they are used, which files from before torch 1.6 do not allow.
+
+    Raises:
+        ConversionError: the file is damaged, of such an old form, or holds code.
+    """
+    refuse_truncated(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UNPICKLING_ERRORS as error:
+        raise ConversionError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Pickles that hold code are never run; fetch the file again, or save its plain tensors anew."
+        ) from error
+
+
 def refuse_truncated(path: Path) -> None:
     """Raises ConversionError for a file that was not fetched, or one of torch.save whose end is missing."""
     with open(path, "rb") as file:
@@ -201,6 +222,11 @@ def refuse_truncated(path: Path) -> None:
         )
     if path.stat().st_size == 0:
         raise ConversionError(f"{path} is empty. Fetch it again.")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configurations write it, "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def plain_file_name(name: Any, index: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import ConversionError
-from .io import UNPICKLING_ERRORS, Checkpoint, TensorFile, TensorInfo, read_json, refuse_truncated
+from .io import Checkpoint, TensorFile, TensorInfo, load_pickle, read_json
 from .unimoe_keys import AUDIO_TOWER, VISION_TOWER, Layout, Shape
 from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, read_lora_scale
 
@@ -127,7 +127,7 @@ def gather(base: Path) -> Gathered:
     gathered = Gathered()
     _require(base, ("config.json",))
     shards = Checkpoint(base)
-    gathered.base_dtype = _main_dtype(shards)
+    gathered.base_dtype = shards.main_dtype
     for tensor in gathered.add_file("base", shards):
         if tensor.name.startswith(_TOWERS):
             tensor.drop("the encoders are taken from their own folders, as the original does")
@@ -193,14 +193,7 @@ class BeatsFile(Checkpoint):
     def _read_headers(self) -> dict[str, TensorInfo]:
         if not self.path.is_file():
             raise ConversionError(f"{self.path} is missing. Give the BEATs checkpoint (.pt).")
-        refuse_truncated(self.path)
-        try:
-            mapped = zipfile.is_zipfile(self.path)
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
-        except UNPICKLING_ERRORS as error:
-            raise ConversionError(
-                f"{self.path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]})."
-            ) from error
+        content = load_pickle(self.path, mapped=zipfile.is_zipfile(self.path))
         cfg, weights = (content.get(name) if isinstance(content, dict) else None for name in ("cfg", "model"))
         if not isinstance(cfg, dict) or not isinstance(weights, dict):
             raise ConversionError(f"{self.path} is no BEATs checkpoint: it needs a 'cfg' and a 'model'.")
@@ -263,12 +256,3 @@ def _require(folder: Path, files: tuple[str, ...]) -> None:
             raise ConversionError(f"{folder / name} is missing: the folder is not complete. Fetch the file.")
         if name.endswith(".json"):
             read_json(folder / name)
-
-
-def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of most floating point values."""
-    sizes: dict[torch.dtype, int] = {}
-    for info in checkpoint.tensors.values():
-        if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -47,6 +47,8 @@ DEFAULT_SHARD_BYTES = 4 << 30
 _LFS_POINTER = b"version https://git-lfs"
 # What torch.load raises on pickles that are damaged, too old to be mapped, or hold code.
 UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ def refuse_truncated(path: Path) -> None:
         raise ConversionError(f"{path} is empty. Fetch it again.")
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """As configurations write it, "bfloat16"."""
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """As configurations write it, "bfloat16"; a name stays one."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -296,8 +298,8 @@ def write_checkpoint(
     Raises:
         ConversionError: the pieces of a tensor do not fill it.
     """
-    shards = _split(list(outputs), max_shard_bytes)
-    names = [SAFETENSORS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    shards = split_into_shards(outputs, lambda output: output.num_bytes, max_shard_bytes)
+    names = shard_names(SAFETENSORS, len(shards))
     total = sum(output.num_bytes for shard in shards for output in shard)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not progress) as bar:
         for name, shard in zip(names, shards, strict=True):
@@ -309,18 +311,24 @@ def write_checkpoint(
     return [folder / name for name in names]
 
 
-def _split(outputs: list[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
-    shards: list[list[OutputTensor]] = [[]]
-    for output in outputs:
-        filled = sum(tensor.num_bytes for tensor in shards[-1])
-        if shards[-1] and filled + output.num_bytes > max_shard_bytes:
+def split_into_shards(tensors: Iterable[T], num_bytes: Callable[[T], int], max_shard_bytes: int) -> list[list[T]]:
+    """The tensors in order, cut where a shard would become too big; a tensor that is too big by itself has its own."""
+    shards: list[list[T]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = num_bytes(tensor)
+        if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
-        shards[-1].append(output)
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
     return shards
 
 
-def _shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def shard_names(whole: str, count: int) -> list[str]:
+    """File names of shards, by that of the file that holds everything: model-00001-of-00002.safetensors, ..."""
+    stem, _, suffix = whole.rpartition(".")
+    return [whole] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.{suffix}" for i in range(1, count + 1)]
 
 
 def _write_shard(

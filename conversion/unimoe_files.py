@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -55,6 +55,12 @@ _ENCODER_NAMES: dict[str, tuple[tuple[str, str | None, str], ...]] = {
 }
 
 
+class TensorReader(Protocol):
+    """What gives a tensor by its name."""
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
 @dataclass
 class SourceTensor:
     """One tensor of one file and what became of it; `note` is our tensor's name, or why it was dropped."""
@@ -62,7 +68,7 @@ class SourceTensor:
     file: str
     name: str
     info: TensorInfo
-    checkpoint: Checkpoint = field(repr=False)
+    checkpoint: TensorReader = field(repr=False)
     fate: Literal["consumed", "dropped", "unexpected"] = "unexpected"
     note: str = ""
 

@@ -15,7 +15,7 @@ from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars
 from .parameters import count_parameters, total_and_active
 from .receipt import Comparison, Continuation
-from .sources import Source
+from .sources import Source, load_dense
 
 _TEXTS = (
     "The capital of France is",
@@ -69,6 +69,7 @@ def compare_models(source: Source, config: UniMoeConfig, folder: Path, dtype: to
         each_expert = _each_expert_difference(converted.eval(), prompts[0], expected.logits[0])
         result = _run(lambda: converted, prompts)
     return Comparison(
+        reference=_reference(source),
         prompts=len(prompts),
         positions=sum(logits.shape[1] for logits in result.logits),
         max_abs_logit_difference=_difference(expected, result),
@@ -82,9 +83,17 @@ def compare_models(source: Source, config: UniMoeConfig, folder: Path, dtype: to
     )
 
 
+def _reference(source: Source) -> str:
+    """What the sparse model is compared with, for the receipt."""
+    return "the source as our dense model" if source.kind == "internlm2" else "the source"
+
+
 def _load_source(source: Source, dtype: torch.dtype | None) -> PreTrainedModel:
-    model_class = UniMoeForCausalLM if source.kind == "unimoe" else AutoModelForCausalLM
-    model = model_class.from_pretrained(source.folder, dtype=torch.float32)
+    if source.kind == "internlm2":
+        model: PreTrainedModel = load_dense(source)
+    else:
+        model_class = UniMoeForCausalLM if source.kind == "unimoe" else AutoModelForCausalLM
+        model = model_class.from_pretrained(source.folder, dtype=torch.float32)
     if dtype is not None and dtype != torch.float32:
         with torch.no_grad():
             for parameter in model.parameters():

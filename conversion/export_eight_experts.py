@@ -17,9 +17,10 @@ import torch
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .llava_keys import PROJECTOR
 from .unimoe_config import MODALITY_EXPERTS
 from .unimoe_experts import EXPERT_FILES, FINETUNED_FILE
-from .unimoe_keys import ALIGNER, PROJECTOR
+from .unimoe_keys import ALIGNER
 from .unimoe_originals import Originals
 from .upcycle import FFN_PROJECTIONS
 

@@ -34,18 +34,10 @@ from .io import (
     shard_names,
     split_into_shards,
 )
+from .key_rules import KeyMap
+from .llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
 from .unimoe_config import original_config
-from .unimoe_keys import (
-    ALIGNER,
-    AUDIO_TOWER,
-    PROJECTOR,
-    VISION_TOWER,
-    AudioKind,
-    KeyMap,
-    Layout,
-    rules_for,
-    vision_prefix,
-)
+from .unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, Layout, rules_for
 from .unimoe_originals import Originals
 
 BEATS_FILE = "BEATs.pt"
@@ -83,7 +75,9 @@ def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHAR
     layout = layout_for(config.text_config)
     checkpoint = Checkpoint(model)
     key_map = KeyMap(rules_for(audio, vision_prefix(checkpoint.tensors), layout))
-    fields = original_config(config, "clip", "whisper" if audio == "whisper" else BEATS_FILE)
+    processor = _processor_settings(model)
+    aspect = processor.get("image_aspect_ratio", "square")
+    fields = original_config(config, "clip", "whisper" if audio == "whisper" else BEATS_FILE, aspect)
     if layout == "deepspeed":
         fields |= eight_expert_fields(config.text_config)
     with finished_folder(out) as folder:
@@ -98,7 +92,7 @@ def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHAR
         for path in model.glob("tokenizer*"):
             shutil.copyfile(path, base / path.name)
         written += _write_encoders(folder, originals)
-        _write_preprocessors(folder, model)
+        _write_preprocessors(folder, processor)
     return written
 
 
@@ -194,9 +188,12 @@ def _write_hf(folder: Path, config: Any, tensors: dict[str, torch.Tensor]) -> No
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_preprocessors(folder: Path, model: Path) -> None:
+def _processor_settings(model: Path) -> dict[str, Any]:
     path = model / "processor_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
+
+
+def _write_preprocessors(folder: Path, settings: Mapping[str, Any]) -> None:
     if settings.get("image_processor"):
         _write_json(folder / "clip" / "preprocessor_config.json", settings["image_processor"])
     extractor = settings.get("feature_extractor")

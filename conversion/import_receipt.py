@@ -63,9 +63,8 @@ class ImportReceipt:
         reasons = Counter(r.note for records in self.sources.values() for r in records.values() if r.fate == "dropped")
         lines += [f"dropped     {count}: {reason}" for reason, count in reasons.most_common()]
         merged = sum(record.lora_merged for record in self.targets.values())
-        lines.append(
-            f"produced    {len(self.targets)} tensors, all that the model has; LoRA merged into {merged} weights"
-        )
+        lora = f"; LoRA merged into {merged} weights" if merged else ""
+        lines.append(f"produced    {len(self.targets)} tensors, all that the model has{lora}")
         if self.adapter is not None:
             lines.append(f"adapter     {self.adapter}")
         lines.append(f"parameters  {self.parameters:,} ({self.parameters_active:,} active per token)")

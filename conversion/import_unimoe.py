@@ -6,9 +6,7 @@ knows, or one that is missing, ends it. `run_import` writes into a hidden folder
 The original casts everything to float16 before it adds LoRA to the weights. Here sums are float32 and rounded once.
 """
 
-import time
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +14,21 @@ import torch
 from transformers import CLIPVisionConfig, WhisperConfig
 
 from ..errors import ConversionError
-from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
-from ..processing.processing_unimoe import UniMoeProcessor
-from .hub import complete_bundle, push_folder, save_config
-from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, read_json, write_checkpoint
-from .model_card import model_card
-from .parameters import count_parameters, total_and_active
-from .receipt import RECEIPT_FILE
+from .import_plan import ImportPlan, WriteBeside, account, push_import, write_import
+from .import_receipt import ImportReceipt
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, read_json
+from .key_rules import KeyMap, Target
+from .llava_keys import vision_prefix
 from .sources import expected_tensors
 from .unimoe_adapter import require_one_lora_each, write_adapter
 from .unimoe_config import Encoders, our_config
 from .unimoe_experts import add_absent_pairs, add_experts, integrate_pairs
 from .unimoe_files import BeatsFile, Gathered, add_encoder, gather, lay_over, reader
-from .unimoe_keys import KeyMap, Target, rules_for, vision_prefix
+from .unimoe_keys import rules_for
 from .unimoe_processor import build_processor, generation_config, load_tokenizer, placeholder_ids
 from .unimoe_variant import Variant, layout_of, recognise
 
-_SHOWN = 8
 # The base of the 8-expert variant ships its configuration under this name, beside that of the 4-expert model.
 _EIGHT_EXPERT_CONFIG = "8config.json"
 
@@ -63,29 +57,11 @@ class UniMoeFolders:
 
 
 @dataclass(frozen=True)
-class ImportPlan:
-    """What will be written, and from what."""
+class UniMoePlan(ImportPlan):
+    """What will be written; with `keep_lora`, LoRA goes into an adapter beside the model."""
 
-    variant: Variant
-    config: UniMoeConfig
     gathered: Gathered
-    targets: dict[str, Target]
-    outputs: tuple[OutputTensor, ...]
-    dtype: torch.dtype
-    processor: UniMoeProcessor | None
-    keep_lora: bool
-    notes: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The plan for a reader."""
-        total = total_and_active(count_parameters(self.config))
-        size = sum(output.num_bytes for output in self.outputs)
-        return [
-            f"variant     {self.variant.name}",
-            *(f"            {line}" for line in self.variant.evidence),
-            f"parameters  {total.total:,} ({total.active:,} active per token)",
-            f"writes      {size / 1e6:,.1f} MB, {_name(self.dtype)}",
-        ]
+    keep_lora: bool = False
 
 
 def import_unimoe(
@@ -102,15 +78,7 @@ def import_unimoe(
     return receipt
 
 
-def push_import(receipt: ImportReceipt, out: Path, repository: str) -> list[str]:
-    """Upload a converted model, and its adapter, if it has one, to `REPOSITORY-lora`; returns the addresses."""
-    addresses = [push_folder(out, repository)]
-    if receipt.adapter is not None:
-        addresses.append(push_folder(out.with_name(receipt.adapter), f"{repository}-lora"))
-    return addresses
-
-
-def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, keep_lora: bool = False) -> ImportPlan:
+def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, keep_lora: bool = False) -> UniMoePlan:
     """Recognise the model and account for every tensor. Only headers and configurations are read.
 
     Args:
@@ -138,41 +106,48 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
     outputs = tuple(
         OutputTensor(name, config.dtype, shape, targets[name].pieces(read)) for name, shape in expected.items()
     )
-    processor = None if tokenizer is None else build_processor(config, tokenizer, folders.clip, folders.whisper)
+    processor = None
+    if tokenizer is not None:
+        aspect = original.get("image_aspect_ratio", "square")
+        processor = build_processor(config, tokenizer, folders.clip, folders.whisper, aspect)
     notes += _notes(original, processor is not None)
-    return ImportPlan(variant, config, gathered, targets, outputs, config.dtype, processor, keep_lora, notes)
+    origin = (
+        f"Converted from the released Uni-MoE model, variant *{variant.name}* (arXiv 2405.11273). The terms of its "
+        "authors, of the language model and of the encoders hold."
+    )
+    return UniMoePlan(
+        variant=variant,
+        config=config,
+        gathered=gathered,
+        targets=targets,
+        outputs=outputs,
+        dtype=config.dtype,
+        processor=processor,
+        generation=generation_config(config),
+        origin=origin,
+        notes=notes,
+        keep_lora=keep_lora,
+    )
 
 
 def run_import(
-    plan: ImportPlan, out: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, progress: bool = True
+    plan: UniMoePlan, out: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, progress: bool = True
 ) -> ImportReceipt:
     """Write the model as a complete Hugging Face folder, and with `keep_lora` the adapter beside it (`OUT-lora`).
 
     Raises:
         ConversionError: a folder is not empty, or a file turned out to be damaged. Then nothing is left behind.
     """
-    adapter = out.with_name(out.name + "-lora") if plan.keep_lora and plan.gathered.loras else None
-    digests: dict[str, str] = {}
-    with ExitStack() as stack:
-        folder = stack.enter_context(finished_folder(out))
-        beside = stack.enter_context(finished_folder(adapter)) if adapter is not None else None
-        started = time.monotonic()
-        shards = write_checkpoint(
-            folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
+    loras = plan.gathered.loras
+    beside: tuple[Path, WriteBeside] | None = None
+    if plan.keep_lora and loras:
+        layout = plan.variant.layout
+        beside = (
+            out.with_name(out.name + "-lora"),
+            lambda folder: write_adapter(folder, plan.config, loras, out.name, layout),
         )
-        seconds = time.monotonic() - started
-        if beside is not None:
-            write_adapter(beside, plan.config, plan.gathered.loras, out.name, plan.variant.layout)
-        receipt = _receipt(plan, out.name, digests)
-        receipt.adapter = adapter.name if adapter is not None else None
-        receipt.bytes_written, receipt.seconds_writing = sum(p.stat().st_size for p in shards), round(seconds, 2)
-        if plan.processor is not None:
-            plan.processor.save_pretrained(folder)
-        generation_config(plan.config).save_pretrained(folder)
-        save_config(plan.config, folder)
-        receipt.save(folder / RECEIPT_FILE)
-        complete_bundle(folder, _card(plan, out.name, receipt))
-    return receipt
+    merged = () if plan.keep_lora else loras
+    return write_import(plan, out, max_shard_bytes=max_shard_bytes, progress=progress, merged=merged, beside=beside)
 
 
 def _config_file(folders: UniMoeFolders) -> Path:
@@ -259,102 +234,20 @@ def _require_type(folder: Path, *allowed: str) -> None:
 
 
 def _account(gathered: Gathered, key_map: KeyMap, expected: dict[str, tuple[int, ...]]) -> dict[str, Target]:
-    """Say what becomes of every tensor, and require that all of ours are made and nothing is left over."""
+    """As `account`; factors of LoRA share the fate of the weights that they change."""
     mapped = key_map.map(gathered.live)
-    for original, reason in mapped.dropped.items():
-        gathered.live[original].drop(reason)
     for target in mapped.targets.values():
         if target.name in expected:
             for original in target.sources:
-                gathered.live[original].consume(target.name)
                 for factor in (factor for lora in gathered.loras.get(original, ()) for factor in lora.tensors):
                     factor.consume(target.name)
-    unexpected = [f"{t.file}: {t.name}" for t in gathered.tensors if t.fate == "unexpected"]
-    missing = [f"{name} (of {_listed(key_map.originals(name))})" for name in expected if name not in mapped.targets]
-    problems = [f"{len(unexpected)} unexpected tensor(s): {_listed(unexpected)}"] if unexpected else []
-    if missing:
-        problems.append(f"{len(missing)} tensor(s) of ours cannot be made: {_listed(missing)}")
-    problems += [problem for target in mapped.targets.values() if (problem := _misfit(target, gathered, expected))]
-    if problems:
-        shown = "; ".join(problems[:_SHOWN]).rstrip(".")
-        raise ConversionError(
-            f"{shown}. Nothing was written. Base, fine-tuned model and encoders must be complete and belong together."
-        )
-    return mapped.targets
-
-
-def _misfit(target: Target, gathered: Gathered, expected: dict[str, tuple[int, ...]]) -> str | None:
-    """Why the tensors of a target do not make it, or None when they do."""
-    try:
-        shape = target.shape(gathered.shapes)
-    except ConversionError as error:
-        return str(error)
-    wanted = expected.get(target.name, shape)
-    if shape == wanted:
-        return None
-    return (
-        f"{_listed(target.sources)} make {target.name} of shape {list(shape)}, but the configuration asks for "
-        f"{list(wanted)}"
-    )
-
-
-def _receipt(plan: ImportPlan, out: str, digests: dict[str, str]) -> ImportReceipt:
-    sources: dict[str, dict[str, SourceRecord]] = {}
-    for tensor in plan.gathered.tensors:
-        record = SourceRecord(list(tensor.info.shape), _name(tensor.info.dtype), tensor.fate, tensor.note)
-        sources.setdefault(tensor.file, {})[tensor.name] = record
-    merged = () if plan.keep_lora else plan.gathered.loras
-    targets = {}
-    for output in plan.outputs:
-        made_of = list(plan.targets[output.name].sources)
-        count = sum(original in merged for original in made_of)
-        targets[output.name] = TargetRecord(
-            list(output.shape), _name(output.dtype), made_of, count, digests[output.name]
-        )
-    total = total_and_active(count_parameters(plan.config))
-    return ImportReceipt(
-        variant=plan.variant.name,
-        evidence=list(plan.variant.evidence),
-        out=out,
-        dtype=_name(plan.dtype),
-        parameters=total.total,
-        parameters_active=total.active,
-        sources=sources,
-        targets=targets,
-        notes=plan.notes,
-    )
+    return account(gathered, key_map, expected)
 
 
 def _notes(original: dict[str, Any], has_processor: bool) -> list[str]:
     notes = []
     if not has_processor:
         notes.append("no processor: neither base nor fine-tuned folder holds tokenizer.model or tokenizer.json")
-    if original.get("image_aspect_ratio", "square") != "square":
-        notes.append(
-            f"image_aspect_ratio is {original['image_aspect_ratio']!r}: pad pictures to a square before the processor"
-        )
     if original.get("mm_use_im_patch_token", True):
         notes.append("left out: the untrained <im_patch> row that the original's loader adds, since no prompt uses it")
     return notes
-
-
-def _card(plan: ImportPlan, name: str, receipt: ImportReceipt) -> str:
-    source = (
-        f"Converted from the released Uni-MoE model, variant *{plan.variant.name}* (arXiv 2405.11273). The terms of its "
-        "authors, of the language model and of the encoders hold."
-    )
-    return model_card(
-        name,
-        plan.config,
-        count_parameters(plan.config),
-        sections={"Origin": source, "Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _listed(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

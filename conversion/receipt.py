@@ -33,6 +33,8 @@ class Comparison:
             router. No order of summation changes then, so that it is free of the mixture's rounding.
         rounding_difference: where the weights were stored in a smaller dtype, by how much that alone moved the
             source's logits.
+        reference: what the converted model is compared with: the source itself, or, where transformers has no class
+            for it, its weights in our dense decoder.
     """
 
     prompts: int
@@ -43,6 +45,7 @@ class Comparison:
     continuations: list[Continuation]
     arithmetic: str = "float32"
     rounding_difference: float | None = None
+    reference: str = "the source"
 
     @property
     def bound(self) -> float:
@@ -113,7 +116,7 @@ class Receipt:
 
     def _comparison_lines(self, comparison: Comparison) -> list[str]:
         lines = [
-            f"max |Δlogit| {comparison.each_expert_difference:.2g} against the source with every expert in turn, "
+            f"max |Δlogit| {comparison.each_expert_difference:.2g} against {comparison.reference} with every expert in turn, "
             f"{comparison.max_abs_logit_difference:.2g} as routed",
             f"            ({comparison.arithmetic}, {comparison.positions} positions of {comparison.prompts} prompts, "
             f"logits up to {comparison.max_abs_logit:.3g}; refused above {comparison.bound:.2g})",

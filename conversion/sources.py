@@ -1,5 +1,6 @@
 """What a conversion starts from: a folder or Hub id, recognised by its tensors and described in our terms."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,14 +8,18 @@ from typing import Literal
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from ..errors import ConversionError, PartError
 from ..hub_access import hub_snapshot
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from . import llama_family
+from .fused_layouts import internlm2_config, is_internlm2, unfused_parts
 from .io import Checkpoint, read_json
 from .meta_model import first_line, meta_model
+from .tensor_parts import PartsView
 
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*")
 # Everything beside weights and configuration that a converted folder keeps.
@@ -41,7 +46,9 @@ class Source:
 
     Args:
         name: as the user gave it.
-        kind: "llama" for a text decoder of another class, "unimoe" for our own format.
+        kind: "llama" for a text decoder of another class, "internlm2" for one that transformers has no class for,
+            "unimoe" for our own format.
+        checkpoint: its tensors; fused ones in their parts.
         config: the dense model as ours.
         keys: our tensor name -> name in the checkpoint.
         dropped: tensors of the checkpoint that are not taken over -> why.
@@ -49,7 +56,7 @@ class Source:
 
     name: str
     folder: Path
-    kind: Literal["llama", "unimoe"]
+    kind: Literal["llama", "internlm2", "unimoe"]
     checkpoint: Checkpoint
     config: UniMoeConfig
     keys: dict[str, str]
@@ -63,6 +70,13 @@ class Source:
             if info.dtype.is_floating_point:
                 sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
         return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def keys_consumed(self) -> int:
+        """How many stored tensors are taken over; a fused one counts once."""
+        if isinstance(self.checkpoint, PartsView):
+            return len({self.checkpoint.parts[key].stored for key in self.keys.values()})
+        return len(self.keys)
 
     @property
     def is_hub_id(self) -> bool:
@@ -178,14 +192,18 @@ def _check_same(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> No
 
 
 def _open_llama(name: str, checkpoint: Checkpoint) -> Source:
-    reason = llama_family.why_not(checkpoint.shapes)
+    shapes = checkpoint.shapes
+    reason = llama_family.other_structure(shapes)
     if reason is not None:
         raise ConversionError(
             f"{name} cannot be upcycled: {reason}. A dense decoder of the LLaMA family or a dense model in our own "
             "format is needed."
         )
-    text_config = llama_family.text_config_from(_hf_config(name, checkpoint.folder), checkpoint.shapes)
-    config = UniMoeConfig(text_config=text_config)
+    hf_config = _hf_config(name, checkpoint)
+    config = UniMoeConfig(text_config=llama_family.text_config_from(hf_config, shapes))
+    parts = unfused_parts(shapes, hf_config)
+    if any(part.rows or part.stored != key for key, part in parts.items()):
+        checkpoint = PartsView(checkpoint, parts)
     dropped = _extra_head(checkpoint, config, llama_family.HEAD, llama_family.EMBEDDING)
     keys = {}
     for key in checkpoint.tensors:
@@ -194,17 +212,37 @@ def _open_llama(name: str, checkpoint: Checkpoint) -> Source:
             dropped[key] = "computed from the configuration"
         elif key not in dropped:
             keys[ours] = key
-    return Source(name, checkpoint.folder, "llama", checkpoint, config, keys, dropped)
+    kind: Literal["llama", "internlm2"] = "internlm2" if is_internlm2(shapes) else "llama"
+    return Source(name, checkpoint.folder, kind, checkpoint, config, keys, dropped)
 
 
-def _hf_config(name: str, folder: Path) -> PreTrainedConfig:
+def _hf_config(name: str, checkpoint: Checkpoint) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder)
+        if is_internlm2(checkpoint.shapes):
+            return internlm2_config(read_json(checkpoint.folder / "config.json"))
+        return AutoConfig.from_pretrained(checkpoint.folder)
     except _READING_ERRORS as error:
         raise ConversionError(
             f"transformers cannot read the configuration of {name} ({first_line(error)}). Models with code "
             "of their own are not run; give one of a class that transformers has."
         ) from error
+
+
+def load_dense(source: Source) -> UniMoeForCausalLM:
+    """The source as a dense model of ours, in float32 and ready to run."""
+    with no_init_weights():
+        model = UniMoeForCausalLM(copy.deepcopy(source.config))  # building a model writes into its configuration
+    state = {ours: source.checkpoint.read(key).to(torch.float32) for ours, key in source.keys.items()}
+    # A tied head is in no source; it follows the embeddings.
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if unexpected or set(missing) - {llama_family.HEAD}:
+        raise ConversionError(
+            f"{source.name} does not fill our model: {[*missing, *unexpected][:4]} differ. Report it."
+        )
+    model.tie_weights()
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return model.eval()
 
 
 def _extra_head(checkpoint: Checkpoint, config: UniMoeConfig, head: str, embedding: str) -> dict[str, str]:

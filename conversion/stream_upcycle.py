@@ -103,7 +103,7 @@ def run_upcycle(
         receipt = Receipt(
             source=source.public_name,
             out=out.name,
-            keys_consumed=len(source.keys),
+            keys_consumed=source.keys_consumed,
             keys_produced=len(plan.outputs),
             keys_dropped=source.dropped,
             parameters_before=total_and_active(count_parameters(source.config)).total,

@@ -12,7 +12,9 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnector
 from ..modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from .io import dtype_name
-from .unimoe_keys import ALIGNER, PROJECTOR, Shape
+from .key_rules import Shape
+from .llava_keys import PROJECTOR
+from .unimoe_keys import ALIGNER
 from .unimoe_variant import Variant
 
 PLACEHOLDERS = ("image", "video", "audio", "sound")
@@ -127,11 +129,14 @@ def our_config(
     )
 
 
-def original_config(config: UniMoeConfig, vision_tower: str, audio_tower: str) -> dict[str, Any]:
+def original_config(
+    config: UniMoeConfig, vision_tower: str, audio_tower: str, image_aspect_ratio: str = "square"
+) -> dict[str, Any]:
     """The config.json that the original's classes read; `our_config` gives the same model back.
 
     Args:
         vision_tower, audio_tower: where the original shall look for the encoders.
+        image_aspect_ratio: of the model's processor.
     """
     text = config.text_config
     rope = text.rope_parameters
@@ -169,7 +174,7 @@ def original_config(config: UniMoeConfig, vision_tower: str, audio_tower: str) -
         "local_files_only": True,
         "language": "English",
         "task": "transcribe",
-        "image_aspect_ratio": "square",
+        "image_aspect_ratio": image_aspect_ratio,
     }
 
 

@@ -15,8 +15,9 @@ import torch
 
 from ..errors import ConversionError
 from .io import TensorFile, TensorInfo
-from .unimoe_files import Gathered, SourceTensor, require_finetuned, without_wrappers
-from .unimoe_keys import Shape
+from .key_rules import Shape
+from .source_tensors import SourceTensor
+from .unimoe_files import Gathered, require_finetuned, without_wrappers
 from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor, add_low_rank
 from .unimoe_variant import decoder_layers, eight_expert_layers
 from .upcycle import FFN_PROJECTIONS

@@ -11,13 +11,15 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
 from ..errors import ConversionError
 from .io import Checkpoint, TensorFile, TensorInfo, load_pickle, read_json
-from .unimoe_keys import AUDIO_TOWER, VISION_TOWER, Layout, Shape
+from .llava_keys import VISION_TOWER
+from .source_tensors import SourceTensor, SourceTensors
+from .unimoe_keys import AUDIO_TOWER, Layout
 from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, read_lora_scale
 
 # Written by the saver of every variant; a folder without one of them is not complete.
@@ -55,73 +57,30 @@ _ENCODER_NAMES: dict[str, tuple[tuple[str, str | None, str], ...]] = {
 }
 
 
-class TensorReader(Protocol):
-    """What gives a tensor by its name."""
-
-    def read(self, name: str) -> torch.Tensor: ...
-
-
 @dataclass
-class SourceTensor:
-    """One tensor of one file and what became of it; `note` is our tensor's name, or why it was dropped."""
-
-    file: str
-    name: str
-    info: TensorInfo
-    checkpoint: TensorReader = field(repr=False)
-    fate: Literal["consumed", "dropped", "unexpected"] = "unexpected"
-    note: str = ""
-
-    def drop(self, reason: str) -> None:
-        self.fate, self.note = "dropped", reason
-
-    def consume(self, ours: str) -> None:
-        self.fate, self.note = "consumed", ours
-
-    def read(self) -> torch.Tensor:
-        return self.checkpoint.read(self.name)
-
-
-@dataclass
-class Gathered:
+class Gathered(SourceTensors):
     """Everything that was read.
 
     Args:
-        tensors: every tensor of every file.
-        live: original name -> the tensor that the original ends up with, before LoRA.
         loras: original name of a weight -> everything that is added to it.
     """
 
-    tensors: list[SourceTensor] = field(default_factory=list)
-    live: dict[str, SourceTensor] = field(default_factory=dict)
     loras: dict[str, list[Lora]] = field(default_factory=dict)
     base_dtype: torch.dtype = torch.float32
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        return {name: tensor.info.shape for name, tensor in self.live.items()}
-
     def read(self, original: str) -> torch.Tensor:
         """A tensor with its LoRA, if it has one, merged in float32."""
-        tensor = self.live[original].read()
+        tensor = super().read(original)
         for lora in self.loras.get(original, ()):
             tensor = lora.merged_into(tensor)
         return tensor
 
     def put(self, original: str, tensor: SourceTensor) -> None:
         """Lay a tensor over what is there; LoRA that was to change the old one goes with it."""
-        if original in self.live:
-            self.live[original].drop(f"replaced by {tensor.file}")
+        super().put(original, tensor)
         for lora in self.loras.pop(original, ()):
             for factor in lora.tensors:
                 factor.drop(f"the weight that it changes is replaced by {tensor.file}")
-        self.live[original] = tensor
-
-    def add_file(self, label: str, checkpoint: Checkpoint) -> list[SourceTensor]:
-        labels = {file: f"{label}/{file.name}" for file in checkpoint.files}
-        added = [SourceTensor(labels[info.file], name, info, checkpoint) for name, info in checkpoint.tensors.items()]
-        self.tensors += added
-        return added
 
 
 def gather(base: Path) -> Gathered:

@@ -6,7 +6,8 @@ import torch
 
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .io import Checkpoint
-from .unimoe_keys import PROJECTOR, KeyMap, take, weight_norm_magnitude
+from .key_rules import KeyMap, take, weight_norm_magnitude
+from .llava_keys import PROJECTOR
 
 
 class Originals:

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..processing.chat_unimoe import MEDIA_TOKENS, VICUNA_CHAT_TEMPLATE, prepare_tokenizer
+from ..processing.chat_templates_unimoe import VICUNA_CHAT_TEMPLATE
+from ..processing.chat_unimoe import MEDIA_TOKENS, prepare_tokenizer
 from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.processor_parts_unimoe import load_image_processor
@@ -64,12 +65,17 @@ def placeholder_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def build_processor(
-    config: UniMoeConfig, tokenizer: PreTrainedTokenizerBase, clip: Path, whisper: Path | None
+    config: UniMoeConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    clip: Path,
+    whisper: Path | None,
+    image_aspect_ratio: str = "square",
 ) -> UniMoeProcessor:
     """A processor that prepares inputs as the original does.
 
     Args:
         clip, whisper: the encoders' folders with their preprocessor_config.json.
+        image_aspect_ratio: of the original's config.json, where everything but "pad" leaves pictures as they are.
     """
     pictures = load_image_processor(_settings(clip), str(clip))
     vision = config.vision_config
@@ -84,6 +90,7 @@ def build_processor(
         tokenizer=tokenizer,
         chat_template=VICUNA_CHAT_TEMPLATE,
         tokenization="spaced",  # the token ids that the released models were trained with
+        image_aspect_ratio="pad" if image_aspect_ratio == "pad" else "square",
         image_tokens=patches,
         video_tokens=patches,
         speech_tokens=speech.num_tokens if speech is not None else 0,

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConversionError
-from .unimoe_keys import ALIGNER, PROJECTOR, AudioKind, Layout, Shape
+from .key_rules import Shape
+from .llava_keys import PROJECTOR
+from .unimoe_keys import ALIGNER, AudioKind, Layout
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.input_layernorm\.weight")
 # Names below `model.layers.N.mlp.`, of the router and of what comes before an expert's number.

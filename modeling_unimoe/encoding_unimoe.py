@@ -29,6 +29,7 @@ from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import build_connector
 from .errors_unimoe import ConfigurationError, ModalityError, UniMoeError
 from .modeling_unimoe_beats import UniMoeBeatsModel
+from .multiscale_unimoe import encode_scales
 
 # Inputs that belong to media rather than to token positions, by modality.
 MEDIA_INPUTS = {
@@ -93,10 +94,12 @@ class MediaEncoderMixin:
             raise ModalityError(
                 f"Pixels of images or frames have shape {list(pixel_values.shape)}; give [n, {channels}, height, width]."
             )
+        scales = self.config.vision_scales
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
-            outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, return_dict=True)
-            states = outputs.hidden_states[self.config.vision_feature_layer]
-            return self._pool_grid(states)
+            if scales is None:
+                return self._pool_grid(self._tower_states(pixel_values))
+            states = encode_scales(self._patch_states, pixel_values, scales, tower.config.image_size)
+            return self._pool_patches(states)
 
     def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """States [n, F, P, C] of the vision tower for videos [n, F, 3, H, W]."""
@@ -204,19 +207,31 @@ class MediaEncoderMixin:
             )
         return tower
 
+    def _tower_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[n, C, h, w] maps, or [n, P, C] patches after a class token, if the tower has one."""
+        outputs = self.vision_tower(
+            pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True
+        )
+        return outputs.hidden_states[self.config.vision_feature_layer]
+
+    def _patch_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[n, P, C] of all patches, without class token."""
+        return self._without_class_token(self._tower_states(pixel_values))
+
+    def _without_class_token(self, states: torch.Tensor) -> torch.Tensor:
+        if states.dim() == 4:
+            return states.flatten(2).transpose(1, 2)
+        return states[:, 1:] if self.config.vision_feature_select_strategy == "patch" else states
+
     def _pool_grid(self, states: torch.Tensor) -> torch.Tensor:
         """[n, C, h, w] maps or [n, P, C] patches -> [n, positions, C]."""
-        if states.dim() == 4:
-            maps = states
-        else:
-            if self.config.vision_feature_select_strategy == "patch":
-                states = states[:, 1:]
-            if self.config.vision_token_grid is None:
-                return states
-            maps = _square_map(states, self.config)
-        if self.config.vision_token_grid is not None:
-            maps = nn.functional.adaptive_avg_pool2d(maps, self.config.vision_token_grid)
-        return maps.flatten(2).transpose(1, 2)
+        if states.dim() == 4 and self.config.vision_token_grid is not None:
+            return _pooled(states, self.config.vision_token_grid)
+        return self._pool_patches(self._without_class_token(states))
+
+    def _pool_patches(self, states: torch.Tensor) -> torch.Tensor:
+        grid = self.config.vision_token_grid
+        return states if grid is None else _pooled(_square_map(states, self.config), grid)
 
 
 def check_text_inputs(
@@ -290,6 +305,11 @@ def place_features(
         feature = feature.to(inputs_embeds.device, inputs_embeds.dtype)
         inputs_embeds = inputs_embeds.masked_scatter(masks[modality].unsqueeze(-1), feature)
     return inputs_embeds
+
+
+def _pooled(maps: torch.Tensor, grid: int) -> torch.Tensor:
+    """[n, C, h, w] -> [n, grid * grid, C]."""
+    return nn.functional.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
 
 
 def _square_map(states: torch.Tensor, config: UniMoeConfig) -> torch.Tensor:

@@ -21,10 +21,14 @@ _RELEASED_PAIRS = (("image", "speech"), ("image", "text"), ("speech", "text"), (
 
 
 class BalanceTerms(NamedTuple):
-    """Float32 scalars: `weighted` is what joins the cross entropy, `losses` its terms, unweighted, by their names."""
+    """Float32: the scalar `weighted` is what joins the cross entropy, `losses` its terms, unweighted, by their names.
+
+    aux_loss_G: the groups' parts of "aux_loss".
+    """
 
     weighted: torch.Tensor
     losses: dict[str, torch.Tensor]
+    aux_loss_G: torch.Tensor
 
 
 def balance_terms(
@@ -49,16 +53,15 @@ def balance_terms(
     mask_BS = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask
     mask_T = None if mask_BS is None else mask_BS.reshape(-1)
     groups_T = None if token_groups is None else token_groups.reshape(-1)
-    losses = {
-        "aux_loss": load_balancing_loss(router_logits, config, groups_T, mask_T),
-        "z_loss": router_z_loss(router_logits, mask_T),
-    }
+    aux_loss_G = group_balance_losses(router_logits, config, groups_T, mask_T)
+    losses = {"aux_loss": aux_loss_G.sum(), "z_loss": router_z_loss(router_logits, mask_T, config, groups_T)}
     if config.router_modality_loss_coef:
         losses["modality_loss"] = modality_loss(router_logits, config, modality_ids, mask_BS)
     if config.router_divergence_loss_coef:
         losses["divergence_loss"] = divergence_loss(router_logits, config, modality_ids, mask_BS)
-    weighted = torch.stack([getattr(config, LOSS_COEFFICIENTS[name]) * loss for name, loss in losses.items()]).sum()
-    return BalanceTerms(weighted * share_of_batch, losses)
+    terms = [(aux_loss_G * aux_loss_G.new_tensor(config.aux_loss_coefs)).sum()]
+    terms += [getattr(config, LOSS_COEFFICIENTS[name]) * loss for name, loss in losses.items() if name != "aux_loss"]
+    return BalanceTerms(torch.stack(terms).sum() * share_of_batch, losses, aux_loss_G)
 
 
 def load_balancing_loss(
@@ -68,14 +71,26 @@ def load_balancing_loss(
     attention_mask_T: torch.Tensor | None = None,
     token_weight_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Load-balancing loss, averaged over layers and, weighted by tokens, over groups.
+    """The sum of `group_balance_losses` over the groups, a float32 scalar."""
+    return group_balance_losses(router_logits, config, token_group_T, attention_mask_T, token_weight_T).sum()
 
-    Per layer and group with C rows, null experts included: C * sum_c f_c * P_c.
+
+def group_balance_losses(
+    router_logits: tuple[torch.Tensor, ...],
+    config: UniMoeTextConfig,
+    token_group_T: torch.Tensor | None = None,
+    attention_mask_T: torch.Tensor | None = None,
+    token_weight_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Load-balancing loss of every routing group, float32 [G].
+
+    For a group with C rows, null experts included: C * sum_c f_c * P_c, with means over the group's tokens in one
+    layer, averaged over layers; or, with `router_aux_loss_layers` "joint", over its tokens in all layers together.
 
     With `router_type` "top_k", f_c is the share of the group's assignments that went to row c and P_c the mean
     probability of c (Switch Transformer, arXiv 2101.03961, eq. 4-6, extended to top-k by counting all K choices, or with
-    `router_aux_loss_counts` "first" the best one). The loss is 1 when the load is even, whatever K and C are. Where
-    choices are drawn, those count that would have been made without noise.
+    `router_aux_loss_counts` "first" the best one). The loss is 1 when the load is even, whatever K and C are (MoIIE's
+    own is K times this one, with "joint"). Where choices are drawn or biased, those count that the scores alone make.
 
     With "dynamic", f_c is the share of tokens that chose c, before any expert dropped one, and P_c the mean probability
     of c among the choices that its token made: choosing less costs less too. An even load costs the mean number of
@@ -88,15 +103,22 @@ def load_balancing_loss(
         token_weight_T: how much each token counts in the means; by default tokens count 1 and padding 0.
 
     Returns:
-        A float32 scalar; 0 when no token counts.
+        0 for a group of which no token counts.
     """
     losses = []
     if config.router_losses_as_released:
         attention_mask_T = None
+    if config.router_aux_loss_layers == "joint":
+        times = len(router_logits)
+        router_logits = (torch.cat(router_logits),)
+        token_group_T, attention_mask_T, token_weight_T = (
+            None if per_token is None else per_token.repeat(times)
+            for per_token in (token_group_T, attention_mask_T, token_weight_T)
+        )
     for logits_TR in router_logits:
         weight_T = _valid_tokens(logits_TR, attention_mask_T if token_weight_T is None else token_weight_T)
         if config.router_type == "dynamic":
-            losses.append(_dynamic_layer_balance(logits_TR, config, attention_mask_T, weight_T))
+            losses.append(_dynamic_layer_balance(logits_TR, config, attention_mask_T, weight_T)[None])
         else:
             losses.append(_layer_balance(logits_TR, config, token_group_T, weight_T))
     return _over_layers(losses, config)
@@ -105,7 +127,7 @@ def load_balancing_loss(
 def _layer_balance(
     logits_TR: torch.Tensor, config: UniMoeTextConfig, token_group_T: torch.Tensor | None, valid_T: torch.Tensor
 ) -> torch.Tensor:
-    total = logits_TR.new_zeros((), dtype=torch.float32)
+    losses = []
     counted = config.num_experts_per_tok if config.router_aux_loss_counts == "all" else 1
     first_row = 0
     for index, group in enumerate(config.router_groups):
@@ -116,8 +138,8 @@ def _layer_balance(
         share_TC = _shares(logits_TC, config)
         chosen_TC = torch.zeros_like(share_TC).scatter_(1, share_TC.topk(counted).indices, 1.0)
         load_C = _weighted_mean(chosen_TC, weight_T) / counted
-        total = total + size * (load_C * _weighted_mean(share_TC, weight_T)).sum() * weight_T.sum()
-    return total / _at_least_something(valid_T.sum())
+        losses.append(size * (load_C * _weighted_mean(share_TC, weight_T)).sum())
+    return torch.stack(losses)
 
 
 def _dynamic_layer_balance(
@@ -218,13 +240,28 @@ def _compared(released: bool, device: torch.device) -> torch.Tensor:
 
 
 def router_z_loss(
-    router_logits: tuple[torch.Tensor, ...], attention_mask_T: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...],
+    attention_mask_T: torch.Tensor | None = None,
+    config: UniMoeTextConfig | None = None,
+    token_group_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean squared log-sum-exp of the gate's logits (ST-MoE, arXiv 2202.08906, eq. 5), averaged over layers."""
+    """Mean squared log-sum-exp of a token's gate logits (ST-MoE, arXiv 2202.08906, eq. 5), averaged over layers.
+
+    Args:
+        config, token_group_T: with several groups, which rows are a token's own; the others do not concern it.
+    """
     per_layer = []
     for logits_TR in router_logits:
         valid_T = _valid_tokens(logits_TR, attention_mask_T)
-        z_T = logits_TR.float().logsumexp(dim=-1).square()
+        own_TR = logits_TR.float()
+        if token_group_T is not None and config is not None:
+            sizes = [len(group.experts) + config.num_null_experts for group in config.router_groups]
+            groups = torch.arange(len(sizes), device=own_TR.device)
+            row_group_C = groups.repeat_interleave(torch.tensor(sizes, device=own_TR.device))
+            foreign_TC = row_group_C != token_group_T[:, None]
+            shared = own_TR.shape[1] - foreign_TC.shape[1]  # every token's rows
+            own_TR = own_TR.masked_fill(torch.nn.functional.pad(foreign_TC, (0, shared)), float("-inf"))
+        z_T = own_TR.logsumexp(dim=-1).square()
         per_layer.append((z_T * valid_T).sum() / valid_T.sum().clamp(min=1))
     return torch.stack(per_layer).mean()
 
@@ -269,7 +306,7 @@ def _top_k_load(
 
 def _over_layers(losses: list[torch.Tensor], config: UniMoeTextConfig) -> torch.Tensor:
     stacked = torch.stack(losses)
-    return stacked.sum() if config.router_losses_as_released else stacked.mean()
+    return stacked.sum(dim=0) if config.router_losses_as_released else stacked.mean(dim=0)
 
 
 def _choosable_shares(logits_TR: torch.Tensor, config: UniMoeTextConfig) -> torch.Tensor:

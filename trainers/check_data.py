@@ -44,7 +44,7 @@ class DataReport:
     """What a data file holds.
 
     Fields: `records` and `media` (by kind, with repetitions) that were looked at; `original` says whether records have
-    the form of Uni-MoE's own files; `problems` and `remarks` by kind, in the order in which they first occur.
+    LLaVA's form; `problems` and `remarks` by kind, in the order in which they first occur.
     """
 
     records: int = 0
@@ -57,7 +57,7 @@ class DataReport:
 def check_data(
     file: str | Path, media_root: str | Path | None = None, limit: int | None = None, progress: bool = True
 ) -> DataReport:
-    """Read every record and decode every medium of a data file once, in our format or in Uni-MoE's own.
+    """Read every record and decode every medium of a data file once, in our format or in LLaVA's.
 
     Args:
         media_root: the folder that holds the media; nothing outside of it is opened then. See `MediaPaths`.

@@ -121,6 +121,7 @@ class StageConfig:
         schedule: of the learning rate after `warmup_steps`; it ends at `min_learning_rate_ratio` of its peak.
         weight_decay, adam_betas: of AdamW; biases and norms do not decay.
         max_grad_norm: longer gradients are scaled down to it; 0 leaves them.
+        max_skipped_steps: steps whose loss or gradient is not finite that may be left out; one more ends the run.
         label_smoothing: share of the target that is spread evenly over the vocabulary.
         lora: adapters that train beside `train`.
         experts: the runs of a stage of kind "experts".
@@ -153,6 +154,7 @@ class StageConfig:
     weight_decay: float = 0.0
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 0
     label_smoothing: float = 0.0
     lora: LoraSettings | None = None
     experts: list[ExpertConfig] = field(default_factory=list)
@@ -192,7 +194,7 @@ class StageConfig:
     def _check_numbers(self, where: str) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
             require_range(f"{where}.{name}", getattr(self, name), 1, 1 << 40)
-        for name in ("warmup_steps", "save_every", "router_aux_loss_decay_steps"):
+        for name in ("warmup_steps", "save_every", "max_skipped_steps", "router_aux_loss_decay_steps"):
             require_range(f"{where}.{name}", getattr(self, name), 0, 1 << 40)
         for name in ("weight_decay", "max_grad_norm", *COEFFICIENTS, "router_aux_loss_final_coef"):
             value = getattr(self, name)
@@ -239,7 +241,7 @@ class Recipe:
 
     Args:
         model: folder of the model that the first stage starts from, with its processor.
-        data: files of conversations, in our form or in that of Uni-MoE's data, see `data`; their media paths are relative
+        data: files of conversations, in our form or in LLaVA's, see `data`; their media paths are relative
             to `media_root`, or to the file's folder when that is None.
         out: folder of the stages' results.
         moe: needed by stages of kind "experts" and "moe".
@@ -248,6 +250,8 @@ class Recipe:
         experts_implementation: of transformers ("grouped_mm", "batched_mm", "eager"); None leaves its default.
         cache: folder for the frozen towers' states; None runs the towers in every step.
         pad_to_multiple_of: sequence lengths are rounded up to it, because every new shape costs time.
+        max_bad_samples: share of the samples that may be unreadable: they are left out and listed in `bad_samples.jsonl`
+            of the stage; more of them end the run.
         gradient_checkpointing: compute the decoder's activations again in the backward pass: less memory, a third more
             time.
     """
@@ -265,12 +269,14 @@ class Recipe:
     cache: str | None = None
     pad_to_multiple_of: int = 8
     gradient_checkpointing: bool = False
+    max_bad_samples: float = 0.01
 
     def check(self, where: str = "recipe") -> None:
         """Raise RecipeError naming field, value and what is allowed, if anything in the recipe is impossible."""
         require_choice("precision", self.precision, PRECISIONS)
         require_range("seed", self.seed, 0, (1 << 32) - 1)
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
+        require(0 <= self.max_bad_samples <= 1, "max_bad_samples", self.max_bad_samples, "between 0 and 1")
         require(bool(self.data), "data", self.data, "a list with at least one file")
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):

@@ -1,7 +1,6 @@
 """`transformers.Trainer` for Uni-MoE: modality batches, learning rates by role, exact resume, losses apart."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,15 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from ..errors import CheckpointError, RecipeError, TrainingError
+from ..errors import CheckpointError, DataError, RecipeError
 from ..modeling_unimoe.configuration_unimoe_text import LOSS_COEFFICIENTS
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..roles import role_of
+from .bad_samples import BadSamples
 from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal
 from .data import ConversationDataset
-from .objective import columns_to_keep, training_loss
+from .non_finite import FiniteGuard
+from .objective import LossParts, columns_to_keep, training_loss
 from .sampler import ModalityBatchSampler, group_weights
 
 logger = logging.get_logger(__name__)
@@ -41,6 +42,9 @@ class UniMoeTrainer(Trainer):
         label_smoothing: share of the target spread evenly over the vocabulary.
         modality_weights: share of the steps by modality or task; see `sampler.group_weights`.
         min_learning_rate_ratio: the schedule ends at this share of the peak rate.
+        max_skipped_steps: steps whose loss or gradient is not finite that are left out; one more ends the run.
+
+    `bad_samples`, when set, lists the samples that a `TolerantCollator` could not read; without it the first ends the run.
 
     A checkpoint counts once its `COMPLETE` file is there; `train(resume_from_checkpoint=True)` takes the newest of
     these, or starts from the beginning when there is none. What random numbers a batch needs depends on its position
@@ -58,6 +62,7 @@ class UniMoeTrainer(Trainer):
         label_smoothing: float = 0.0,
         modality_weights: Mapping[str, float] | None = None,
         min_learning_rate_ratio: float = 0.0,
+        max_skipped_steps: int = 0,
         **kwargs: Any,
     ) -> None:
         # One finiteness check of our own replaces this one, which hides bad losses instead of stopping.
@@ -74,14 +79,15 @@ class UniMoeTrainer(Trainer):
         self.label_smoothing = label_smoothing
         self.modality_weights = dict(modality_weights or {})
         self.min_learning_rate_ratio = min_learning_rate_ratio
+        self.finite_guard = FiniteGuard(max_skipped_steps)
         # The loss is ours, and divided by the tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.bad_samples: BadSamples | None = None
         self.group_losses: dict[str, list[float]] = {}
         self._group_pending: list[tuple[str, torch.Tensor]] = []
         self._sums = torch.zeros(len(LOSS_NAMES))
         self._micro_steps = 0
-        self._last_batch: list[tuple[list[str], torch.Tensor]] = []
         self._saving = False
 
     @property
@@ -130,9 +136,10 @@ class UniMoeTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Cross entropy (smoothed) at the labelled tokens plus balance terms; see `objective.training_loss`."""
-        inputs = dict(inputs)
+        raw, inputs = inputs, dict(inputs)
         labels = inputs.pop("labels")
-        sample_ids, group = inputs.pop("sample_ids", []), inputs.pop("group", "")
+        group, _ = inputs.pop("group", ""), inputs.pop("sample_ids", None)
+        self._note_bad(inputs.pop("bad_samples", ()))
         config = self.base.config.text_config
         keep = inputs.pop("logits_to_keep", None) or columns_to_keep(labels)
         outputs = model(
@@ -152,8 +159,18 @@ class UniMoeTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if model.training:
-            self._note(parts, loss, sample_ids, group)
+            self._require_something_to_learn(loss, group)
+            self._note(parts, group)
+            self.finite_guard.add(raw, inputs, loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _note_bad(self, bad: Sequence[tuple[str, str]]) -> None:
+        if self.bad_samples is not None:
+            self.bad_samples.note(bad)
+        elif bad:
+            raise DataError(
+                f"The sample {bad[0][0]} cannot be read: {bad[0][1]} Repair it, or set trainer.bad_samples."
+            )
 
     def _token_groups(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         base = self.base
@@ -161,36 +178,31 @@ class UniMoeTrainer(Trainer):
             return None
         return base.model.language_model.token_groups(input_ids, base.model.modality_ids(input_ids))
 
-    def _note(self, parts: Any, loss: torch.Tensor, sample_ids: list[str], group: str) -> None:
+    def _require_something_to_learn(self, loss: torch.Tensor, group: str) -> None:
         if not loss.requires_grad:
             raise RecipeError(
                 f"No trained parameter takes part in batches of {group!r}: train another role, or leave these samples "
                 "out of the stage (modalities)."
             )
-        self._last_batch.append((sample_ids, loss.detach()))
+
+    def _note(self, parts: LossParts, group: str) -> None:
         # Summed over micro batches these are the means over the accumulated batch, as the loss itself is.
         share = 1.0 / self.args.gradient_accumulation_steps
-        self._sums = self._sums.to(loss.device)
+        self._sums = self._sums.to(parts.cross_entropy.device)
         zero = torch.zeros_like(parts.cross_entropy)
         routers = [share * parts.routers.get(name, zero) for name in LOSS_COEFFICIENTS]
-        self._sums += torch.stack([parts.cross_entropy, *routers])
+        self._sums += torch.nan_to_num(torch.stack([parts.cross_entropy, *routers]), posinf=0.0, neginf=0.0)
         self._micro_steps += 1
         self._group_pending.append((group, parts.cross_entropy))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As usual; what is not finite is found by `finite_guard` and must not spoil the mean that is logged."""
+        return torch.nan_to_num(super().training_step(*args, **kwargs), posinf=0.0, neginf=0.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called right before the optimizer's step: the place to stop when a loss or a gradient is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        batches, self._last_batch = self._last_batch, []
-        if not math.isfinite(float(norm + sum(loss for _, loss in batches))):
-            bad = [ids for ids, loss in batches if not bool(torch.isfinite(loss))] or [ids for ids, _ in batches]
-            what = "loss" if any(not bool(torch.isfinite(loss)) for _, loss in batches) else "gradient norm"
-            shown = ", ".join(str(name) for ids in bad for name in ids)
-            raise TrainingError(
-                f"The {what} is not finite at step {self.state.global_step + 1} on rank {self.args.process_index}. "
-                f"Samples of the batch: {shown}. Nothing was updated; look at these samples, lower the learning rate, "
-                "or go on from the last checkpoint."
-            )
-        return norm
+        return norm if self.finite_guard.passes(self, norm) else torch.zeros_like(torch.as_tensor(norm))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As usual, with the parts of the loss beside the total; those about modalities only where they count."""

@@ -209,9 +209,11 @@ def tensor_names(file: Path) -> frozenset[str]:
         return frozenset(handle.keys())
 
 
-def case_folders() -> list[Path]:
+def case_folders(*files: str) -> list[Path]:
+    """Folders with one of these safetensors files; by default, those with results or weights of a case."""
     root = golden_root()
-    return sorted(file.parent for file in root.rglob("io.safetensors")) if root.is_dir() else []
+    found = (path for file in files or ("io", "weights") for path in root.rglob(f"{file}.safetensors"))
+    return sorted({path.parent for path in found}) if root.is_dir() else []
 
 
 def discover(
@@ -230,7 +232,7 @@ def discover(
     """
     weight_patterns = (weights,) if isinstance(weights, str) else weights
     found = []
-    for folder in case_folders():
+    for folder in case_folders(file):
         case = GoldenCase(folder)
         holds_tensors = all(case.names(pattern, file) for pattern in tensors)
         holds_weights = all(case.names(pattern, "weights") for pattern in weight_patterns)

@@ -11,21 +11,12 @@ from golden import GoldenCase
 from transformers import CLIPVisionConfig, GenerationConfig, WhisperConfig
 
 from unimoe import UniMoeBeatsConfig, UniMoeForCausalLM
+from unimoe.conversion.key_rules import KeyMap, Place, take
+from unimoe.conversion.llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
 from unimoe.conversion.sources import expected_tensors
 from unimoe.conversion.unimoe_config import Encoders, our_config
 from unimoe.conversion.unimoe_experts import merge_pairs
-from unimoe.conversion.unimoe_keys import (
-    ALIGNER,
-    AUDIO_TOWER,
-    PROJECTOR,
-    VISION_TOWER,
-    AudioKind,
-    KeyMap,
-    Place,
-    rules_for,
-    take,
-    vision_prefix,
-)
+from unimoe.conversion.unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, rules_for
 from unimoe.conversion.unimoe_variant import recognise
 from unimoe.processing.placeholders_unimoe import Run, expand, pad
 

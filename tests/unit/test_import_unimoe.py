@@ -21,7 +21,9 @@ from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion import unimoe_processor
 from unimoe.conversion.export_unimoe import export_unimoe
 from unimoe.conversion.import_unimoe import import_unimoe, plan_import, run_import
-from unimoe.conversion.unimoe_keys import KeyMap, rules_for, vision_prefix
+from unimoe.conversion.key_rules import KeyMap
+from unimoe.conversion.llava_keys import vision_prefix
+from unimoe.conversion.unimoe_keys import rules_for
 from unimoe.errors import ConversionError
 
 AUDIOS = ("whisper", "beats")

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan, assemble, print the receipt."""
     from ..conversion.assemble import plan_assembly, run_assembly
     from ..conversion.sources import open_source
-    from .convert import parse_layers
+    from ._convert_upcycle import parse_layers
 
     experts = [parse_expert(text) for text in args.expert]
     base = open_source(args.base)

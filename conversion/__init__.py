@@ -1,7 +1,8 @@
 """Checkpoints on disk: read, described, made sparse, taken over from released models, given back, published.
 
-A map of the files. Upcycling a dense model: `upcycle` (the arithmetic, in memory too), `stream_upcycle` (folder to
-folder), `group_presets` (groups of experts by name), `compare`, `receipt`.
+A map of the files. Upcycling a dense model: `sparsity` (what it is to become), `upcycle` (in memory), `stream_upcycle`
+(folder to folder), `group_presets` (groups of experts by name), `expert_init` and `router_init` with `prompted_rows`
+(how experts and routers start), `compare`, `receipt`.
 
 Assembling tuned dense models: `assemble`, `expert_ffns` (where experts come from), `assembly_receipt`.
 

@@ -24,9 +24,11 @@ from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, finis
 from .model_card import model_card
 from .parameters import count_parameters, total_and_active
 from .receipt import RECEIPT_FILE
+from .router_init import initial_router_rows
 from .sources import Source
+from .sparsity import RouterInit, Sparsity, sparse_config
 from .stream_upcycle import in_model_order, kept_tensors, verify_written, write_beside_weights
-from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX, RouterInit, Sparsity, initial_router_rows, sparse_config
+from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Runs a source model and its conversion on the same prompts, one after the other, so that only one is in memory."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
@@ -15,7 +16,7 @@ from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars
 from .parameters import count_parameters, total_and_active
 from .receipt import Comparison, Continuation
-from .sources import Source, load_dense
+from .sources import Source, load_dense, load_tokenizer
 
 _TEXTS = (
     "The capital of France is",
@@ -23,6 +24,8 @@ _TEXTS = (
     "def fibonacci(n):\n    if n < 2:\n        return",
 )
 _RANDOM_LENGTH = 48
+# The FFN of a decoder layer, in transformers' classes and ours; towers call theirs otherwise.
+_FFN_MODULE = re.compile(r"(?:^|model\.)layers\.(\d+)\.mlp$")
 _NEW_TOKENS = 24
 _CONTINUED_PROMPTS = 2
 # Weights, and as much again for what loading and running them takes.
@@ -43,12 +46,22 @@ class _Outcome:
     continuations: list[torch.Tensor]
 
 
-def compare_models(source: Source, config: UniMoeConfig, folder: Path, dtype: torch.dtype | None) -> Comparison | str:
+def compare_models(
+    source: Source,
+    config: UniMoeConfig,
+    folder: Path,
+    dtype: torch.dtype | None,
+    expected_ffn_deviation: float = 0.0,
+) -> Comparison | str:
     """Compare the model in `folder` with its source, or say why that cannot be done here.
 
     Both run in float32 on the weights as they were written: where `dtype` rounds them, the source's are rounded too,
     so that a difference is one of the conversion. Prompts are texts if the source has a tokenizer, random tokens, and
     for models with towers random embeddings of every modality.
+
+    Args:
+        expected_ffn_deviation: by how much of its output's size a sparse layer's FFN is expected to differ. What that
+            makes of the logits is found by disturbing the dense model's FFNs as much.
 
     Raises:
         ConversionError: the tokenizer of `folder` is not the source's.
@@ -57,14 +70,18 @@ def compare_models(source: Source, config: UniMoeConfig, folder: Path, dtype: to
     available = psutil.virtual_memory().available
     if needed > available:
         return f"running it takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
-    tokenizer = _tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder)
     prompts = _prompts(config, tokenizer)
     _check_tokenizer(tokenizer, folder)
-    rounding = None
+    rounding = expected_gap = None
     with transformers_bars(shown=False):
         expected = _run(lambda: _load_source(source, dtype), prompts)
         if dtype is not None and dtype.itemsize < source.dtype.itemsize:
             rounding = _difference(_run(lambda: _load_source(source, None), prompts, continued=0), expected)
+        if expected_ffn_deviation:
+            layers = config.text_config.sparse_layers
+            disturbed = _run(lambda: _disturbed(source, dtype, layers, expected_ffn_deviation), prompts, continued=0)
+            expected_gap = _difference(disturbed, expected)
         converted = UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
         each_expert = _each_expert_difference(converted.eval(), prompts[0], expected.logits[0])
         result = _run(lambda: converted, prompts)
@@ -80,6 +97,7 @@ def compare_models(source: Source, config: UniMoeConfig, folder: Path, dtype: to
             for prompt, one, other in zip(prompts, expected.continuations, result.continuations, strict=False)
         ],
         rounding_difference=rounding,
+        expected_difference=expected_gap,
     )
 
 
@@ -98,6 +116,21 @@ def _load_source(source: Source, dtype: torch.dtype | None) -> PreTrainedModel:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(dtype))
+    return model
+
+
+def _disturbed(source: Source, dtype: torch.dtype | None, layers: list[int], deviation: float) -> PreTrainedModel:
+    """The source with noise on the output of some layers' FFNs, `deviation` times as large as the output itself."""
+    model, generator = _load_source(source, dtype), torch.Generator().manual_seed(0)
+
+    def disturb(_module: torch.nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        size = output.square().mean(-1, keepdim=True).sqrt()
+        return output + deviation * size * torch.randn(output.shape, generator=generator)
+
+    for name, module in model.named_modules():
+        match = _FFN_MODULE.search(name)
+        if match and int(match[1]) in layers:
+            module.register_forward_hook(disturb)
     return model
 
 
@@ -123,12 +156,13 @@ def _run(load: Callable[[], PreTrainedModel], prompts: list[_Prompt], continued:
 def _each_expert_difference(model: UniMoeForCausalLM, prompt: _Prompt, expected: torch.Tensor) -> float:
     """Largest difference from the expected logits when k experts at a time do all the work, with equal weights."""
     text = model.config.text_config
-    groups, k = [group.experts for group in text.router_groups], text.num_experts_per_tok
+    groups = [group.experts for group in text.router_groups]
+    k = min(text.num_experts_per_tok, *map(len, groups))  # null experts count as choices, and compute nothing
     routers = [model.model.language_model.layers[layer].mlp.gate for layer in text.sparse_layers]
     differences = []
     for first in range(0, max(map(len, groups)), k):
         chosen_GK = torch.tensor([[experts[(first + i) % len(experts)] for i in range(k)] for experts in groups])
-        handles = [router.register_forward_hook(_always(chosen_GK)) for router in routers]
+        handles = [router.register_forward_hook(_always(chosen_GK, text.num_shared_experts)) for router in routers]
         logits = model(**prompt.inputs, use_cache=False).logits
         differences.append((logits - expected).abs().max())
         for handle in handles:
@@ -136,14 +170,16 @@ def _each_expert_difference(model: UniMoeForCausalLM, prompt: _Prompt, expected:
     return float(torch.stack(differences).max())
 
 
-def _always(chosen_GK: torch.Tensor) -> Callable[[torch.nn.Module, tuple, tuple], tuple]:
-    """A router's forward hook that sends the tokens of group g to the experts `chosen_GK[g]`."""
+def _always(chosen_GK: torch.Tensor, num_shared: int) -> Callable[[torch.nn.Module, tuple, tuple], tuple]:
+    """A router's forward hook that sends the tokens of group g to the experts `chosen_GK[g]`, and to shared ones."""
 
     def route(_router: torch.nn.Module, inputs: tuple, outputs: tuple) -> tuple:
         logits_TR, weights_TK, index_TK = outputs
         group_T = inputs[1] if len(inputs) > 1 else None
         chosen_TK = chosen_GK[:1].expand(len(index_TK), -1) if group_T is None else chosen_GK[group_T]
-        return logits_TR, weights_TK.new_full(chosen_TK.shape, 1 / chosen_GK.shape[1]), chosen_TK.contiguous()
+        shared_TF = index_TK[:, index_TK.shape[1] - num_shared :]
+        index_TK = torch.cat((chosen_TK, shared_TF), dim=-1)
+        return logits_TR, weights_TK.new_full(index_TK.shape, 1 / index_TK.shape[1]), index_TK
 
     return route
 
@@ -180,20 +216,10 @@ def _prompts(config: UniMoeConfig, tokenizer: PreTrainedTokenizerBase | None) ->
     return prompts
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer; None where it has none, or one whose library is missing."""
-    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (ImportError, OSError, ValueError):
-        return None
-
-
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     if tokenizer is None:
         return
-    copy = _tokenizer(folder)
+    copy = load_tokenizer(folder)
     if copy is None or any(copy.encode(text) != tokenizer.encode(text) for text in _TEXTS):
         raise ConversionError(
             "The tokenizer does not read back the same in the new folder; its class was taken from the source's model "

@@ -33,6 +33,8 @@ class Comparison:
             router. No order of summation changes then, so that it is free of the mixture's rounding.
         rounding_difference: where the weights were stored in a smaller dtype, by how much that alone moved the
             source's logits.
+        expected_difference: for ways that change the function, how far the source's logits move when its FFNs are
+            disturbed as much as is expected of the new ones; an estimate.
         reference: what the converted model is compared with: the source itself, or, where transformers has no class
             for it, its weights in our dense decoder.
     """
@@ -46,6 +48,7 @@ class Comparison:
     arithmetic: str = "float32"
     rounding_difference: float | None = None
     reference: str = "the source"
+    expected_difference: float | None = None
 
     @property
     def bound(self) -> float:
@@ -54,7 +57,14 @@ class Comparison:
 
 @dataclass
 class Receipt:
-    """What a conversion did. `comparison` is a text where the models were not run: the reason."""
+    """What a conversion did.
+
+    Args:
+        comparison: a text where the models were not run: the reason.
+        recipe: how experts and routers were made, a line each.
+        exact: whether the model is meant to start as the source's very function.
+        allowed_gap: by how much the user lets logits differ; None lets rounding alone.
+    """
 
     source: str
     out: str
@@ -69,32 +79,59 @@ class Receipt:
     seconds_writing: float
     comparison: Comparison | str
     tensors_read_back: int = 0
+    recipe: list[str] = dataclasses.field(default_factory=list)
+    exact: bool = True
+    allowed_gap: float | None = None
+
+    @property
+    def bound(self) -> float | None:
+        """What the logits may differ by; None where they were not compared."""
+        if isinstance(self.comparison, str):
+            return None
+        return self.comparison.bound if self.allowed_gap is None else max(self.comparison.bound, self.allowed_gap)
 
     def require_agreement(self) -> None:
-        """Raises ConversionError when the models were compared and differ."""
+        """Raises ConversionError when the models differ by more than they may, or when nobody knows by how much."""
         if isinstance(self.comparison, str):
+            if not self.exact and self.allowed_gap is None:
+                raise ConversionError(
+                    f"This way changes the function, and by how much was not measured: {self.comparison}. Nothing was "
+                    "written. Allow it with --allow-gap inf."
+                )
             return
-        bound = self.comparison.bound
-        for gap in (self.comparison.each_expert_difference, self.comparison.max_abs_logit_difference):
+        gaps = [self.comparison.max_abs_logit_difference]
+        if self.exact:
+            gaps.append(self.comparison.each_expert_difference)
+        for gap in gaps:
             # Written so that a NaN fails.
-            if gap <= bound:
+            if gap <= self.bound:
                 continue
-            raise ConversionError(
-                f"The converted model's logits differ from the source's by up to {gap:.3g}; at most {bound:.3g} is "
-                "rounding. Nothing was written. The source computes something that our decoder does not: report it."
-            )
+            raise ConversionError(self._disagreement(gap, self.comparison))
         for continuation in self.comparison.continuations:
-            if not continuation.equal:
+            if not continuation.equal and self.allowed_gap is None:
                 raise ConversionError(
                     f"The converted model continues {continuation.prompt!r} differently: {continuation.text!r}. "
                     "Nothing was written."
                 )
+
+    def _disagreement(self, gap: float, comparison: Comparison) -> str:
+        start = f"The converted model's logits differ from the source's by up to {gap:.3g}"
+        if self.exact:
+            return (
+                f"{start}; at most {self.bound:.3g} is rounding. Nothing was written. The source computes something "
+                "that our decoder does not: report it."
+            )
+        return (
+            f"{start}; about {comparison.expected_difference or 0:.2g} is expected of this way, which changes the "
+            f"function, and {self.bound:.3g} is allowed. Nothing was written. Allow it with --allow-gap {gap * 1.1:.2g}."
+        )
 
     def lines(self) -> list[str]:
         """The receipt for a reader."""
         dropped = ", ".join(f"{key} ({reason})" for key, reason in self.keys_dropped.items()) or "none"
         rate = self.bytes_written / max(self.seconds_writing, 1e-3) / 1e6
         lines = [
+            *(f"{'recipe':<12}{line}" for line in self.recipe),
             f"tensors     {self.keys_consumed} consumed, {self.keys_produced} produced; dropped: {dropped}",
             f"parameters  {self.parameters_before:,} -> {self.parameters_after:,} "
             f"({self.parameters_active:,} active per token)",
@@ -111,15 +148,19 @@ class Receipt:
     def to_dict(self) -> dict[str, Any]:
         content = dataclasses.asdict(self)
         if isinstance(self.comparison, Comparison):
-            content["comparison"]["bound"] = self.comparison.bound
+            content["comparison"]["bound"] = self.bound
         return content
 
     def _comparison_lines(self, comparison: Comparison) -> list[str]:
+        each = f"{comparison.each_expert_difference:.2g} against {comparison.reference} with every expert in turn, "
+        routed = f"{comparison.max_abs_logit_difference:.2g}"
         lines = [
-            f"max |Δlogit| {comparison.each_expert_difference:.2g} against {comparison.reference} with every expert in turn, "
-            f"{comparison.max_abs_logit_difference:.2g} as routed",
+            f"max |Δlogit| {each}{routed} as routed"
+            if self.exact
+            else f"max |Δlogit| {routed} against {comparison.reference}; about {comparison.expected_difference or 0:.2g} "
+            "is expected of this way, which changes the function",
             f"            ({comparison.arithmetic}, {comparison.positions} positions of {comparison.prompts} prompts, "
-            f"logits up to {comparison.max_abs_logit:.3g}; refused above {comparison.bound:.2g})",
+            f"logits up to {comparison.max_abs_logit:.3g}; refused above {self.bound:.2g})",
         ]
         if comparison.rounding_difference is not None:
             lines.append(

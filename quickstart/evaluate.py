@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..modeling_unimoe.losses_unimoe import expert_load
+from ..modeling_unimoe.gate_rows_unimoe import expert_load
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..trainers.collator import CachedCollator
@@ -63,6 +63,28 @@ def accuracy_by_task(answers: list[Answer]) -> dict[str, float]:
         right[answer.sample["task"]] += answer.is_right
         total[answer.sample["task"]] += 1
     return {task: right[task] / total[task] for task in TASKS if total[task]}
+
+
+@torch.no_grad()
+def answer_loss(
+    model: UniMoeForCausalLM, processor: UniMoeProcessor, cache: EncoderCache, samples: list[dict[str, Any]]
+) -> float:
+    """Cross entropy per token of the right answers: its mean over tasks."""
+    model.eval()
+    collator = CachedCollator(processor, cache)
+    losses: dict[str, list[float]] = defaultdict(list)
+    for task in dict.fromkeys(sample["task"] for sample in samples):
+        of_task = [sample for sample in samples if sample["task"] == task]
+        for start in range(0, len(of_task), BATCH_SIZE):
+            batch = collator(of_task[start : start + BATCH_SIZE])
+            labels = batch["labels"]
+            inputs = {name: value for name, value in _model_inputs(batch).items() if name != "logits_to_keep"}
+            logits = model(**inputs).logits[:, :-1].float()
+            learned = labels[:, 1:] != IGNORED
+            losses[task] += torch.nn.functional.cross_entropy(
+                logits[learned], labels[:, 1:][learned], reduction="none"
+            ).tolist()
+    return sum(sum(values) / len(values) for values in losses.values()) / len(losses)
 
 
 def spread(samples: list[dict[str, Any]], per_task: int) -> list[dict[str, Any]]:

@@ -40,8 +40,9 @@ from .checkpoints import exclusive, write_durably
 from .collator import Augment, CachedCollator, RawCollator
 from .data import ConversationDataset
 from .encoder_cache import EncoderCache
-from .recipe import ExpertConfig, Recipe, StageConfig
+from .recipe import Recipe, StageConfig
 from .recipe_file import save_recipe
+from .recipe_parts import ExpertConfig
 from .sampler import ModalityBatchSampler
 from .stage import (
     CHECKPOINTS_FOLDER,
@@ -51,6 +52,7 @@ from .stage import (
     StageReport,
     run_training,
 )
+from .stage_processor import processor_of
 
 STAGE_FILE = "stage.json"
 SETTINGS_FILE = "settings.json"
@@ -157,6 +159,7 @@ class _Curriculum:
         self.augment = augment
         self.on_stage_end = on_stage_end
         self.expert_folders: list[Path] = []
+        self.processors = {stage.name: processor_of(stage, self.processor) for stage in recipe.stages}
         self.settings = RunSettings(
             self.processor, self.collator, seed=recipe.seed, precision=recipe.precision, **run_options
         )
@@ -178,10 +181,11 @@ class _Curriculum:
         return report
 
     def collator(self, stage: StageConfig) -> Any:
+        processor = self.processors[stage.name]
         if self.cache is None:
-            return TolerantCollator(RawCollator(self.processor, self.recipe.pad_to_multiple_of))
+            return TolerantCollator(RawCollator(processor, self.recipe.pad_to_multiple_of))
         cached = CachedCollator(
-            self.processor,
+            processor,
             self.cache,
             self.recipe.pad_to_multiple_of,
             feature_noise=stage.feature_noise,

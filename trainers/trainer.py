@@ -1,6 +1,6 @@
 """`transformers.Trainer` for Uni-MoE: modality batches, learning rates by role, exact resume, losses apart."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from .data import ConversationDataset
 from .non_finite import FiniteGuard
 from .objective import LossParts, columns_to_keep, training_loss
 from .sampler import ModalityBatchSampler, group_weights
+from .step_balance import StepBalance
 
 logger = logging.get_logger(__name__)
 
 TRAINED_FILE = "trained_parameters.safetensors"
 LOSS_NAMES = ("ce_loss", *LOSS_COEFFICIENTS)
+_NOT_FOR_THE_MODEL = ("labels", "logits_to_keep", "sample_ids", "group", "bad_samples")
 ALWAYS_LOGGED = ("ce_loss", "aux_loss", "z_loss")
 
 
@@ -80,6 +82,7 @@ class UniMoeTrainer(Trainer):
         self.modality_weights = dict(modality_weights or {})
         self.min_learning_rate_ratio = min_learning_rate_ratio
         self.finite_guard = FiniteGuard(max_skipped_steps)
+        self.step_balance = StepBalance(self.args.world_size if self.args.average_tokens_across_devices else 1)
         # The loss is ours, and divided by the tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -128,6 +131,17 @@ class UniMoeTrainer(Trainer):
 
     # ---- loss
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
+        """The batches of an optimizer step; what the balance losses need to know of all of them is found here."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.model.train()
+        prepared = (_model_inputs(self._prepare_inputs(batch)) for batch in batches)
+        with self.compute_loss_context_manager():
+            self.step_balance.begin(self.base, len(batches), prepared)
+        return batches, items
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -136,24 +150,25 @@ class UniMoeTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Cross entropy (smoothed) at the labelled tokens plus balance terms; see `objective.training_loss`."""
-        raw, inputs = inputs, dict(inputs)
-        labels = inputs.pop("labels")
-        group, _ = inputs.pop("group", ""), inputs.pop("sample_ids", None)
-        self._note_bad(inputs.pop("bad_samples", ()))
-        config = self.base.config.text_config
-        keep = inputs.pop("logits_to_keep", None) or columns_to_keep(labels)
+        raw, labels, inputs = inputs, inputs["labels"], _model_inputs(inputs)
+        group = raw.get("group", "")
+        self._note_bad(raw.get("bad_samples", ()))
+        base, config = self.base, self.base.config.text_config
+        keep = raw.get("logits_to_keep") or columns_to_keep(labels)
         outputs = model(
             **inputs, logits_to_keep=keep, output_router_logits=bool(config.sparse_layers), use_cache=False
         )
+        modality_ids = base.model.modality_ids(inputs["input_ids"])
         parts = training_loss(
             outputs,
             labels,
             inputs.get("attention_mask"),
-            self._token_groups(inputs["input_ids"]),
-            self.base.model.modality_ids(inputs["input_ids"]),
+            base.model.token_groups(modality_ids) if config.sparse_layers else None,
+            modality_ids,
             config,
             self.label_smoothing if model.training else 0.0,
             num_items_in_batch,
+            self.step_balance.of(outputs, base, inputs) if model.training else None,
         )
         loss = parts.total
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -172,12 +187,6 @@ class UniMoeTrainer(Trainer):
                 f"The sample {bad[0][0]} cannot be read: {bad[0][1]} Repair it, or set trainer.bad_samples."
             )
 
-    def _token_groups(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        base = self.base
-        if not base.config.text_config.sparse_layers or len(base.config.text_config.router_groups) == 1:
-            return None
-        return base.model.language_model.token_groups(input_ids, base.model.modality_ids(input_ids))
-
     def _require_something_to_learn(self, loss: torch.Tensor, group: str) -> None:
         if not loss.requires_grad:
             raise RecipeError(
@@ -186,11 +195,9 @@ class UniMoeTrainer(Trainer):
             )
 
     def _note(self, parts: LossParts, group: str) -> None:
-        # Summed over micro batches these are the means over the accumulated batch, as the loss itself is.
-        share = 1.0 / self.args.gradient_accumulation_steps
         self._sums = self._sums.to(parts.cross_entropy.device)
         zero = torch.zeros_like(parts.cross_entropy)
-        routers = [share * parts.routers.get(name, zero) for name in LOSS_COEFFICIENTS]
+        routers = [parts.routers.get(name, zero) for name in LOSS_COEFFICIENTS]
         self._sums += torch.nan_to_num(torch.stack([parts.cross_entropy, *routers]), posinf=0.0, neginf=0.0)
         self._micro_steps += 1
         self._group_pending.append((group, parts.cross_entropy))
@@ -212,10 +219,9 @@ class UniMoeTrainer(Trainer):
             ranks = self.accelerator.num_processes
             text_config = self.base.config.text_config
             for name, value in zip(LOSS_NAMES, sums.tolist(), strict=True):
-                # Cross entropy is divided by the tokens of all ranks, the routers' losses are means per rank.
-                whole = name == "ce_loss" and self.args.average_tokens_across_devices
                 if name in ALWAYS_LOGGED or getattr(text_config, LOSS_COEFFICIENTS[name]):
-                    logs[name] = value / (steps if whole else steps * ranks)
+                    # What is divided by the tokens of all ranks adds up over them.
+                    logs[name] = value / (steps if self.args.average_tokens_across_devices else steps * ranks)
             self._sums.zero_()
             self._micro_steps = 0
             self._collect_group_losses()
@@ -337,6 +343,11 @@ class UniMoeTrainer(Trainer):
     @property
     def _is_plain(self) -> bool:
         return isinstance(self.accelerator.unwrap_model(self.model), UniMoeForCausalLM)
+
+
+def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model's forward takes of a batch, without labels: their loss is ours."""
+    return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
 
 
 def _with_floor(schedule: Callable[[int], float], floor: float, warmup_steps: int) -> Callable[[int], float]:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +12,19 @@ import pytest
 import tiny
 import torch
 from damage import cut, edit_json, left_behind, on_a_bad_disk, write_pickle_with_code
-from tiny_llama import llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tiny_llama import SIZES, llama
+from tiny_tokenizer import save_word_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.commands.convert import parse_groups, parse_layers
+from unimoe.commands._convert_upcycle import parse_groups, parse_layers
 from unimoe.conversion import stream_upcycle
 from unimoe.conversion.io import write_checkpoint
 from unimoe.conversion.llama_family import dense_from
 from unimoe.conversion.sources import open_source
+from unimoe.conversion.sparsity import Sparsity
 from unimoe.conversion.stream_upcycle import plan_upcycle, run_upcycle
-from unimoe.conversion.upcycle import Sparsity, upcycle_model
+from unimoe.conversion.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 
 SPARSITY = Sparsity(num_experts=4, num_experts_per_tok=2, sparse_layers=(0, 2))
@@ -34,22 +36,20 @@ GROUPS = json.dumps(
 )
 
 
-def save_tokenizer(folder: Path) -> None:
-    words = {word: index for index, word in enumerate(["<unk>", "The", "capital", "of", "leaves", "light", "return"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A tiny Llama in several shards, with tokenizer, model card and licence."""
     folder = tmp_path / "dense-llama"
     llama().save_pretrained(folder, max_shard_size="40KB")
-    save_tokenizer(folder)
+    save_word_tokenizer(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     (folder / "LICENSE").write_text("Do what you want.\n")
     return folder
+
+
+def phi3(**fields: Any) -> Phi3ForCausalLM:
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(Phi3Config(**{**SIZES, "pad_token_id": 0, **fields})).eval()
 
 
 def run_cli(*arguments: object) -> int:
@@ -286,25 +286,26 @@ def test_layers_and_groups_are_parsed(tmp_path: Path) -> None:
     assert parse_layers("all", 2) == (0, 1)
     assert parse_layers("3, 1", 5) == (1, 3)
     (tmp_path / "groups.json").write_text(GROUPS)
-    assert parse_groups(str(tmp_path / "groups.json")) == parse_groups(GROUPS)
-    assert parse_groups(None) == (None, None)
+    assert parse_groups(str(tmp_path / "groups.json"), 4) == parse_groups(GROUPS, 4)
+    assert parse_groups("moiie", 4)[0] == parse_groups(GROUPS, 4)[0]
+    assert parse_groups(None, 4) == (None, None)
 
 
 _MEASURE = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 from unimoe.conversion.sources import open_source
 from unimoe.conversion.stream_upcycle import plan_upcycle, run_upcycle
-from unimoe.conversion.upcycle import Sparsity
+from unimoe.conversion.sparsity import Sparsity
 
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 def convert(source, out):
-    sparsity = Sparsity(num_experts=4, num_experts_per_tok=2, sparse_layers=(0, 1, 2, 3))
+    sparsity = Sparsity(num_experts=4, num_experts_per_tok=2, sparse_layers=(0, 1, 2, 3), **json.loads(sys.argv[5]))
     plan = plan_upcycle(open_source(source), sparsity, torch.bfloat16)
-    run_upcycle(plan, Path(out), compare=False, progress=False)
+    run_upcycle(plan, Path(out), compare=False, allow_gap=float("inf"), progress=False)
 
 convert(sys.argv[1], sys.argv[2])  # imports and warms up all that is used
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -315,13 +316,25 @@ print(memory("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_memory_stays_below_the_largest_shard(tmp_path: Path) -> None:
-    llama(num_hidden_layers=4).save_pretrained(tmp_path / "tiny")
-    model = llama(hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8)
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("llama", {}), ("phi-3", {"granularity": 2, "drop_ratio": 0.5, "noise": 0.1})],
+    ids=["copies of llama", "drawn parts of phi-3"],
+)
+def test_memory_stays_below_the_largest_shard(family: str, recipe: dict[str, Any], tmp_path: Path) -> None:
+    make = llama if family == "llama" else phi3
+    make(num_hidden_layers=4).save_pretrained(tmp_path / "tiny")
+    model = make(hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8)
     model.save_pretrained(tmp_path / "dense", max_shard_size="40MB")
     shards = [path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors")]
     assert len(shards) >= 3
     folders = [tmp_path / name for name in ("tiny", "tiny-out", "dense", "dense-out")]
-    command = [sys.executable, "-c", _MEASURE, *folders]
+    command = [sys.executable, "-c", _MEASURE, *folders, json.dumps(recipe)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert int(result.stdout) <= 1.2 * max(shards)
+
+
+def test_progress_shows_bytes_and_their_rate(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(source, "--out", tmp_path / "sparse") == 0
+    last = capsys.readouterr().err.rsplit("Writing:", 1)[1]
+    assert re.search(r"100%.*\d[kM]B?/\d.*B/s", last), last

@@ -24,7 +24,7 @@ from unimoe.trainers.collator import CachedCollator
 from unimoe.trainers.data import ConversationDataset
 from unimoe.trainers.encoder_cache import EncoderCache
 from unimoe.trainers.lora import add_lora, merge_lora
-from unimoe.trainers.recipe import LoraSettings
+from unimoe.trainers.recipe_parts import LoraSettings
 from unimoe.trainers.speed import seconds_per_step
 from unimoe.trainers.trainable import set_trainable
 from unimoe.trainers.trainer import TRAINED_FILE, UniMoeTrainer

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recipe_checks
 import tiny_training
-import torch
+from recipe_checks import changed
 
-from unimoe import UniMoeForCausalLM, cli
+from unimoe import cli
 from unimoe.conversion.assemble import plan_assembly, run_assembly
 from unimoe.conversion.sources import open_source
 from unimoe.trainers.curriculum import run_curriculum
@@ -71,9 +72,7 @@ def test_there_is_a_recipe_for_every_task() -> None:
 
 def test_every_value_names_its_source() -> None:
     for name in RECIPES:
-        for line in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
-            opens = line.strip().rstrip(":") in ("data", "stages", "lora") or line.strip().startswith("- name:")
-            assert opens or not line or "#" in line, f"{name}: {line}"
+        assert recipe_checks.lines_without_source(FOLDER / f"{name}.yaml") == []
 
 
 @pytest.mark.parametrize("variant", ["speech", "sound", "eight"])
@@ -147,14 +146,6 @@ def run(name: str, start: Path, out: Path, model: Path) -> tuple[Path, set[str]]
     assert report.steps == 2
     assert math.isfinite(report.loss_last)
     return Path(report.model), trained
-
-
-def changed(before: Path, after: Path) -> set[str]:
-    """Parts of the model of which a weight changed."""
-    states = [UniMoeForCausalLM.from_pretrained(folder).state_dict() for folder in (before, after)]
-    names = [name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])]
-    parts = ("tower", "connector", "self_attn", "mlp.gate.", "mlp.experts", "mlp.", "embed_tokens", "norm", "lm_head")
-    return {next(part for part in parts if part in name) for name in names}
 
 
 def test_the_three_stages_run_on_a_tiny_twin(start: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from . import _convert_assemble, _convert_unimoe, _convert_upcycle
+from . import _convert_assemble, _convert_layouts, _convert_moiie, _convert_unimoe, _convert_upcycle
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -11,7 +11,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     kinds = parser.add_subparsers(title="conversions", metavar="CONVERSION", required=True)
     _convert_upcycle.add_parser(kinds)
     _convert_assemble.add_parser(kinds)
+    _convert_layouts.add_parser(kinds)
     _convert_unimoe.add_parser(kinds)
+    _convert_moiie.add_parser(kinds)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -262,7 +262,7 @@ def _card(plan: AssemblyPlan, name: str, receipt: AssemblyReceipt) -> str:
         name,
         plan.config,
         count_parameters(plan.config),
-        license=plan.base.license,
+        license=plan.base.license_metadata,
         base_models=[plan.base.name] if plan.base.is_hub_id else None,
         sections={"Assembly receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
     )

@@ -1,13 +1,15 @@
 """Runs a source model and its conversion on the same prompts, one after the other, so that only one is in memory."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
@@ -15,6 +17,7 @@ from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars
 from .parameters import count_parameters, total_and_active
+from .picture_processor import image_features
 from .receipt import Comparison, Continuation
 from .sources import Source, load_dense, load_tokenizer
 
@@ -34,10 +37,15 @@ _BYTES_PER_PARAMETER = 4 * 1.25
 
 @dataclass(frozen=True)
 class _Prompt:
-    """Inputs of one forward pass, and the text that they came from ("" for random ones)."""
+    """Inputs of one forward pass, and the text that they came from ("" for random ones).
+
+    `never`: tokens that its continuation must not hold, because classes differ in what they make of them: without their
+    medium, placeholders have no meaning.
+    """
 
     inputs: dict[str, torch.Tensor]
     text: str = ""
+    never: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ def compare_models(
     if needed > available:
         return f"running it takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
     tokenizer = load_tokenizer(source.folder)
-    prompts = _prompts(config, tokenizer)
+    prompts = _prompts(source, config, tokenizer)
     _check_tokenizer(tokenizer, folder)
     rounding = expected_gap = None
     with transformers_bars(shown=False):
@@ -110,7 +118,9 @@ def _load_source(source: Source, dtype: torch.dtype | None) -> PreTrainedModel:
     if source.kind == "internlm2":
         model: PreTrainedModel = load_dense(source)
     else:
-        model_class = UniMoeForCausalLM if source.kind == "unimoe" else AutoModelForCausalLM
+        model_class: Any = {"unimoe": UniMoeForCausalLM, "multimodal": AutoModelForImageTextToText}.get(
+            source.kind, AutoModelForCausalLM
+        )
         model = model_class.from_pretrained(source.folder, dtype=torch.float32)
     if dtype is not None and dtype != torch.float32:
         with torch.no_grad():
@@ -146,6 +156,7 @@ def _run(load: Callable[[], PreTrainedModel], prompts: list[_Prompt], continued:
             do_sample=False,
             num_beams=1,
             pad_token_id=0,
+            **({"suppress_tokens": list(prompt.never)} if prompt.never else {}),
         )[0, prompt.inputs["input_ids"].shape[1] :]
         for prompt in continuable
     ]
@@ -196,7 +207,7 @@ def _continuation(
     return Continuation(prompt.text or "random tokens", len(result), torch.equal(expected, result), str(text))
 
 
-def _prompts(config: UniMoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[_Prompt]:
+def _prompts(source: Source, config: UniMoeConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[_Prompt]:
     generator = torch.Generator().manual_seed(0)
     text = config.text_config
     prompts = []
@@ -205,15 +216,31 @@ def _prompts(config: UniMoeConfig, tokenizer: PreTrainedTokenizerBase | None) ->
         prompts += [_Prompt({"input_ids": ids}, one) for one, ids in encoded if ids.max() < text.vocab_size]
     plain = torch.ones(text.vocab_size, dtype=torch.bool)
     placeholders = [i for i in config.placeholder_ids.values() if i is not None and i < text.vocab_size]
-    plain[placeholders] = False
+    plain[[*placeholders, *(i for i in source.special_ids if i < text.vocab_size)]] = False
     length = min(_RANDOM_LENGTH, text.max_position_embeddings - _NEW_TOKENS)
     choice = torch.randint(int(plain.sum()), (1, max(length, 1)), generator=generator)
-    prompts.append(_Prompt({"input_ids": plain.nonzero()[:, 0][choice]}))
-    if placeholders:
+    ids = plain.nonzero()[:, 0][choice]
+    prompts.append(_Prompt({"input_ids": ids}))
+    if source.kind == "multimodal":
+        prompts = [dataclasses.replace(prompt, never=source.special_ids) for prompt in prompts]
+    if source.kind == "multimodal" and config.image_connector is not None:
+        prompts.append(_picture_prompt(config, ids, generator))
+    elif placeholders:
         embeddings = torch.randn(1, max(length, 1), text.hidden_size, generator=generator) * text.initializer_range
         modality_ids = torch.arange(embeddings.shape[1])[None] % len(MODALITIES)
         prompts.append(_Prompt({"inputs_embeds": embeddings, "mm_token_type_ids": modality_ids}))
     return prompts
+
+
+def _picture_prompt(config: UniMoeConfig, ids: torch.Tensor, generator: torch.Generator) -> _Prompt:
+    """A random picture among random tokens, as both classes take it."""
+    vision = config.vision_config
+    pixels = torch.randn(1, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+    places = torch.full((1, image_features(config)), config.image_token_id)
+    return _Prompt(
+        {"input_ids": torch.cat((ids[:, :4], places, ids[:, 4:8]), dim=1), "pixel_values": pixels},
+        never=(config.image_token_id,),
+    )
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

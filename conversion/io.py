@@ -14,7 +14,7 @@ import pickle
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -300,15 +300,30 @@ def write_checkpoint(
     """
     shards = split_into_shards(outputs, lambda output: output.num_bytes, max_shard_bytes)
     names = shard_names(SAFETENSORS, len(shards))
-    total = sum(output.num_bytes for shard in shards for output in shard)
+    return write_shards(folder, dict(zip(names, shards, strict=True)), progress=progress, digests=digests)
+
+
+def write_shards(
+    folder: Path,
+    shards: Mapping[str, list[OutputTensor]],
+    *,
+    progress: bool = True,
+    digests: dict[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write files of these names and tensors, and their index unless there is one file alone.
+
+    `metadata` goes into the index; for the rest see `write_checkpoint`.
+    """
+    total = sum(output.num_bytes for shard in shards.values() for output in shard)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not progress) as bar:
-        for name, shard in zip(names, shards, strict=True):
+        for name, shard in shards.items():
             _write_shard(folder / name, shard, bar.update, digests)
     if len(shards) > 1:
-        weight_map = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        weight_map = {output.name: name for name, shard in shards.items() for output in shard}
+        index = {"metadata": {"total_size": total, **(metadata or {})}, "weight_map": weight_map}
         (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [folder / name for name in names]
+    return [folder / name for name in shards]
 
 
 def split_into_shards(tensors: Iterable[T], num_bytes: Callable[[T], int], max_shard_bytes: int) -> list[list[T]]:

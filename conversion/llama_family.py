@@ -48,7 +48,7 @@ _OTHER_STRUCTURES = (
     (r"(pre|post)_feedforward_layernorm|post_self_attn_layernorm|post_mlp_layernorm", "it has further norms (Gemma)"),
     (r"layernorm\.bias$|\.norm\.bias$", "its norms have biases, so they are no RMS norms"),
     (r"\.mlp\.\w+_proj\.bias$", "its feed-forward networks have biases"),
-    (r"vision|visual|image_|multi_modal", "it holds a vision part; only text decoders are read"),
+    (r"vision|visual|image_|multi_modal", "it holds a vision part, and no decoder beside it is found"),
 )
 
 # Families with LLaMA's tensor names but other arithmetic, none of it visible in names, shapes or single fields.

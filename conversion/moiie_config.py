@@ -3,14 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .io import dtype_name
 from .key_rules import Shape
 from .llava_keys import PROJECTOR
-from .moiie_keys import Pools, Sizes
+from .meta_model import first_line
+from .moiie_keys import Sizes
 from .moiie_variant import MoiieVariant, model_type_of
 
 SCALES = [1, 2, 3]
@@ -78,7 +81,7 @@ def our_moiie_config(
     variant: MoiieVariant,
     vision: PreTrainedConfig | None,
     shapes: Mapping[str, Shape],
-    placeholder_ids: Mapping[str, int] | None = None,
+    image_token_id: int | None = None,
 ) -> UniMoeConfig:
     """Our configuration of a MoIIE checkpoint.
 
@@ -86,8 +89,8 @@ def our_moiie_config(
         original: its config.json.
         vision: the SigLIP tower; None for a language model alone.
         shapes: its tensors, by original name.
-        placeholder_ids: token ids of "image" and "video". None: those that follow the vocabulary; the embedding table
-            does not grow, because placeholders are replaced before they are looked up.
+        image_token_id: of the placeholder. None: the id that follows the vocabulary; the embedding table does not grow,
+            because placeholders are replaced before they are looked up.
 
     Raises:
         ConversionError: see `our_text_config`.
@@ -97,7 +100,6 @@ def our_moiie_config(
     fields: dict[str, Any] = {"route_run_end_as_text": grouped}
     if vision is None or not variant.projector_depth:
         return UniMoeConfig(text_config=text, **fields)
-    ids = placeholder_ids or {"image": text.vocab_size, "video": text.vocab_size + 1}
     first = PROJECTOR + ("0.weight" if PROJECTOR + "0.weight" in shapes else "weight")
     return UniMoeConfig(
         text_config=text,
@@ -105,8 +107,7 @@ def our_moiie_config(
         image_connector=UniMoeConnectorConfig(
             type="mlp", depth=variant.projector_depth, input_size=shapes[first][1], output_size=text.hidden_size
         ),
-        image_token_id=ids["image"],
-        video_token_id=ids["video"],
+        image_token_id=text.vocab_size if image_token_id is None else image_token_id,
         vision_feature_layer=-2,
         vision_feature_select_strategy="full",
         vision_scales=list(SCALES) if original.get("use_s2") else None,
@@ -132,7 +133,7 @@ def original_moiie_config(
         "rope_theta": text.rope_parameters["rope_theta"],
         "rope_scaling": _rope_scaling(text),
         "attention_bias": False,
-        "torch_dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "torch_dtype": dtype_name(config.dtype or "float32"),
         "use_cache": True,
         **_original_routing(text, variant),
     }
@@ -170,9 +171,10 @@ def _backbone_config(original: Mapping[str, Any], variant: MoiieVariant) -> Any:
     given = {name: original[name] for name in names if name in original}
     try:
         return config_class(**given)
-    except (ValueError, TypeError, KeyError) as error:
-        told = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConversionError(f"config.json describes no {config_class.__name__} ({told}). Correct it.") from error
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise ConversionError(
+            f"config.json describes no {config_class.__name__} ({first_line(error)}). Correct it."
+        ) from error
 
 
 def _routing(original: Mapping[str, Any], variant: MoiieVariant) -> dict[str, Any]:
@@ -237,6 +239,3 @@ def _rope_scaling(text: UniMoeTextConfig) -> dict[str, Any] | None:
     kept = {k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta", "original_max_position_embeddings")}
     kept.pop("partial_rotary_factor", None)
     return {"type": rope["rope_type"], **kept}
-
-
-__all__ = ["MODALITY_GROUPS", "Pools", "original_moiie_config", "our_moiie_config", "our_text_config", "sizes_of"]

@@ -139,7 +139,8 @@ class _Seen:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(sorted(set().union(*self.experts.values(), *self.gates.values())))
+        with_experts = {layer for table in self.experts.values() for layer in table}
+        return tuple(sorted(with_experts.union(*self.gates.values())))
 
     def told(self) -> str:
         modules = sorted(self.experts)

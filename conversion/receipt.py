@@ -11,6 +11,7 @@ from ..errors import ConversionError
 RECEIPT_FILE = "receipt.json"
 # On logits up to 1; larger ones lose as many absolute digits as they are larger, in any order of summation.
 MAX_RELATIVE_DIFFERENCE = 1e-5
+_SHOWN_KEYS = 4
 
 
 @dataclass
@@ -128,11 +129,10 @@ class Receipt:
 
     def lines(self) -> list[str]:
         """The receipt for a reader."""
-        dropped = ", ".join(f"{key} ({reason})" for key, reason in self.keys_dropped.items()) or "none"
         rate = self.bytes_written / max(self.seconds_writing, 1e-3) / 1e6
         lines = [
             *(f"{'recipe':<12}{line}" for line in self.recipe),
-            f"tensors     {self.keys_consumed} consumed, {self.keys_produced} produced; dropped: {dropped}",
+            f"tensors     {self.keys_consumed} consumed, {self.keys_produced} produced; dropped: {self._dropped()}",
             f"parameters  {self.parameters_before:,} -> {self.parameters_after:,} "
             f"({self.parameters_active:,} active per token)",
             f"written     {self.bytes_written / 1e6:,.1f} MB {self.dtype} in {self.seconds_writing:.1f} s "
@@ -141,6 +141,17 @@ class Receipt:
         if isinstance(self.comparison, str):
             return [*lines, f"not run     {self.comparison}; {self.tensors_read_back} tensors read back, bit-equal"]
         return lines + self._comparison_lines(self.comparison)
+
+    def _dropped(self) -> str:
+        """What was not taken over, by reason; many tensors of one reason are counted."""
+        by_reason: dict[str, list[str]] = {}
+        for key, reason in self.keys_dropped.items():
+            by_reason.setdefault(reason, []).append(key)
+        listed = (
+            f"{', '.join(keys)} ({reason})" if len(keys) <= _SHOWN_KEYS else f"{len(keys)} tensors ({reason})"
+            for reason, keys in by_reason.items()
+        )
+        return ", ".join(listed) or "none"
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,9 +1,10 @@
 """What a conversion starts from: a folder or Hub id, recognised by its tensors and described in our terms."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -19,7 +20,15 @@ from . import llama_family
 from .fused_layouts import internlm2_config, is_internlm2, unfused_parts
 from .io import Checkpoint, read_json
 from .meta_model import first_line, meta_model
-from .tensor_parts import PartsView
+from .multimodal_layouts import (
+    LanguagePart,
+    language_part,
+    picture_part,
+    special_token_ids,
+    text_config_of,
+    with_tower_names,
+)
+from .tensor_parts import Part, PartsView
 
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "NOTICE*")
 # Everything beside weights and configuration that a converted folder keeps.
@@ -36,8 +45,12 @@ _KEPT_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
 # What transformers raises when it reads a configuration in which a field has the wrong type or an impossible value.
 _READING_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError)
+
+
+Kind = Literal["llama", "internlm2", "multimodal", "unimoe"]
 
 
 @dataclass(frozen=True)
@@ -47,20 +60,22 @@ class Source:
     Args:
         name: as the user gave it.
         kind: "llama" for a text decoder of another class, "internlm2" for one that transformers has no class for,
-            "unimoe" for our own format.
+            "multimodal" for a decoder inside a model that sees, "unimoe" for our own format.
         checkpoint: its tensors; fused ones in their parts.
         config: the dense model as ours.
         keys: our tensor name -> name in the checkpoint.
         dropped: tensors of the checkpoint that are not taken over -> why.
+        special_ids: tokens that the source reads as media.
     """
 
     name: str
     folder: Path
-    kind: Literal["llama", "internlm2", "unimoe"]
+    kind: Kind
     checkpoint: Checkpoint
     config: UniMoeConfig
     keys: dict[str, str]
     dropped: dict[str, str]
+    special_ids: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,20 +105,36 @@ class Source:
     @property
     def license(self) -> str | None:
         """The licence that the source's model card states, or None."""
+        return self.license_metadata.get("license")
+
+    @property
+    def license_metadata(self) -> dict[str, str]:
+        """What the source's model card says of its licence: `license`, and for others `license_name` and `license_link`.
+
+        A source without such a card, but with a licence file, which is copied, has a link to that.
+        """
+        stated = {name: value for name, value in self._card_metadata().items() if name in _LICENSE_FIELDS}
+        found = {name: value for name, value in stated.items() if isinstance(value, str)}
+        files = sorted(path.name for path in self.folder.glob("LICENSE*"))
+        if "license" not in found and files:
+            found |= {"license": "other", "license_link": files[0]}
+        return found
+
+    def _card_metadata(self) -> dict[str, Any]:
         card = self.folder / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         if not text.startswith("---\n") or "\n---" not in text[4:]:
-            return None
+            return {}
         try:
             metadata = yaml.safe_load(text[4 : text.index("\n---", 4)])
         except yaml.YAMLError:
-            return None
-        stated = metadata.get("license") if isinstance(metadata, dict) else None
-        return stated if isinstance(stated, str) else None
+            return {}
+        return metadata if isinstance(metadata, dict) else {}
 
     def kept_files(self) -> list[Path]:
-        """Tokenizer, processor, licence and the like."""
-        found = {path for pattern in _KEPT_FILES for path in self.folder.glob(pattern)}
+        """Tokenizer, processor, licence and the like; not the processor of a class that is not ours."""
+        patterns = [p for p in _KEPT_FILES if self.kind != "multimodal" or "processor" not in p]
+        found = {path for pattern in patterns for path in self.folder.glob(pattern)}
         return sorted(path for path in found if path.is_file() and path.suffix != ".py")
 
 
@@ -120,7 +151,7 @@ def open_source(name: str) -> Source:
     checkpoint = Checkpoint(folder)
     if read_json(config_file).get("model_type") == UniMoeConfig.model_type:
         return _open_ours(name, checkpoint)
-    return _open_llama(name, checkpoint)
+    return _open_foreign(name, checkpoint)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -201,8 +232,11 @@ def _check_same(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> No
             )
 
 
-def _open_llama(name: str, checkpoint: Checkpoint) -> Source:
-    shapes = checkpoint.shapes
+def _open_foreign(name: str, checkpoint: Checkpoint) -> Source:
+    """A decoder of another class, alone or inside a multimodal model."""
+    language = language_part(checkpoint.shapes)
+    stored = {key: key for key in checkpoint.tensors} if language is None else dict(language.names)
+    shapes = {key: checkpoint.tensors[where].shape for key, where in stored.items()}
     reason = llama_family.other_structure(shapes)
     if reason is not None:
         raise ConversionError(
@@ -210,20 +244,49 @@ def _open_llama(name: str, checkpoint: Checkpoint) -> Source:
             "format is needed."
         )
     hf_config = _hf_config(name, checkpoint)
-    config = UniMoeConfig(text_config=llama_family.text_config_from(hf_config, shapes))
-    parts = unfused_parts(shapes, hf_config)
+    text = hf_config if language is None else text_config_of(hf_config)
+    text_config = llama_family.text_config_from(text, shapes)
+    parts = {key: replace(part, stored=stored[part.stored]) for key, part in unfused_parts(shapes, text).items()}
+    keys, dropped = _decoder_keys(parts)
+    config, special = UniMoeConfig(text_config=text_config), []
+    if language is not None:
+        config, pictures, left_out = _with_pictures(config, hf_config, language)
+        parts |= {key: Part(where) for key, where in pictures.items()}
+        keys |= {key: key for key in pictures}
+        dropped |= left_out
+        special = special_token_ids(hf_config)
     if any(part.rows or part.stored != key for key, part in parts.items()):
         checkpoint = PartsView(checkpoint, parts)
-    dropped = _extra_head(checkpoint, config, llama_family.HEAD, llama_family.EMBEDDING)
-    keys = {}
-    for key in checkpoint.tensors:
+    extra = _extra_head(checkpoint, config, llama_family.HEAD, llama_family.EMBEDDING)
+    keys = {ours: key for ours, key in keys.items() if key not in extra}
+    kind: Kind = "multimodal" if language is not None else "internlm2" if is_internlm2(shapes) else "llama"
+    return Source(name, checkpoint.folder, kind, checkpoint, config, keys, dropped | extra, tuple(special))
+
+
+def _decoder_keys(parts: Mapping[str, Part]) -> tuple[dict[str, str], dict[str, str]]:
+    """Our name -> name in the view, and what is dropped -> why."""
+    keys, dropped = {}, {}
+    for key in parts:
         ours = llama_family.our_key(key)
         if ours is None:
             dropped[key] = "computed from the configuration"
-        elif key not in dropped:
+        else:
             keys[ours] = key
-    kind: Literal["llama", "internlm2"] = "internlm2" if is_internlm2(shapes) else "llama"
-    return Source(name, checkpoint.folder, kind, checkpoint, config, keys, dropped)
+    return keys, dropped
+
+
+def _with_pictures(
+    config: UniMoeConfig, hf_config: PreTrainedConfig, language: LanguagePart
+) -> tuple[UniMoeConfig, dict[str, str], dict[str, str]]:
+    """The configuration with the picture part, its tensors (ours -> stored), and what is left out -> why."""
+    pictures = picture_part(hf_config, language.others)
+    if isinstance(pictures, str):
+        return config, {}, dict.fromkeys(language.others, f"the picture part is left out: {pictures}")
+    fields = dict(pictures.fields)
+    fields["image_connector"] |= {"output_size": config.text_config.hidden_size}
+    config = UniMoeConfig(text_config=config.text_config, **fields)
+    names = with_tower_names(pictures.names, expected_tensors(config))
+    return config, names, dict(pictures.dropped)
 
 
 def _hf_config(name: str, checkpoint: Checkpoint) -> PreTrainedConfig:

@@ -22,6 +22,7 @@ from .hub import complete_bundle, save_config
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
 from .model_card import model_card
 from .parameters import count_parameters, total_and_active
+from .picture_processor import picture_processor
 from .prompted_rows import RouterRows
 from .receipt import RECEIPT_FILE, Comparison, Receipt
 from .sources import Source, expected_tensors
@@ -197,8 +198,20 @@ def write_beside_weights(source: Source, config: UniMoeConfig, folder: Path) -> 
     """What a folder holds beside weights, card and code: the source's tokenizer and the like, and configurations."""
     for path in source.kept_files():
         shutil.copyfile(path, folder / path.name)
-    if not (folder / "generation_config.json").exists():
-        GenerationConfig.from_model_config(config.text_config).save_pretrained(folder)
+    processor = picture_processor(source)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    settings = folder / "generation_config.json"
+    generation = (
+        GenerationConfig.from_pretrained(folder)
+        if settings.exists()
+        else GenerationConfig.from_model_config(config.text_config)
+    )
+    if source.kind == "multimodal" and config.image_token_id is not None:
+        # An answer never holds a placeholder, which would stand for a picture that is not there.
+        generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), config.image_token_id})
+    if not settings.exists() or source.kind == "multimodal":
+        generation.save_pretrained(folder)
     save_config(config, folder)
 
 
@@ -274,13 +287,23 @@ def _fused(
 
 
 def _card(plan: UpcyclePlan, name: str, receipt: Receipt) -> str:
+    source = plan.source
+    origin = (
+        f"[{source.name}](https://huggingface.co/{source.name})" if source.is_hub_id else f"`{source.public_name}`"
+    )
+    layers = plan.config.text_config.sparse_layers
+    start = f"Upcycled from {origin}: the FFNs of layers {', '.join(map(str, layers))} became experts."
+    recipe = "\n".join(f"- {line}" for line in plan.recipe())
     return model_card(
         name,
         plan.config,
         count_parameters(plan.config),
-        license=plan.source.license,
-        base_models=[plan.source.name] if plan.source.is_hub_id else None,
-        sections={"Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
+        license=source.license_metadata,
+        base_models=[source.name] if source.is_hub_id else None,
+        sections={
+            "Recipe": f"{start}\n\n{recipe}",
+            "Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```",
+        },
     )
 
 

@@ -25,21 +25,28 @@ def load_tokenizer(*folders: Path | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the first folder that holds one, with the placeholder tokens added; None where none does.
 
     Raises:
+        ConversionError: see `read_tokenizer`.
+    """
+    found = (read_tokenizer(folder) for folder in folders if folder is not None)
+    tokenizer = next((tokenizer for tokenizer in found if tokenizer is not None), None)
+    if tokenizer is not None:
+        prepare_tokenizer(tokenizer, chat_tokens=False)
+    return tokenizer
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder, as it is; None where there is none.
+
+    Raises:
         ConversionError: its files are damaged, or a package that reads them is missing.
     """
-    for folder in folders:
-        if folder is None or not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            continue
-        _require_reader(folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ConversionError(
-                f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]})."
-            ) from error
-        prepare_tokenizer(tokenizer, chat_tokens=False)
-        return tokenizer
-    return None
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    _require_reader(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConversionError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}).") from error
 
 
 def _require_reader(folder: Path) -> None:

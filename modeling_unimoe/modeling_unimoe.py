@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_torchvision_available, logging
 
+from .checkpoint_layouts_unimoe import FusedCheckpointMixin
 from .configuration_unimoe import AUTO_MAP, UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import init_connector_weights
@@ -28,7 +29,7 @@ from .outputs_unimoe import UniMoeCausalLMOutputWithPast, UniMoeModelOutputWithP
 logger = logging.get_logger(__name__)
 
 
-class UniMoePreTrainedModel(PreTrainedModel):
+class UniMoePreTrainedModel(FusedCheckpointMixin, PreTrainedModel):
     config: UniMoeConfig
     base_model_prefix = "model"
     input_modalities: Any = ("image", "video", "audio", "text")

@@ -12,6 +12,7 @@ from ..processing.processing_unimoe import UniMoeProcessor
 from ..trainers.collator import CachedCollator
 from ..trainers.encoder_cache import EncoderCache
 from ..trainers.objective import IGNORED
+from ..trainers.router_bias import choice_biases
 
 TASKS = ("image", "speech", "sound", "video_direction", "video_object", "text")
 MAX_ANSWER_TOKENS = 12
@@ -112,7 +113,11 @@ def load_by_modality(
         inputs = _model_inputs(collator(members[:BATCH_SIZE]))
         outputs = model(**inputs, output_router_logits=True)
         mask = inputs["attention_mask"].reshape(-1)
-        loads[modality] = expert_load(outputs.router_logits, model.config.text_config, attention_mask_T=mask).tolist()
+        groups = model.model.token_groups(model.model.modality_ids(inputs["input_ids"]))
+        groups = None if groups is None else groups.reshape(-1)
+        biases = [*choice_biases(model).values()] or None
+        load = expert_load(outputs.router_logits, model.config.text_config, groups, mask, biases)
+        loads[modality] = load.tolist()
     return loads
 
 

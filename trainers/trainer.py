@@ -20,6 +20,7 @@ from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal
 from .data import ConversationDataset
 from .non_finite import FiniteGuard
 from .objective import LossParts, columns_to_keep, training_loss
+from .router_bias import RouterBiasUpdate, choice_biases
 from .sampler import ModalityBatchSampler, group_weights
 from .step_balance import StepBalance
 
@@ -92,6 +93,7 @@ class UniMoeTrainer(Trainer):
         self._sums = torch.zeros(len(LOSS_NAMES))
         self._micro_steps = 0
         self._saving = False
+        self.add_callback(RouterBiasUpdate(self))
 
     @property
     def base(self) -> UniMoeForCausalLM:
@@ -311,7 +313,7 @@ class UniMoeTrainer(Trainer):
         if self._is_plain or not self.args.should_save:
             return
         # PEFT saves its adapters only; routers and connectors trained beside them would be lost.
-        trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained_tensors(self.model).items()}
         save_file(trained, Path(output_dir or self.args.output_dir) / TRAINED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -320,7 +322,7 @@ class UniMoeTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         trained = load_file(trained_file)
-        target = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
+        target = _trained_tensors(model or self.model)
         if set(trained) != set(target):
             different = sorted(set(trained) ^ set(target))[:5]
             raise CheckpointError(
@@ -328,8 +330,8 @@ class UniMoeTrainer(Trainer):
                 "settings of the run that wrote it, or start in another folder."
             )
         with torch.no_grad():
-            for name, parameter in target.items():
-                parameter.copy_(trained[name])
+            for name, tensor in target.items():
+                tensor.copy_(trained[name])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.base.all_tied_weights_keys) if hasattr(self.base, "all_tied_weights_keys") else set()
@@ -348,6 +350,11 @@ class UniMoeTrainer(Trainer):
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What the model's forward takes of a batch, without labels: their loss is ours."""
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
+
+
+def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training moves: parameters, and the routers' biases."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | choice_biases(model)
 
 
 def _with_floor(schedule: Callable[[int], float], floor: float, warmup_steps: int) -> Callable[[int], float]:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .fused_layouts import Shapes
-from .unimoe_keys import vision_prefix
+from .llava_keys import vision_prefix
 
 # Where the decoder and the head lie: today's names, those of older files, and Qwen2-VL's older ones.
 _PLACES = (

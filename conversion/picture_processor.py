@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ..processing.chat_unimoe import IMAGE_TOKEN, VICUNA_CHAT_TEMPLATE
+from ..processing.chat_templates_unimoe import VICUNA_CHAT_TEMPLATE
+from ..processing.chat_unimoe import IMAGE_TOKEN
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.processor_parts_unimoe import load_image_processor
 from .io import read_json

@@ -166,13 +166,13 @@ def test_a_media_token_that_merges_made_becomes_one() -> None:
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.train_from_iterator(["a <image> of", "ao", "fa"] * 4, trainer)
+    core.train_from_iterator(["<image> <image> s<image>"] * 4, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     before = made.convert_tokens_to_ids("<image>")
     assert before != made.unk_token_id
-    assert before not in made.encode("ao<image>of")
+    assert before not in made.encode("s<image>")
     prepare_tokenizer(made, chat_tokens=False)
-    assert made.encode("ao<image>of").count(before) == 1
+    assert made.encode("s<image>").count(before) == 1
 
 
 def test_a_batch_without_images_may_hold_samples_that_are_given_up() -> None:

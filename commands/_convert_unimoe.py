@@ -51,7 +51,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         description="Write a model of ours in the folders that Uni-MoE's own code loads.",
     )
     export.add_argument(
-        "model", metavar="MODEL", type=Path, help="folder of a Uni-MoE variant (audio, speech, speech_dp)"
+        "model", metavar="MODEL", type=Path, help="folder of a Uni-MoE variant (audio, speech, speech_dp, 8e)"
     )
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
     export.set_defaults(run=run_export)

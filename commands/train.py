@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ..trainers.curriculum import run_curriculum
-    from ..trainers.recipe import load_recipe
+    from ..trainers.recipe_file import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.out is not None:

@@ -69,12 +69,14 @@ def build_bunny_processor(
     if max(scales) > 1:
         side = max(scales) * vision.image_size
         pictures.size = {"height": side, "width": side}
-    template = bunny_chat_template(version, tokenizer)
-    captions = {"default": template, "plain": bunny_chat_template("plain", tokenizer)}
+    default = bunny_chat_template(version, tokenizer)
+    template: str | dict[str, str] = default
+    if for_training:
+        template = {"default": default, "plain": bunny_chat_template("plain", tokenizer)}
     return UniMoeProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
-        chat_template=captions if for_training else template,
+        chat_template=template,
         image_tokens=(vision.image_size // vision.patch_size) ** 2,
         image_aspect_ratio=image_aspect_ratio,
     )

@@ -4,6 +4,9 @@
     OUT/clip/      the vision encoder in Hugging Face's layout
     OUT/whisper/   the speech encoder, or OUT/BEATs.pt with OUT/qformer_config.json
 
+A model with a float32 router, which of the released ones only the 8-expert variant has, is written in that variant's
+layout: OUT/experts and OUT/finetuned come on top, see `export_eight_experts`.
+
 Importing these folders gives the same model again, to the last bit.
 """
 
@@ -19,12 +22,14 @@ from safetensors.torch import save_file
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .export_eight_experts import DEEPSPEED_MOE, absent_pairs, eight_expert_fields, write_eight_experts
 from .io import DEFAULT_SHARD_BYTES, PICKLE, PICKLE_INDEX, Checkpoint, finished_folder, read_json
 from .key_rules import KeyMap
 from .llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
-from .originals import Originals
 from .unimoe_config import original_config
-from .unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, rules_for
+from .unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, Layout, rules_for
+from .unimoe_originals import Originals
 
 BEATS_FILE = "BEATs.pt"
 _QUERY_EMBEDDINGS = ALIGNER + "decoder.audio_decoder.embed_tokens.weight"
@@ -36,9 +41,10 @@ _NEEDED: dict[str, Any] = {
 }
 _NEEDED_TEXT: dict[str, Any] = {
     "expert_groups": None,
+    "router_type": "top_k",
+    "num_null_experts": 0,
+    "num_shared_experts": 0,
     "router_scoring": "softmax",
-    "norm_topk_prob": True,
-    "router_pick": "max",
     "attention_bias": False,
     "attention_output_bias": False,
     "use_qk_norm": False,
@@ -57,21 +63,44 @@ def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHAR
         raise ConversionError(f"{model} holds no model of ours: give a folder that `unimoe convert unimoe` wrote.")
     config = UniMoeConfig.from_pretrained(model)
     audio = audio_kind(config)
+    layout = layout_for(config.text_config)
     checkpoint = Checkpoint(model)
-    key_map = KeyMap(rules_for(audio, vision_prefix(checkpoint.tensors)))
+    key_map = KeyMap(rules_for(audio, vision_prefix(checkpoint.tensors), layout))
+    processor = _processor_settings(model)
+    aspect = processor.get("image_aspect_ratio", "square")
+    fields = original_config(config, "clip", "whisper" if audio == "whisper" else BEATS_FILE, aspect)
+    if layout == "deepspeed":
+        fields |= eight_expert_fields(config.text_config)
     with finished_folder(out) as folder:
         base = folder / "base"
         base.mkdir()
-        written = _write_base(base, checkpoint, key_map, config, max_shard_bytes)
-        processor = _processor_settings(model)
-        aspect = processor.get("image_aspect_ratio", "square")
-        audio_tower = "whisper" if audio == "whisper" else BEATS_FILE
-        _write_json(base / "config.json", original_config(config, "clip", audio_tower, aspect))
+        originals = Originals(checkpoint, key_map, config)
+        pairs = absent_pairs(originals) if layout == "deepspeed" else {}
+        written = _write_base(base, originals, pairs, max_shard_bytes)
+        if layout == "deepspeed":
+            written += write_eight_experts(folder, originals, fields)
+        _write_json(base / "config.json", fields)
         for path in model.glob("tokenizer*"):
             shutil.copyfile(path, base / path.name)
-        written += _write_encoders(folder, checkpoint, key_map, config)
+        written += _write_encoders(folder, originals)
         _write_preprocessors(folder, processor)
     return written
+
+
+def layout_for(text: UniMoeTextConfig) -> Layout:
+    """The layout whose code routes as a model does. Raises ConversionError when neither does."""
+    layout: Layout = "deepspeed" if text.router_in_float32 else "plain"
+    # DeepSpeed divides by the sum of two weights, but leaves a single one as it is; the other code always divides.
+    normalised = text.num_experts_per_tok > 1 or layout == "plain"
+    picks = ("max", "sample_always") if layout == "deepspeed" else ("max",)
+    for field, allowed in (("norm_topk_prob", (normalised,)), ("router_pick", picks)):
+        if getattr(text, field) not in allowed:
+            raise ConversionError(
+                f"The original has no {field} = {getattr(text, field)!r} with router_in_float32 = "
+                f"{text.router_in_float32} and {text.num_experts_per_tok} experts per token; only "
+                f"{' or '.join(map(repr, allowed))} can be exported."
+            )
+    return layout
 
 
 def audio_kind(config: UniMoeConfig) -> AudioKind:
@@ -98,28 +127,15 @@ def audio_kind(config: UniMoeConfig) -> AudioKind:
     return kinds[tuple(types)]
 
 
-class _Originals(Originals):
-    """The original tensors of a model of ours, one at a time."""
-
-    def __init__(self, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig) -> None:
-        layers = config.audio_config.num_hidden_layers if config.audio_config is not None else 1
-        super().__init__(checkpoint, key_map, config.text_config.num_experts, layers)
-        self.config = config
-        if config.image_connector.depth == 1:  # a projector of one layer has no numbers in its names
-            self.sources = {name.replace(PROJECTOR + "0.", PROJECTOR): ours for name, ours in self.sources.items()}
-
-
-def _write_base(
-    folder: Path, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig, max_shard_bytes: int
-) -> list[str]:
-    originals = _Originals(checkpoint, key_map, config)
-    towers = set(originals.names(VISION_TOWER, AUDIO_TOWER))
-    names = [name for name in originals.sources if name not in towers]
+def _write_base(folder: Path, originals: Originals, pairs: dict[str, torch.Tensor], max_shard_bytes: int) -> list[str]:
+    checkpoint = originals.checkpoint
+    elsewhere = {*originals.names(VISION_TOWER, AUDIO_TOWER), *(n for n in originals.targets if DEEPSPEED_MOE in n)}
+    names = [name for name in originals.targets if name not in elsewhere]
     shards: list[list[str]] = [[]]
     filled = 0
-    pieces = Counter(originals.sources[name][0] for name in names)
+    pieces = Counter(originals.targets[name] for name in names)
     for name in names:
-        ours = originals.sources[name][0]
+        ours = originals.targets[name]
         size = checkpoint.tensors[ours].num_bytes // pieces[ours]
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
@@ -128,8 +144,9 @@ def _write_base(
         filled += size
     files = [PICKLE] if len(shards) == 1 else [_shard(i, len(shards)) for i in range(len(shards))]
     for file, members in zip(files, shards, strict=True):
-        torch.save(originals.read_all(members), folder / file)
+        torch.save(originals.read_all(members) | (pairs if file == files[-1] else {}), folder / file)
     if len(shards) > 1:
+        shards[-1] += pairs
         weight_map = {name: file for file, members in zip(files, shards, strict=True) for name in members}
         _write_json(folder / PICKLE_INDEX, {"metadata": {}, "weight_map": weight_map})
     torch.save(originals.read_all(originals.names(PROJECTOR)), folder / "mm_projector.bin")
@@ -137,7 +154,7 @@ def _write_base(
     return [f"base: {len(names)} tensors in {len(files)} file(s), mm_projector.bin, mm_audio_aligner.bin"]
 
 
-def _aligner(originals: _Originals) -> dict[str, torch.Tensor]:
+def _aligner(originals: Originals) -> dict[str, torch.Tensor]:
     """Queries first, which one of the original's loaders takes by position; then everything that it loads strictly."""
     aligner = originals.read_all([*originals.names("model.query_tokens"), *originals.names(ALIGNER)])
     whisper = originals.config.speech_config
@@ -147,8 +164,8 @@ def _aligner(originals: _Originals) -> dict[str, torch.Tensor]:
     return aligner
 
 
-def _write_encoders(folder: Path, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig) -> list[str]:
-    originals = _Originals(checkpoint, key_map, config)
+def _write_encoders(folder: Path, originals: Originals) -> list[str]:
+    config = originals.config
     vision = {n.removeprefix(VISION_TOWER): originals.read(n) for n in originals.names(VISION_TOWER)}
     _write_hf(folder / "clip", config.vision_config, vision)
     audio = {name.removeprefix(AUDIO_TOWER): originals.read(name) for name in originals.names(AUDIO_TOWER)}

@@ -65,7 +65,7 @@ _QFORMER_FIELDS = (
 )
 _BLIP2_HIDDEN, _BLIP2_HEADS = 768, 12
 # Our name of a modality -> the field of the 8-expert variant that lists the experts its tokens shall prefer.
-_MODALITY_EXPERTS = {
+MODALITY_EXPERTS = {
     "image": "image_expert_indices",
     "speech": "audio_expert_indices",
     "video": "video_expert_indices",
@@ -197,7 +197,7 @@ def _text_config(original: Mapping[str, Any], variant: Variant) -> UniMoeTextCon
 
 
 def _eight_expert_routing(original: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
-    experts = {name: original.get(field) for name, field in _MODALITY_EXPERTS.items()}
+    experts = {name: original.get(field) for name, field in MODALITY_EXPERTS.items()}
 
     def coefficient(loss: str) -> float:
         return float(_required(original, f"{loss}_coef")) if original.get(loss) else 0.0

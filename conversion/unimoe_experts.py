@@ -30,7 +30,7 @@ EXPERT_FILES = (
     "mlp_base.bin",
     "mlp_base7.bin",
 )
-_FINETUNED_FILE = "{expert}_mlp_experts.bin"
+FINETUNED_FILE = "{expert}_mlp_experts.bin"
 # Maps in front of the routers, empty unless config.json has use_fm_block.
 _MODALITY_MAPS = "fm_adapter.bin"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -65,7 +65,7 @@ def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config
             gathered.add_file("finetuned", TensorFile(finetuned / _MODALITY_MAPS))  # what it holds stays unexpected
     for expert in range(num_experts):
         if finetuned is not None:
-            file = TensorFile(finetuned / _FINETUNED_FILE.format(expert=expert))
+            file = TensorFile(finetuned / FINETUNED_FILE.format(expert=expert))
             _refuse_several_slots(file)
             _place(gathered, gathered.add_file("finetuned", file), expert, layers, (*_PROJECTIONS, *_FACTORS))
         _place(gathered, sources[_file_of(expert)], expert, layers, _PROJECTIONS)

@@ -301,9 +301,9 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         modality_ids = torch.zeros_like(labels) if outputs.mm_token_type_ids is None else outputs.mm_token_type_ids
         groups = self.model.token_groups(modality_ids)
         share = _share_of_batch(learned, kwargs.get("num_items_in_batch"))
-        terms = balance_terms(outputs.router_logits, config, modality_ids, groups, attention_mask, share)
+        terms = balance_terms(outputs.router_logits, config, modality_ids, groups, attention_mask)
         return {
-            "loss": ce_loss + terms.weighted,
+            "loss": ce_loss + terms.weighted * share,
             "ce_loss": ce_loss,
             "group_aux_losses": terms.aux_loss_G,
             **terms.losses,

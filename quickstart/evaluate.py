@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..modeling_unimoe.losses_unimoe import expert_load
+from ..modeling_unimoe.gate_rows_unimoe import expert_load
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..trainers.collator import CachedCollator

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from ..conversion.upcycle import upcycle_model
 from ..errors import CheckpointError, RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from .recipe import ExpertConfig, MoeConfig
+from .recipe_parts import ExpertConfig, MoeConfig
 
 EXPERT_FILE = "expert.safetensors"
 CONNECTORS_FILE = "connectors.safetensors"

@@ -1,20 +1,16 @@
-"""A recipe: what a curriculum trains, on what, in which stages. YAML on disk, dataclasses in Python, either way back.
+"""A recipe: what a curriculum trains, on what, in which stages. `recipe_file` reads and writes it as YAML.
 
 Everything that can be checked without opening a model or a data file is checked here, when a recipe is made.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from dataclasses import dataclass, field
+from typing import Literal
 
 from ..errors import RecipeError
 from ..roles import ROLES
 from .recipe_parts import ExpertConfig, LoraSettings, MoeConfig, require_folder_name
-from .recipe_values import build, require, require_choice, require_range
+from .recipe_values import require, require_choice, require_range
 
 STAGE_KINDS = ("train", "experts", "moe")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -41,12 +37,15 @@ class StageConfig:
         schedule: of the learning rate after `warmup_steps`; it ends at `min_learning_rate_ratio` of its peak.
         weight_decay, adam_betas: of AdamW; biases and norms do not decay.
         max_grad_norm: longer gradients are scaled down to it; 0 leaves them.
+        max_skipped_steps: steps whose loss or gradient is not finite that may be left out; one more ends the run.
         label_smoothing: share of the target that is spread evenly over the vocabulary.
         lora: adapters that train beside `train`.
         experts: the runs of a stage of kind "experts".
         modality_weights: share of the batches by task or modality; without them, by the number of samples.
         router_aux_loss_coef, router_z_loss_coef, router_modality_loss_coef, router_divergence_loss_coef: override the
             model's coefficients during this stage.
+        router_aux_loss_final_coef: where `router_aux_loss_coef` goes, linearly within `router_aux_loss_decay_steps`
+            optimizer steps (0: the whole stage); None leaves it where it is.
         feature_noise: standard deviation of Gaussian noise on cached tower states, relative to the states' own; one
             figure or one per modality. Cached training only, as is token_dropout.
         token_dropout: probability that a position of the cached tower states becomes the mean state.
@@ -73,6 +72,7 @@ class StageConfig:
     weight_decay: float = 0.0
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 0
     label_smoothing: float = 0.0
     lora: LoraSettings | None = None
     experts: list[ExpertConfig] = field(default_factory=list)
@@ -81,6 +81,8 @@ class StageConfig:
     router_z_loss_coef: float | None = None
     router_modality_loss_coef: float | None = None
     router_divergence_loss_coef: float | None = None
+    router_aux_loss_final_coef: float | None = None
+    router_aux_loss_decay_steps: int = 0
     feature_noise: float | dict[str, float] = 0.0
     token_dropout: float | dict[str, float] = 0.0
     save_every: int = 0
@@ -110,9 +112,9 @@ class StageConfig:
     def _check_numbers(self, where: str) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
             require_range(f"{where}.{name}", getattr(self, name), 1, 1 << 40)
-        for name in ("warmup_steps", "save_every"):
+        for name in ("warmup_steps", "save_every", "max_skipped_steps", "router_aux_loss_decay_steps"):
             require_range(f"{where}.{name}", getattr(self, name), 0, 1 << 40)
-        for name in ("weight_decay", "max_grad_norm", *COEFFICIENTS):
+        for name in ("weight_decay", "max_grad_norm", *COEFFICIENTS, "router_aux_loss_final_coef"):
             value = getattr(self, name)
             if value is not None:
                 require(math.isfinite(value) and value >= 0, f"{where}.{name}", value, "finite and at least 0")
@@ -166,6 +168,10 @@ class Recipe:
         experts_implementation: of transformers ("grouped_mm", "batched_mm", "eager"); None leaves its default.
         cache: folder for the frozen towers' states; None runs the towers in every step.
         pad_to_multiple_of: sequence lengths are rounded up to it, because every new shape costs time.
+        max_bad_samples: share of the samples that may be unreadable: they are left out and listed in `bad_samples.jsonl`
+            of the stage; more of them end the run.
+        gradient_checkpointing: compute the decoder's activations again in the backward pass: less memory, a third more
+            time.
     """
 
     model: str
@@ -180,12 +186,15 @@ class Recipe:
     experts_implementation: str | None = None
     cache: str | None = None
     pad_to_multiple_of: int = 8
+    gradient_checkpointing: bool = False
+    max_bad_samples: float = 0.01
 
     def check(self, where: str = "recipe") -> None:
         """Raise RecipeError naming field, value and what is allowed, if anything in the recipe is impossible."""
         require_choice("precision", self.precision, PRECISIONS)
         require_range("seed", self.seed, 0, (1 << 32) - 1)
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
+        require(0 <= self.max_bad_samples <= 1, "max_bad_samples", self.max_bad_samples, "between 0 and 1")
         require(bool(self.data), "data", self.data, "a list with at least one file")
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):
@@ -224,85 +233,6 @@ class Recipe:
                     f"moe.num_experts is {self.moe.num_experts} but {trained_experts} experts are trained before "
                     f"{where}: make them equal or leave moe.num_experts out."
                 )
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe. Relative paths in it are relative to the recipe's folder.
-
-    Args:
-        overrides: "field=value" or "stage name.field=value"; values are YAML.
-
-    Raises:
-        RecipeError: the file is no YAML mapping, or holds unknown fields or impossible values.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"The recipe {path} cannot be read ({error.strerror}): check the path.") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"The recipe {path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}): save it as "
-            "UTF-8, or give a YAML file."
-        ) from error
-    data = _parse_yaml(f"The recipe {path}", text)
-    require(isinstance(data, dict), str(path), type(data).__name__, "a YAML mapping with model, data, out and stages")
-    for override in overrides:
-        _apply_override(data, override)
-    recipe = build(Recipe, data, "")
-    for name in ("model", "out", "media_root", "cache"):
-        if getattr(recipe, name) is not None:
-            setattr(recipe, name, _beside(path, name, getattr(recipe, name)))
-    recipe.data = [_beside(path, "data", name) for name in recipe.data]
-    for index, stage in enumerate(recipe.stages):
-        if stage.data is not None:
-            stage.data = [_beside(path, f"stages[{index}].data", name) for name in stage.data]
-    recipe.check()
-    return recipe
-
-
-def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write a recipe that `load_recipe` reads back equal from anywhere: its paths become absolute."""
-    fields = asdict(recipe)
-    fields["data"] = [str(Path(file).absolute()) for file in recipe.data]
-    for name in ("model", "out", "cache", "media_root"):
-        fields[name] = fields[name] and str(Path(fields[name]).absolute())
-    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
-    Path(path).write_text(text, encoding="utf-8")
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    target, separator, text = override.partition("=")
-    if not separator:
-        raise RecipeError(f"The override {override!r} has no '=': write field=value or stage.field=value.")
-    *parents, name = target.split(".")
-    place: Any = data
-    listed = data.get("stages")
-    stages = {str(s.get("name")): s for s in (listed if isinstance(listed, list) else []) if isinstance(s, dict)}
-    for parent in parents:
-        if place is data and parent in stages:
-            place = stages[parent]
-        else:
-            place = place.setdefault(parent, {}) if isinstance(place, dict) else place
-        if not isinstance(place, dict):
-            raise RecipeError(f"The override {override!r} goes through {parent!r}, which is no mapping in the recipe.")
-    place[name] = _parse_yaml(f"The value of the override {override!r}", text)
-
-
-def _parse_yaml(what: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: a date that does not exist; RecursionError: thousands of brackets.
-        raise RecipeError(f"{what} is not valid YAML: {error}") from error
-
-
-def _beside(recipe_path: Path, field_name: str, name: str) -> str:
-    require(bool(name) and "\0" not in name, field_name, name, "a path")
-    try:
-        return str((recipe_path.parent / Path(name).expanduser()).resolve())
-    except RuntimeError as error:
-        raise RecipeError(f"{field_name} is {name!r}, but there is no such home folder ({error}).") from error
 
 
 def _figures(where: str, value: float | dict[str, float]) -> list[tuple[str, float]]:

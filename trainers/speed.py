@@ -1,4 +1,4 @@
-"""How long an optimizer step takes, measured on steps that leave no trace."""
+"""How long an optimizer step takes on a machine that does nothing else, measured on steps that leave no trace."""
 
 import shutil
 import time
@@ -12,15 +12,17 @@ from .objective import IGNORED
 from .trainable import count_trainable
 from .trainer import UniMoeTrainer
 
-_TIMED_STEPS_PER_GROUP = 2
+_MOST_TIMED_STEPS = 3  # of each group
+_LONG_ENOUGH = 2.0  # seconds on one group after which a single timed step does
 
 
 def seconds_per_step(trainer: UniMoeTrainer) -> float:
     """Mean duration of an optimizer step over the groups of samples, by their share of the steps.
 
-    Every group gets one step for warming up (kernels are built for new shapes) and two timed ones, with collating,
-    forward, backward, clipping and optimizer. Weights and random states are put back afterwards; the trainer's own
-    optimizer is never made.
+    Every group gets one step for warming up (kernels are built for new shapes) and up to three timed ones, with
+    collating, forward, backward, clipping and optimizer. The fastest counts: what else the machine does for a moment
+    makes steps slower, never faster, and must not decide how long a whole stage trains. Weights and random states are
+    put back afterwards; the trainer's own optimizer is never made.
     """
     sampler = trainer.train_sampler()
     model = trainer.model.to(trainer.args.device)  # type: ignore[arg-type]
@@ -33,7 +35,8 @@ def seconds_per_step(trainer: UniMoeTrainer) -> float:
     for group, share in sampler.shares.items():
         indices = sampler.groups[group].tolist()
         draws = [Draw(indices[i % len(indices)], seed=i) for i in range(sampler.batch_size)]
-        for timed in (False, *[True] * _TIMED_STEPS_PER_GROUP):
+        durations: list[float] = []
+        while len(durations) < 2 or (len(durations) <= _MOST_TIMED_STEPS and sum(durations) < _LONG_ENOUGH):
             started = time.perf_counter()
             for _ in range(trainer.args.gradient_accumulation_steps):
                 _forward_backward(trainer, model, draws)
@@ -42,8 +45,8 @@ def seconds_per_step(trainer: UniMoeTrainer) -> float:
             optimizer.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if timed:
-                total += share * (time.perf_counter() - started) / _TIMED_STEPS_PER_GROUP
+            durations.append(time.perf_counter() - started)
+        total += share * min(durations[1:])
     with torch.no_grad():
         for parameter, value in zip(parameters, saved, strict=True):
             parameter.copy_(value)

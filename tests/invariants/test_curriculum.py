@@ -20,7 +20,9 @@ from unimoe.trainers.checkpoints import exclusive
 from unimoe.trainers.collator import RawCollator
 from unimoe.trainers.curriculum import load_start_model, run_curriculum
 from unimoe.trainers.data import ConversationDataset
-from unimoe.trainers.recipe import ExpertConfig, LoraSettings, MoeConfig, Recipe, StageConfig, load_recipe, save_recipe
+from unimoe.trainers.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe_file import load_recipe, save_recipe
+from unimoe.trainers.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
 from unimoe.trainers.stage import Progress, StageReport
 
 SPARSE_LAYERS = [0, 2]
@@ -271,7 +273,7 @@ def test_a_killed_process_goes_on(start: Path, tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.yaml") == made
     # The process ends itself, without cleaning up.
     script = (
-        "import os, sys; from unimoe.trainers.curriculum import run_curriculum; from unimoe.trainers.recipe import *\n"
+        "import os, sys; from unimoe.trainers.curriculum import run_curriculum; from unimoe.trainers.recipe_file import load_recipe\n"
         "run_curriculum(load_recipe(sys.argv[1]), progress_bar=False,\n"
         "    on_progress=lambda p: os._exit(9) if p.step == 4 else None)"
     )

@@ -10,7 +10,7 @@ from unimoe.conversion.key_rules import KeyMap
 from unimoe.conversion.moiie_config import sizes_of
 from unimoe.conversion.moiie_keys import moiie_rules
 from unimoe.conversion.upcycle import upcycle_model
-from unimoe.modeling_unimoe.losses_unimoe import group_balance_losses
+from unimoe.modeling_unimoe.balance_loss_unimoe import group_balance_losses
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
 REQUIREMENTS = {

@@ -30,8 +30,8 @@ from unimoe_case import (
 
 from unimoe import UniMoeForCausalLM
 from unimoe.conversion.key_rules import take
+from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
-from unimoe.modeling_unimoe.losses_unimoe import load_balancing_loss
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
 

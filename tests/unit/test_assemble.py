@@ -21,7 +21,7 @@ from unimoe.conversion.sources import open_source
 from unimoe.conversion.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 from unimoe.trainers.assembly import assemble as assemble_in_memory
-from unimoe.trainers.recipe import MoeConfig
+from unimoe.trainers.recipe_parts import MoeConfig
 
 DENSE = {"num_experts": 0, "sparse_layers": None}
 LANGUAGE = "model.language_model."

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_eight_experts import EightExperts, eight_experts
+from test_import_unimoe import same_tensors
+from tiny_eight_experts import PROJECTIONS, EightExperts, eight_experts
 
-from unimoe import UniMoeForCausalLM, cli
+from unimoe import UniMoeConfig, UniMoeForCausalLM, cli
+from unimoe.conversion.export_unimoe import export_unimoe
 from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import
 from unimoe.conversion.key_rules import KeyMap
 from unimoe.conversion.llava_keys import vision_prefix
+from unimoe.conversion.unimoe_experts import EXPERT_FILES
 from unimoe.conversion.unimoe_keys import rules_for
 from unimoe.errors import ConversionError, UniMoeError
 
@@ -46,6 +50,63 @@ def test_the_weights_are_those_that_the_original_ends_up_with(tmp_path: Path, op
     fates = {record.fate for records in receipt.sources.values() for record in records.values()}
     assert fates == {"consumed", "dropped"}
     assert any("taken as zero" in note for note in receipt.notes) == options.get("inner_adapter", False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"audio_expert_indices": [1, 3], "aux_multimodal_loss": True, "aux_multimodal_loss_coef": 0.1},
+        {"moe_type": "dense", "num_experts": 4, "num_experts_per_tok": 1},
+        {"inner_adapter": True},
+    ],
+    ids=["sparse", "dense-four-one-per-token", "adapter-on-dense-mlps"],
+)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_export_and_import_give_the_same_model_to_the_last_bit(
+    tmp_path: Path, options: dict[str, Any], dtype: torch.dtype | None
+) -> None:
+    made = eight_experts(tmp_path, **options)
+    import_unimoe(made.source.folders, tmp_path / "model", dtype=dtype)
+    export_unimoe(tmp_path / "model", tmp_path / "back", max_shard_bytes=20_000)
+    back = {name: tmp_path / "back" / name for name in ("base", "clip", "whisper", "experts", "finetuned")}
+    import_unimoe(UniMoeFolders(**back), tmp_path / "again")
+    assert same_tensors(tmp_path / "model", tmp_path / "again")
+    texts = [UniMoeConfig.from_pretrained(tmp_path / name).text_config for name in ("model", "again")]
+    assert texts[0].to_dict() == texts[1].to_dict()
+
+
+def test_the_exported_pairs_and_adapter_are_what_the_original_looks_for(tmp_path: Path) -> None:
+    import_unimoe(eight_experts(tmp_path).source.folders, tmp_path / "model")
+    export_unimoe(tmp_path / "model", tmp_path / "back")
+    base = torch.load(tmp_path / "back" / "base" / "pytorch_model.bin", weights_only=True)
+    expert = torch.load(tmp_path / "back" / "finetuned" / "7_mlp_experts.bin", weights_only=True)
+    slot = "model.layers.2.mlp.deepspeed_moe.experts.deepspeed_experts.0."
+    for content, module in ((base, "model.layers.1.mlp."), (expert, slot)):
+        for projection in PROJECTIONS:
+            rows, columns = content[f"{module}{projection}.weight"].shape
+            assert content[f"{module}{projection}_lora_A.weight"].shape == (1, columns)
+            assert not content[f"{module}{projection}_lora_B.weight"].any()
+            assert content[f"{module}{projection}_lora_B.weight"].shape == (rows, 1)
+    assert not any(".mlp.deepspeed_moe." in name for name in base)
+    assert {path.name for path in (tmp_path / "back" / "experts").iterdir()} == set(EXPERT_FILES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparse_layers": [1]}, r"sparse layers are \[1\]"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ({"num_null_experts": 1}, "num_null_experts = 1"),
+        ({"router_in_float32": False, "router_pick": "sample_always"}, "router_pick = 'sample_always'"),
+    ],
+)
+def test_what_the_original_cannot_route_is_not_exported(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    fields = {"router_in_float32": True, "sparse_layers": [0, 2], **changes}
+    model = tiny.model(fields, audio_config=None, sound_connector=None)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConversionError, match=message):
+        export_unimoe(tmp_path / "model", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize(("per_token", "normalised"), [(1, False), (2, True)])

@@ -9,7 +9,9 @@ import torch
 import twins
 
 from unimoe import UniMoeTextConfig
-from unimoe.modeling_unimoe.losses_unimoe import expert_load, load_balancing_loss, router_z_loss
+from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
+from unimoe.modeling_unimoe.gate_rows_unimoe import expert_load
+from unimoe.modeling_unimoe.losses_unimoe import router_z_loss
 
 TOKENS = 30
 

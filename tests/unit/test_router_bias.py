@@ -16,7 +16,7 @@ from unimoe.conversion.sparsity import Sparsity
 from unimoe.conversion.stream_upcycle import plan_upcycle, run_upcycle
 from unimoe.conversion.upcycle import upcycle_model
 from unimoe.errors import ConfigurationError
-from unimoe.modeling_unimoe.losses_unimoe import expert_load
+from unimoe.modeling_unimoe.gate_rows_unimoe import expert_load
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter
 from unimoe.trainers.checkpoints import COMPLETE_FILE
 from unimoe.trainers.lora import add_lora

@@ -16,7 +16,8 @@ from unimoe import cli
 from unimoe.conversion.assemble import plan_assembly, run_assembly
 from unimoe.conversion.sources import open_source
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.recipe import Recipe, load_recipe
+from unimoe.trainers.recipe import Recipe
+from unimoe.trainers.recipe_file import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "runs" / "unimoe_7b"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -58,6 +58,7 @@ class MediaEncoderMixin:
     """Towers and connectors of a `UniMoeModel`, and everything that runs through them."""
 
     config: UniMoeConfig
+    training: bool
 
     def build_encoders(self, config: UniMoeConfig) -> None:
         """Create the towers and connectors that the configuration names; the others are None."""

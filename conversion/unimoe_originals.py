@@ -1,17 +1,14 @@
-"""The tensors of a model of ours under the names, and in the pieces, that Uni-MoE's code loads."""
+"""The tensors of a Uni-MoE model of ours under the names that the original's code loads."""
 
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
-from . import originals
 from .io import Checkpoint
 from .key_rules import KeyMap
 from .llava_keys import without_numbers
+from .originals import Originals
 
 
-class Originals(originals.Originals):
-    """As the base class; every original tensor is (a part of) one of ours.
-
-    targets: original name -> the tensor of ours.
-    """
+class UniMoeOriginals(Originals):
+    """As `Originals`, of a model with this configuration."""
 
     def __init__(self, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig) -> None:
         layers = config.audio_config.num_hidden_layers if config.audio_config is not None else 1
@@ -19,4 +16,7 @@ class Originals(originals.Originals):
         self.config = config
         if config.image_connector.depth == 1:
             self.sources = without_numbers(self.sources)
-        self.targets = {name: ours[0] for name, ours in self.sources.items()}
+
+    def ours(self, original: str) -> str:
+        """The tensor of ours that an original one is (a part of)."""
+        return self.sources[original][0]

@@ -177,6 +177,8 @@ class UniMoeTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         if model.training:
             self._require_something_to_learn(loss, group)
+            if outputs.idle_branches is not None:
+                loss = loss + outputs.idle_branches
             self._note(parts, group)
             self.finite_guard.add(raw, inputs, loss)
         return (loss, outputs) if return_outputs else loss
@@ -347,14 +349,14 @@ class UniMoeTrainer(Trainer):
         return isinstance(self.accelerator.unwrap_model(self.model), UniMoeForCausalLM)
 
 
-def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training moves: parameters, and the routers' biases."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad} | choice_biases(model)
-
-
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What the model's forward takes of a batch, without labels: their loss is ours."""
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
+
+
+def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training moves: parameters, and the routers' biases."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | choice_biases(model)
 
 
 def _with_floor(schedule: Callable[[int], float], floor: float, warmup_steps: int) -> Callable[[int], float]:

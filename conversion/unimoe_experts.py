@@ -18,6 +18,7 @@ from .io import TensorFile, TensorInfo
 from .key_rules import Shape
 from .source_tensors import SourceTensor
 from .unimoe_files import Gathered, require_finetuned, without_wrappers
+from .unimoe_keys import EXPERTS
 from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor, add_low_rank
 from .unimoe_variant import decoder_layers, eight_expert_layers
 from .upcycle import FFN_PROJECTIONS
@@ -196,8 +197,7 @@ def _place(
         if layer not in layers:
             tensor.drop(f"layer {layer} has no experts")
             continue
-        experts = f"model.layers.{layer}.mlp.deepspeed_moe.experts.deepspeed_experts"
-        gathered.put(f"{experts}.{expert}.{parts[-2]}.weight", tensor)
+        gathered.put(f"model.layers.{layer}.mlp.{EXPERTS['deepspeed']}.{expert}.{parts[-2]}.weight", tensor)
 
 
 @dataclass(frozen=True)

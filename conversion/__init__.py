@@ -22,6 +22,6 @@ The same model in other files: `layouts`, `expert_shards` (loading by rank).
 
 For all of them: `io` (files, tensor by tensor), `sources` (dense models to start from), `llama_family` (those of other
 classes), `fused_layouts` and `tensor_parts` (those that fuse tensors), `multimodal_layouts` and `picture_processor`
-(those that see), `meta_model` and `parameters` (names, shapes, counts), `model_card`, `hub` (the folder that loads
-without us). `description` is what the command inspect shows.
+(those that see), `meta_model` and `parameters` (names, shapes, counts), `saved_receipt`, `model_card`, `hub` (the
+folder that loads without us). `description` is what the command inspect shows.
 """

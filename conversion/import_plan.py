@@ -17,9 +17,9 @@ from .hub import complete_bundle, push_folder, save_config
 from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
 from .io import DEFAULT_SHARD_BYTES, OutputTensor, dtype_name, finished_folder, write_checkpoint
 from .key_rules import KeyMap, Shape, Target
-from .model_card import model_card
+from .model_card import model_card, receipt_section
 from .parameters import count_parameters, total_and_active
-from .receipt import RECEIPT_FILE
+from .saved_receipt import RECEIPT_FILE
 from .source_tensors import SourceTensors
 
 _SHOWN = 8
@@ -194,7 +194,7 @@ def _card(plan: ImportPlan, name: str, receipt: ImportReceipt) -> str:
         name,
         plan.config,
         count_parameters(plan.config),
-        sections={"Origin": plan.origin, "Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
+        sections={"Origin": plan.origin, "Conversion receipt": receipt_section(receipt.lines())},
     )
 
 

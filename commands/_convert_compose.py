@@ -3,9 +3,9 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConversionError
+from ._convert_options import add_dtype, add_out, chosen_dtype
 
 _EPILOG = """\
 examples:
@@ -32,7 +32,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     add, where = parser.add_argument, "DIR|HUB_ID"
     add("--language-model", required=True, metavar=where, help="a LLaMA-family model, a LLaVA, or a dense one of ours")
-    add("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
+    add_out(parser)
     add("--vision-tower", metavar=where, help="any vision encoder: CLIP, SigLIP, DINOv2, MobileNetV2, ...")
     add(
         "--image-projector", metavar="FILE|new", help="a trained one (mm_projector.bin); new: not the language model's"
@@ -42,7 +42,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     add("--qformer-config", type=Path, metavar="JSON", help="sizes of the Q-Former (default: BLIP-2's)")
     add("--qformer-weights", metavar="FILE|" + where, help="a trained Q-Former (default: a new one)")
     _add_choices(parser)
-    add("--dtype", choices=("fp32", "fp16", "bf16"), help="store weights so (default: as the language model)")
+    add_dtype(parser, "--language-model")
     add("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     add("--push-to-hub", metavar="REPO", help="upload OUT to this model repository")
     parser.set_defaults(run=run)
@@ -77,8 +77,6 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, compose, print the receipt."""
-    import torch
-
     from ..conversion.compose import ComposeOptions, Ingredients, plan_composition, run_composition
     from ..conversion.hub import push_folder
 
@@ -94,11 +92,10 @@ def run(args: argparse.Namespace) -> int:
         qformer_config=args.qformer_config,
         qformer_weights=args.qformer_weights,
     )
-    dtypes: dict[str | None, Any] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     # Flags that are called as the choice is.
     same = [field.name for field in dataclasses.fields(ComposeOptions) if field.name in args and field.name != "dtype"]
     chosen = {name: getattr(args, name) for name in same}
-    options = ComposeOptions(**chosen, vision_token_grid=args.image_grid, dtype=dtypes.get(args.dtype))
+    options = ComposeOptions(**chosen, vision_token_grid=args.image_grid, dtype=chosen_dtype(args))
     plan = plan_composition(ingredients, options)
     print("Plan", *plan.lines(), sep="\n  ", flush=True)
     receipt = run_composition(plan, args.out)

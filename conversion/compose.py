@@ -33,19 +33,20 @@ from .composition_receipt import CompositionReceipt, PartRecord
 from .file_digests import file_digests
 from .hub import complete_bundle, save_config
 from .image_projector import CONNECTOR as PROJECTOR
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, finished_folder, write_checkpoint
 from .key_rules import Shape
 from .language_part import grown_config, grown_rows, language_part, word_scale
-from .model_card import model_card
+from .model_card import model_card, receipt_section
 from .new_connectors import CONNECTORS, NewConnectors
 from .parameters import count_parameters, total_and_active
-from .receipt import RECEIPT_FILE
+from .read_back import verify_written
+from .saved_receipt import RECEIPT_FILE
 from .sound_part import CONNECTOR as SOUND_CONNECTOR
 from .sound_part import open_qformer
 from .sources import expected_tensors, open_source
 from .speech_part import CONNECTOR as SPEECH_CONNECTOR
 from .speech_part import add_prompt_queries, add_query_decoder
-from .stream_upcycle import in_model_order, verify_written
+from .stream_upcycle import in_model_order
 from .unimoe_processor import placeholder_ids
 from .vision_part import picture_processor_of
 
@@ -68,7 +69,7 @@ class CompositionPlan:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.config.dtype).removeprefix("torch.")
+        return dtype_name(self.config.dtype)
 
     @property
     def parameters_new(self) -> int:
@@ -178,11 +179,13 @@ def run_composition(
         )
         seconds = time.monotonic() - started
         verify_written(Checkpoint(folder), plan.outputs)
+        total = total_and_active(count_parameters(plan.config))
         receipt = CompositionReceipt(
             out=out.name,
             seed=plan.options.seed,
             dtype=plan.dtype_name,
-            parameters=total_and_active(count_parameters(plan.config)).total,
+            parameters=total.total,
+            parameters_active=total.active,
             parameters_new=plan.parameters_new,
             features=plan.features,
             parts=parts,
@@ -282,7 +285,7 @@ def _records(plan: CompositionPlan, progress: bool) -> list[PartRecord]:
 
 
 def _target(output: OutputTensor, made_of: tuple[str, ...], digest: str) -> AssemblyTarget:
-    return AssemblyTarget(list(output.shape), str(output.dtype).removeprefix("torch."), list(made_of), digest)
+    return AssemblyTarget(list(output.shape), dtype_name(output.dtype), list(made_of), digest)
 
 
 def _copy_licences(parts: tuple[ComposedPart, ...], folder: Path) -> None:
@@ -308,7 +311,7 @@ def _card(plan: CompositionPlan, name: str, receipt: CompositionReceipt) -> str:
         base_models=list(dict.fromkeys(part.name for part in plan.parts if part.is_hub_id)) or None,
         sections={
             "Parts": f"{told}\n\n{table}",
-            "Composition receipt": "```\n" + "\n".join(receipt.lines()) + "\n```",
+            "Composition receipt": receipt_section(receipt.lines()),
         },
     )
 

@@ -1,13 +1,10 @@
 """The receipt of a composition: which parts went in, and what every tensor was made of."""
 
-import dataclasses
-import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from .assembly_receipt import AssemblyTarget
+from .saved_receipt import SavedReceipt
 
 
 @dataclass
@@ -23,13 +20,11 @@ class PartRecord:
     dropped: dict[str, str]
 
 
-@dataclass
-class CompositionReceipt:
+@dataclass(kw_only=True)
+class CompositionReceipt(SavedReceipt):
     """What a composition did."""
 
-    out: str
     seed: int
-    dtype: str
     parameters: int
     parameters_new: int
     features: dict[str, int]
@@ -37,8 +32,6 @@ class CompositionReceipt:
     targets: dict[str, AssemblyTarget]
     notes: list[str]
     tensors_read_back: int
-    bytes_written: int
-    seconds_writing: float
 
     def lines(self) -> list[str]:
         """The receipt for a reader."""
@@ -48,15 +41,9 @@ class CompositionReceipt:
             lines += [f"{'':<16} {digest[:16]}… {file}" for file, digest in part.files.items()]
             reasons = Counter(part.dropped.values()).most_common()
             lines += [f"{'':<16} {count} left: {reason}" for reason, count in reasons]
-        rate = self.bytes_written / max(self.seconds_writing, 1e-3) / 1e6
         return [
             *lines,
             *(f"{'note':<16} {note}" for note in self.notes),
             f"{'parameters':<16} {self.parameters:,}, {self.parameters_new:,} of them new (seed {self.seed})",
-            f"{'written':<16} {len(self.targets)} tensors, {self.bytes_written / 1e6:,.1f} MB {self.dtype} in "
-            f"{self.seconds_writing:.1f} s ({rate:,.0f} MB/s); {self.tensors_read_back} read back, bit-equal",
+            f"{'written':<16} {len(self.targets)} tensors, {self.written()}; {self.tensors_read_back} read back, bit-equal",
         ]
-
-    def save(self, path: Path) -> None:
-        content: dict[str, Any] = dataclasses.asdict(self)
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -143,7 +143,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ImportError, OSError, ValueError):
         return None
 
@@ -286,7 +286,7 @@ def _hf_config(name: str, checkpoint: Checkpoint) -> PreTrainedConfig:
         if is_internlm2(checkpoint.shapes):
             return internlm2_config(read_json(checkpoint.folder / "config.json"))
         llava = llava_own_config(read_json(checkpoint.folder / "config.json"))
-        return AutoConfig.from_pretrained(checkpoint.folder) if llava is None else llava
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False) if llava is None else llava
     except READING_ERRORS as error:
         raise ConversionError(
             f"transformers cannot read the configuration of {name} ({first_line(error)}). Models with code "

@@ -20,14 +20,16 @@ from .compare import compare_models
 from .expert_init import expected_deviation, routed_projection, shared_projection
 from .hub import complete_bundle, save_config
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
-from .model_card import model_card
+from .model_card import model_card, receipt_section
 from .parameters import count_parameters, total_and_active
 from .picture_processor import picture_processor
 from .prompted_rows import RouterRows
-from .receipt import RECEIPT_FILE, Comparison, Receipt
+from .read_back import verify_written
+from .receipt import Comparison, Receipt
+from .saved_receipt import RECEIPT_FILE
 from .sources import Source, expected_tensors
 from .sparsity import Sparsity, sparse_config
-from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX
+from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX, initial_biases
 
 
 @dataclass(frozen=True)
@@ -215,17 +217,6 @@ def write_beside_weights(source: Source, config: UniMoeConfig, folder: Path) -> 
     save_config(config, folder)
 
 
-def verify_written(written: Checkpoint, outputs: tuple[OutputTensor, ...]) -> None:
-    """Read every tensor back and compare it, bit by bit, with what it was made from."""
-    for output in outputs:
-        start = 0
-        for make in output.pieces:
-            piece = make().to(output.dtype).reshape(-1)
-            if not torch.equal(written.read_flat(output.name, start, piece.numel()), piece):
-                raise ConversionError(f"{output.name} reads back differently from what was written: check the disk.")
-            start += piece.numel()
-
-
 def _is_replaced(key: str, sparsity: Sparsity) -> bool:
     return key in {
         f"{LANGUAGE_PREFIX}layers.{layer}.mlp.{name}.weight"
@@ -262,6 +253,8 @@ def _sparse_layer(
     outputs = [
         OutputTensor(mlp + "gate.weight", dtype, (text.num_gate_rows, text.hidden_size), (partial(rows.of, layer),))
     ]
+    biases = initial_biases(text)
+    outputs += [OutputTensor(mlp + n, b.dtype, tuple(b.shape), (b.clone,)) for n, b in biases.items()]
     outputs += _fused(mlp + "experts.", dtype, routed, text.num_experts, text.moe_intermediate_size, text.hidden_size)
     if text.num_shared_experts:
         width = text.shared_intermediate_size
@@ -302,7 +295,7 @@ def _card(plan: UpcyclePlan, name: str, receipt: Receipt) -> str:
         base_models=[source.name] if source.is_hub_id else None,
         sections={
             "Recipe": f"{start}\n\n{recipe}",
-            "Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```",
+            "Conversion receipt": receipt_section(receipt.lines()),
         },
     )
 

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import CLIPVisionConfig, WhisperConfig
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from ..modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .io import dtype_name
 from .key_rules import Shape
 from .llava_keys import PROJECTOR
 from .unimoe_keys import ALIGNER
@@ -148,7 +150,7 @@ def original_config(
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"type": rope["rope_type"], "factor": rope["factor"]} if scaled else None,
         "pretraining_tp": 1,
-        "torch_dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "torch_dtype": dtype_name(config.dtype or torch.float32),
         "moe": True,
         "num_experts": text.num_experts,
         "num_experts_per_tok": text.num_experts_per_tok,
@@ -219,7 +221,7 @@ def _speech_connector(
 ) -> dict[str, Any]:
     whisper = encoders.whisper
     if whisper is None:
-        raise ConversionError("This is a speech model, and its Whisper folder was not given: add --whisper DIR.")
+        raise ConversionError("A speech model needs the configuration of its Whisper, but encoders.whisper is None.")
     return {
         "speech_connector": UniMoeConnectorConfig(
             type="query_decoder",
@@ -235,7 +237,7 @@ def _sound_connector(
     encoders: Encoders, variant: Variant, shapes: Mapping[str, Shape], hidden_size: int
 ) -> dict[str, Any]:
     if encoders.beats is None:
-        raise ConversionError("This is the audio model, and its BEATs file was not given: add --beats FILE.pt.")
+        raise ConversionError("The audio model needs the configuration of its BEATs, but encoders.beats is None.")
     given = encoders.qformer
     qformer = _qformer_of(shapes) if given is None else {name: given[name] for name in QFORMER_FIELDS if name in given}
     return {

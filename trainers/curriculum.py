@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 
+from ..conversion.hub import complete_bundle
+from ..conversion.model_card import model_card
+from ..conversion.parameters import count_parameters
 from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars
@@ -44,14 +47,7 @@ from .recipe import Recipe, StageConfig
 from .recipe_file import save_recipe
 from .recipe_parts import ExpertConfig
 from .sampler import ModalityBatchSampler
-from .stage import (
-    CHECKPOINTS_FOLDER,
-    OnProgress,
-    OnStageStart,
-    RunSettings,
-    StageReport,
-    run_training,
-)
+from .stage import CHECKPOINTS_FOLDER, OnProgress, OnStageStart, RunSettings, StageReport, run_training
 from .stage_processor import processor_of
 
 STAGE_FILE = "stage.json"
@@ -302,10 +298,13 @@ class _Curriculum:
             self.model = load_start_model(folder, self.recipe)
 
     def _save_model(self, folder: Path) -> None:
+        """A whole bundle: what a recipe leaves behind loads where unimoe is not installed."""
         written = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(written, ignore_errors=True)
         self.model.save_pretrained(written)
         self.processor.save_pretrained(written)
+        card = model_card(Path(self.recipe.out).name, self.model.config, count_parameters(self.model.config))
+        complete_bundle(written, card)
         if folder.exists():
             shutil.rmtree(folder)
         written.rename(folder)

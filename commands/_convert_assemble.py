@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import ConversionError
+from ._convert_options import add_dtype, chosen_dtype
 
 _EPILOG = """\
 examples:
@@ -50,15 +51,13 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         default="normal",
         help="normal: random rows; zeros: all tokens start on the first K experts (default: normal)",
     )
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="store weights so (default: as in BASE)")
+    add_dtype(parser, "BASE")
     parser.add_argument("--seed", type=int, default=0, help="of the router's rows (default: 0)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, assemble, print the receipt."""
-    import torch
-
     from ..conversion.assemble import plan_assembly, run_assembly
     from ..conversion.sources import open_source
     from ._convert_upcycle import parse_layers
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         num_experts_per_tok=args.top_k,
         router_init=args.router_init,
         seed=args.seed,
-        dtype={None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype],
+        dtype=chosen_dtype(args),
     )
     print("Plan", *plan.lines(), sep="\n  ", flush=True)
     receipt = run_assembly(plan, args.out)

@@ -20,7 +20,7 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .assembly_receipt import AssemblyReceipt, AssemblySource, AssemblyTarget
 from .expert_ffns import Expert, ExpertSource, open_experts
 from .hub import complete_bundle
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, finished_folder, write_checkpoint
 from .model_card import model_card
 from .parameters import count_parameters, total_and_active
 from .receipt import RECEIPT_FILE
@@ -48,6 +48,11 @@ class AssemblyPlan:
         return sum(output.num_bytes for output in self.outputs)
 
     @property
+    def written_dtype(self) -> torch.dtype:
+        """Of most tensors, whatever the experts were stored in."""
+        return self.dtype or self.base.dtype
+
+    @property
     def sources(self) -> list[tuple[ExpertSource, list[int]]]:
         """Every source once, with the ids of the experts that are made of it."""
         ids: dict[int, tuple[ExpertSource, list[int]]] = {}
@@ -57,11 +62,12 @@ class AssemblyPlan:
 
     def notes(self) -> list[str]:
         """What the reader should know beyond tensors."""
-        notes, width = [], _main_dtype(self)
+        notes = []
         for source, _ in self.sources:
             dtypes = {source.checkpoint.tensors[name].dtype for name in source.tensors.values()}
-            if other := sorted(_name(dtype) for dtype in dtypes - {width}):
-                notes.append(f"{source.public_name} holds {', '.join(other)}, written as {_name(width)}")
+            if other := sorted(dtype_name(dtype) for dtype in dtypes - {self.written_dtype}):
+                written = dtype_name(self.written_dtype)
+                notes.append(f"{source.public_name} holds {', '.join(other)}, written as {written}")
         return notes
 
     def lines(self) -> list[str]:
@@ -70,12 +76,12 @@ class AssemblyPlan:
         before = total_and_active(count_parameters(self.base.config))
         after = total_and_active(count_parameters(self.config))
         return [
-            f"base        {self.base.name}: {_name(self.base.dtype)}",
+            f"base        {self.base.name}: {dtype_name(self.base.dtype)}",
             *(f"expert {i:<4} {expert.name}: {expert.source.public_name}" for i, expert in enumerate(self.experts)),
             f"sparse      {len(text.sparse_layers)} of {text.num_hidden_layers} layers {text.sparse_layers}: "
             f"{text.num_experts_per_tok} experts per token, router {self.sparsity.router_init}",
             f"parameters  {before.total:,} -> {after.total:,} ({after.active:,} active per token)",
-            f"writes      {self.num_bytes / 1e6:,.1f} MB, {_name(_main_dtype(self))}",
+            f"writes      {self.num_bytes / 1e6:,.1f} MB, {dtype_name(self.written_dtype)}",
             *(f"note        {note}" for note in self.notes()),
         ]
 
@@ -141,7 +147,7 @@ def run_assembly(
             Then nothing is left behind.
     """
     with finished_folder(out) as folder:
-        sources = _digested_sources(plan, progress)
+        sources = _source_records(plan, _file_digests(plan, progress))
         started, digests = time.monotonic(), dict[str, str]()
         shards = write_checkpoint(
             folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
@@ -157,7 +163,7 @@ def run_assembly(
             experts_per_token=plan.sparsity.num_experts_per_tok,
             router_init=plan.sparsity.router_init,
             seed=plan.sparsity.seed,
-            dtype=_name(_main_dtype(plan)),
+            dtype=dtype_name(plan.written_dtype),
             parameters_before=before.total,
             parameters_after=after.total,
             parameters_active=after.active,
@@ -205,10 +211,9 @@ def _sparse_layer(
     ]
 
 
-def _digested_sources(plan: AssemblyPlan, progress: bool) -> list[AssemblySource]:
-    """The receipt's sources; every file is read once for its digest."""
-    base, sparse = plan.base, set(plan.sparsity.sparse_layers)
-    checkpoints = [base.checkpoint, *(source.checkpoint for source, _ in plan.sources)]
+def _file_digests(plan: AssemblyPlan, progress: bool) -> dict[Path, str]:
+    """SHA-256 of every file that a source has; each is read once."""
+    checkpoints = [plan.base.checkpoint, *(source.checkpoint for source, _ in plan.sources)]
     files = {file.resolve(): "" for checkpoint in checkpoints for file in checkpoint.files}
     size = sum(file.stat().st_size for file in files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="Digests", disable=not progress) as bar:
@@ -216,10 +221,16 @@ def _digested_sources(plan: AssemblyPlan, progress: bool) -> list[AssemblySource
             with open(path, "rb") as file:
                 files[path] = hashlib.file_digest(file, "sha256").hexdigest()
             bar.update(path.stat().st_size)
+    return files
 
-    def digests(checkpoint: Checkpoint) -> dict[str, str]:
-        return {file.name: files[file.resolve()] for file in checkpoint.files}
 
+def _source_records(plan: AssemblyPlan, digests: dict[Path, str]) -> list[AssemblySource]:
+    """The receipt's sources, the base first."""
+
+    def files(checkpoint: Checkpoint) -> dict[str, str]:
+        return {file.name: digests[file.resolve()] for file in checkpoint.files}
+
+    base, sparse = plan.base, set(plan.sparsity.sparse_layers)
     kept = {output.name for output in plan.outputs}
     replaced = {name: "an FFN whose layer has experts now" for ours, name in base.keys.items() if ours not in kept}
     records = [
@@ -227,7 +238,7 @@ def _digested_sources(plan: AssemblyPlan, progress: bool) -> list[AssemblySource
             "base",
             base.public_name,
             [],
-            digests(base.checkpoint),
+            files(base.checkpoint),
             len(base.keys) - len(replaced),
             {**base.dropped, **replaced},
         )
@@ -238,12 +249,12 @@ def _digested_sources(plan: AssemblyPlan, progress: bool) -> list[AssemblySource
         }
         taken = len(source.tensors) - len(unused)
         dropped = {**source.others, **unused}
-        records.append(AssemblySource("expert", source.public_name, ids, digests(source.checkpoint), taken, dropped))
+        records.append(AssemblySource("expert", source.public_name, ids, files(source.checkpoint), taken, dropped))
     return records
 
 
 def _target(output: OutputTensor, made_of: list[str], digest: str) -> AssemblyTarget:
-    return AssemblyTarget(list(output.shape), _name(output.dtype), made_of, digest)
+    return AssemblyTarget(list(output.shape), dtype_name(output.dtype), made_of, digest)
 
 
 def _card(plan: AssemblyPlan, name: str, receipt: AssemblyReceipt) -> str:
@@ -255,11 +266,3 @@ def _card(plan: AssemblyPlan, name: str, receipt: AssemblyReceipt) -> str:
         base_models=[plan.base.name] if plan.base.is_hub_id else None,
         sections={"Assembly receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
     )
-
-
-def _main_dtype(plan: AssemblyPlan) -> torch.dtype:
-    return plan.dtype or plan.base.dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -22,10 +22,10 @@ from .unimoe_config import MODALITY_EXPERTS
 from .unimoe_experts import EXPERT_FILES, FINETUNED_FILE
 from .unimoe_keys import ALIGNER
 from .unimoe_originals import UniMoeOriginals
+from .upcycle import FFN_PROJECTIONS
 
 # In the names of routers and experts, and of nothing else.
 DEEPSPEED_MOE = ".mlp.deepspeed_moe."
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _RANK = 1
 
 
@@ -64,7 +64,7 @@ def absent_pairs(originals: UniMoeOriginals) -> dict[str, torch.Tensor]:
     pairs: dict[str, torch.Tensor] = {}
     for name in originals.names("model.layers."):
         projection = name.removesuffix(".weight")
-        if projection.endswith(tuple(f".mlp.{p}" for p in _PROJECTIONS)):
+        if projection.endswith(tuple(f".mlp.{p}" for p in FFN_PROJECTIONS)):
             info = originals.checkpoint.tensors[originals.ours(name)]
             pairs |= _zero_pair(projection + "_lora_", info.shape, info.dtype)
     return pairs

@@ -24,7 +24,16 @@ from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from .export_eight_experts import DEEPSPEED_MOE, absent_pairs, eight_expert_fields, write_eight_experts
-from .io import DEFAULT_SHARD_BYTES, PICKLE, PICKLE_INDEX, Checkpoint, finished_folder, read_json
+from .io import (
+    DEFAULT_SHARD_BYTES,
+    PICKLE,
+    PICKLE_INDEX,
+    Checkpoint,
+    finished_folder,
+    read_json,
+    shard_names,
+    split_into_shards,
+)
 from .key_rules import KeyMap
 from .llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
 from .unimoe_config import original_config
@@ -133,18 +142,14 @@ def _write_base(
     checkpoint = originals.checkpoint
     elsewhere = {*originals.names(VISION_TOWER, AUDIO_TOWER), *(n for n in originals.sources if DEEPSPEED_MOE in n)}
     names = [name for name in originals.sources if name not in elsewhere]
-    shards: list[list[str]] = [[]]
-    filled = 0
     pieces = Counter(originals.ours(name) for name in names)
-    for name in names:
+
+    def num_bytes(name: str) -> int:
         ours = originals.ours(name)
-        size = checkpoint.tensors[ours].num_bytes // pieces[ours]
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    files = [PICKLE] if len(shards) == 1 else [_shard(i, len(shards)) for i in range(len(shards))]
+        return checkpoint.tensors[ours].num_bytes // pieces[ours]
+
+    shards = split_into_shards(names, num_bytes, max_shard_bytes)
+    files = shard_names(PICKLE, len(shards))
     for file, members in zip(files, shards, strict=True):
         torch.save(originals.read_all(members) | (pairs if file == files[-1] else {}), folder / file)
     if len(shards) > 1:
@@ -201,10 +206,6 @@ def _write_preprocessors(folder: Path, settings: Mapping[str, Any]) -> None:
         _write_json(
             folder / "whisper" / "preprocessor_config.json", whisper | {"chunk_length": extractor["window_seconds"]}
         )
-
-
-def _shard(index: int, count: int) -> str:
-    return f"pytorch_model-{index + 1:05d}-of-{count:05d}.bin"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

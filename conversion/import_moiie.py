@@ -21,7 +21,7 @@ from .llava_keys import VISION_TOWER, vision_prefix
 from .moiie_config import our_moiie_config, sizes_of
 from .moiie_keys import moiie_rules
 from .moiie_variant import MoiieVariant, recognise_moiie
-from .source_tensors import SourceTensors, main_dtype
+from .source_tensors import SourceTensors
 from .sources import expected_tensors, resolve_folder
 from .unimoe_processor import read_tokenizer
 
@@ -66,7 +66,7 @@ def plan_moiie(checkpoint: str, *, vision_tower: str | None = None, dtype: torch
     image_token = None if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>")
     vision = None if tower is None else _vision_config(tower)
     config = our_moiie_config(original, variant, vision, gathered.shapes, image_token)  # type: ignore[arg-type]
-    wanted = dtype or main_dtype(stored)
+    wanted = dtype or stored.main_dtype
     config.dtype = wanted
     expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
     key_map = moiie_key_map(variant, config, vision_prefix(expected))

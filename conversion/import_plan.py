@@ -15,7 +15,7 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..processing.processing_unimoe import UniMoeProcessor
 from .hub import complete_bundle, push_folder, save_config
 from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
-from .io import DEFAULT_SHARD_BYTES, OutputTensor, finished_folder, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, OutputTensor, dtype_name, finished_folder, write_checkpoint
 from .key_rules import KeyMap, Shape, Target
 from .model_card import model_card
 from .parameters import count_parameters, total_and_active
@@ -56,7 +56,7 @@ class ImportPlan:
             f"variant     {self.variant.name}",
             *(f"            {line}" for line in self.variant.evidence),
             f"parameters  {total.total:,} ({total.active:,} active per token)",
-            f"writes      {size / 1e6:,.1f} MB, {name_of(self.dtype)}",
+            f"writes      {size / 1e6:,.1f} MB, {dtype_name(self.dtype)}",
         ]
 
     def receipt(self, out: str, digests: Mapping[str, str], merged: Iterable[str] = ()) -> ImportReceipt:
@@ -68,21 +68,21 @@ class ImportPlan:
         """
         sources: dict[str, dict[str, SourceRecord]] = {}
         for tensor in self.gathered.tensors:
-            record = SourceRecord(list(tensor.info.shape), name_of(tensor.info.dtype), tensor.fate, tensor.note)
+            record = SourceRecord(list(tensor.info.shape), dtype_name(tensor.info.dtype), tensor.fate, tensor.note)
             sources.setdefault(tensor.file, {})[tensor.name] = record
         targets = {}
         for output in self.outputs:
             made_of = list(self.targets[output.name].sources) if output.name in self.targets else []
             count = sum(original in merged for original in made_of)
             targets[output.name] = TargetRecord(
-                list(output.shape), name_of(output.dtype), made_of, count, digests[output.name]
+                list(output.shape), dtype_name(output.dtype), made_of, count, digests[output.name]
             )
         total = total_and_active(count_parameters(self.config))
         return ImportReceipt(
             variant=self.variant.name,
             evidence=list(self.variant.evidence),
             out=out,
-            dtype=name_of(self.dtype),
+            dtype=dtype_name(self.dtype),
             parameters=total.total,
             parameters_active=total.active,
             sources=sources,
@@ -172,10 +172,6 @@ def account(
             f"{shown}. Nothing was written. All parts of the model must be complete and belong together."
         )
     return mapped.targets
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _misfit(target: Target, gathered: SourceTensors, expected: Mapping[str, Shape]) -> str | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -47,6 +47,8 @@ DEFAULT_SHARD_BYTES = 4 << 30
 _LFS_POINTER = b"version https://git-lfs"
 # What torch.load raises on pickles that are damaged, too old to be mapped, or hold code.
 UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,15 @@ class Checkpoint:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most floating point bytes; float32 where there are none."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            if info.dtype.is_floating_point:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of its own memory, on the CPU."""
@@ -159,15 +170,8 @@ class Checkpoint:
     def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
         """The content of a .bin file, mapped rather than read; the last file stays open."""
         if self._pickle is None or self._pickle[0] != path:
-            refuse_truncated(path)
             self._pickle = None  # unmaps the file that was open
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except UNPICKLING_ERRORS as error:
-                raise ConversionError(
-                    f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). "
-                    "Pickles that hold code are never run; give the weights as safetensors."
-                ) from error
+            content = load_pickle(path)
             if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
                 raise ConversionError(f"{path} holds more than named tensors. Give the weights as safetensors.")
             self._pickle = (path, content)
@@ -187,6 +191,25 @@ class TensorFile(Checkpoint):
         return self._tensors_of(self.path)
 
 
+def load_pickle(path: Path, *, mapped: bool = True) -> Any:
+    """What torch.save wrote, on the CPU; code in it is not run.
+
+    Args:
+        mapped: leave tensors in the file until they are used, which files from before torch 1.6 do not allow.
+
+    Raises:
+        ConversionError: the file is damaged, of such an old form, or holds code.
+    """
+    refuse_truncated(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UNPICKLING_ERRORS as error:
+        raise ConversionError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Pickles that hold code are never run; fetch the file again, or save its plain tensors anew."
+        ) from error
+
+
 def refuse_truncated(path: Path) -> None:
     """Raises ConversionError for a file that was not fetched, or one of torch.save whose end is missing."""
     with open(path, "rb") as file:
@@ -201,6 +224,11 @@ def refuse_truncated(path: Path) -> None:
         )
     if path.stat().st_size == 0:
         raise ConversionError(f"{path} is empty. Fetch it again.")
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """As configurations write it, "bfloat16"; a name stays one."""
+    return str(dtype).removeprefix("torch.")
 
 
 def plain_file_name(name: Any, index: Path) -> str:
@@ -270,8 +298,8 @@ def write_checkpoint(
     Raises:
         ConversionError: the pieces of a tensor do not fill it.
     """
-    shards = split_outputs(list(outputs), max_shard_bytes)
-    names = [SAFETENSORS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    shards = split_into_shards(outputs, lambda output: output.num_bytes, max_shard_bytes)
+    names = shard_names(SAFETENSORS, len(shards))
     return write_shards(folder, dict(zip(names, shards, strict=True)), progress=progress, digests=digests)
 
 
@@ -298,19 +326,24 @@ def write_shards(
     return [folder / name for name in shards]
 
 
-def split_outputs(outputs: list[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
-    """The tensors in lists of at most so many bytes; a larger tensor has one of its own."""
-    shards: list[list[OutputTensor]] = [[]]
-    for output in outputs:
-        filled = sum(tensor.num_bytes for tensor in shards[-1])
-        if shards[-1] and filled + output.num_bytes > max_shard_bytes:
+def split_into_shards(tensors: Iterable[T], num_bytes: Callable[[T], int], max_shard_bytes: int) -> list[list[T]]:
+    """The tensors in order, cut where a shard would become too big; a tensor that is too big by itself has its own."""
+    shards: list[list[T]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = num_bytes(tensor)
+        if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
-        shards[-1].append(output)
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
     return shards
 
 
-def _shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def shard_names(whole: str, count: int) -> list[str]:
+    """File names of shards, by that of the file that holds everything: model-00001-of-00002.safetensors, ..."""
+    stem, _, suffix = whole.rpartition(".")
+    return [whole] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.{suffix}" for i in range(1, count + 1)]
 
 
 def _write_shard(

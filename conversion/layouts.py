@@ -30,7 +30,7 @@ from .io import (
     OutputTensor,
     TensorInfo,
     finished_folder,
-    split_outputs,
+    split_into_shards,
     write_checkpoint,
     write_shards,
 )
@@ -129,7 +129,7 @@ def rank_shards(
     files = {}
     for index, group in enumerate(groups):
         stem = "model-shared" if index == 0 else f"model-experts-rank-{index - 1:03d}-of-{ranks:03d}"
-        for number, shard in enumerate(split_outputs(group, max_shard_bytes)):
+        for number, shard in enumerate(split_into_shards(group, lambda output: output.num_bytes, max_shard_bytes)):
             files[f"{stem}-{number:05d}.safetensors"] = shard
     return files
 

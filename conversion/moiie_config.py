@@ -9,6 +9,7 @@ from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .io import dtype_name
 from .key_rules import Shape
 from .llava_keys import PROJECTOR
 from .meta_model import first_line
@@ -132,7 +133,7 @@ def original_moiie_config(
         "rope_theta": text.rope_parameters["rope_theta"],
         "rope_scaling": _rope_scaling(text),
         "attention_bias": False,
-        "torch_dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "torch_dtype": dtype_name(config.dtype or "float32"),
         "use_cache": True,
         **_original_routing(text, variant),
     }

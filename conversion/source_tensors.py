@@ -1,12 +1,18 @@
 """The tensors of a released model's files: what was read, what the original ends up with, and what became of each."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from .io import Checkpoint, TensorInfo
 from .key_rules import Shape
+
+
+class TensorReader(Protocol):
+    """What gives a tensor by its name."""
+
+    def read(self, name: str) -> torch.Tensor: ...
 
 
 @dataclass
@@ -16,7 +22,7 @@ class SourceTensor:
     file: str
     name: str
     info: TensorInfo
-    checkpoint: Checkpoint = field(repr=False)
+    checkpoint: TensorReader = field(repr=False)
     fate: Literal["consumed", "dropped", "unexpected"] = "unexpected"
     note: str = ""
 
@@ -63,12 +69,3 @@ class SourceTensors:
         added = [SourceTensor(labels[info.file], name, info, checkpoint) for name, info in checkpoint.tensors.items()]
         self.tensors += added
         return added
-
-
-def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of most floating point values."""
-    sizes: dict[torch.dtype, int] = {}
-    for info in checkpoint.tensors.values():
-        if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32

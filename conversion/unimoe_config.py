@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import CLIPVisionConfig, WhisperConfig
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from ..modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .io import dtype_name
 from .key_rules import Shape
 from .llava_keys import PROJECTOR
 from .unimoe_keys import ALIGNER
@@ -148,7 +150,7 @@ def original_config(
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"type": rope["rope_type"], "factor": rope["factor"]} if scaled else None,
         "pretraining_tp": 1,
-        "torch_dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "torch_dtype": dtype_name(config.dtype or torch.float32),
         "moe": True,
         "num_experts": text.num_experts,
         "num_experts_per_tok": text.num_experts_per_tok,

@@ -7,17 +7,20 @@ W comes from the files that the experts were tuned in, A and B from the fine-tun
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ConversionError
-from .io import Checkpoint, TensorFile, TensorInfo
+from .io import TensorFile, TensorInfo
 from .key_rules import Shape
-from .unimoe_files import Gathered, SourceTensor, require_finetuned, without_wrappers
+from .source_tensors import SourceTensor
+from .unimoe_files import Gathered, require_finetuned, without_wrappers
 from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor, add_low_rank
 from .unimoe_variant import decoder_layers, eight_expert_layers
+from .upcycle import FFN_PROJECTIONS
 
 # Expert i is in the i-th of these; two files serve twice.
 EXPERT_FILES = (
@@ -33,8 +36,7 @@ EXPERT_FILES = (
 FINETUNED_FILE = "{expert}_mlp_experts.bin"
 # Maps in front of the routers, empty unless config.json has use_fm_block.
 _MODALITY_MAPS = "fm_adapter.bin"
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_FACTORS = tuple(f"{projection}_lora_{factor}" for projection in _PROJECTIONS for factor in "AB")
+_FACTORS = tuple(f"{projection}_lora_{factor}" for projection in FFN_PROJECTIONS for factor in "AB")
 _FACTOR = re.compile(r"(?P<weight>.+\.(?:gate|up|down)_proj)_lora_[AB]\.weight")
 _DENSE_MLP = re.compile(r"model\.layers\.(\d+)\.mlp\.(?:gate|up|down)_proj(?:_lora_[AB])?\.weight")
 _SLOT = re.compile(r"\.deepspeed_experts\.(\d+)\.")
@@ -67,8 +69,8 @@ def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config
         if finetuned is not None:
             file = TensorFile(finetuned / FINETUNED_FILE.format(expert=expert))
             _refuse_several_slots(file)
-            _place(gathered, gathered.add_file("finetuned", file), expert, layers, (*_PROJECTIONS, *_FACTORS))
-        _place(gathered, sources[_file_of(expert)], expert, layers, _PROJECTIONS)
+            _place(gathered, gathered.add_file("finetuned", file), expert, layers, (*FFN_PROJECTIONS, *_FACTORS))
+        _place(gathered, sources[_file_of(expert)], expert, layers, FFN_PROJECTIONS)
 
 
 def add_absent_pairs(gathered: Gathered, finetuned: Path, config: Mapping[str, Any]) -> bool:
@@ -198,11 +200,11 @@ def _place(
         gathered.put(f"{experts}.{expert}.{parts[-2]}.weight", tensor)
 
 
-class _Zeros(Checkpoint):
-    """Stands for a tensor that no file holds."""
+@dataclass(frozen=True)
+class _Zeros:
+    """Reads zeros in place of a tensor that no file holds."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+    shape: Shape
 
     def read(self, name: str) -> torch.Tensor:
         return torch.zeros(self.shape)

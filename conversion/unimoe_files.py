@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 
 from ..errors import ConversionError
-from .io import UNPICKLING_ERRORS, Checkpoint, TensorFile, TensorInfo, read_json, refuse_truncated
+from .io import Checkpoint, TensorFile, TensorInfo, load_pickle, read_json
 from .llava_keys import VISION_TOWER
-from .source_tensors import SourceTensor, SourceTensors, main_dtype
+from .source_tensors import SourceTensor, SourceTensors
 from .unimoe_keys import AUDIO_TOWER, Layout
 from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, read_lora_scale
 
@@ -92,7 +92,7 @@ def gather(base: Path) -> Gathered:
     gathered = Gathered()
     _require(base, ("config.json",))
     shards = Checkpoint(base)
-    gathered.base_dtype = main_dtype(shards)
+    gathered.base_dtype = shards.main_dtype
     for tensor in gathered.add_file("base", shards):
         if tensor.name.startswith(_TOWERS):
             tensor.drop("the encoders are taken from their own folders, as the original does")
@@ -158,14 +158,7 @@ class BeatsFile(Checkpoint):
     def _read_headers(self) -> dict[str, TensorInfo]:
         if not self.path.is_file():
             raise ConversionError(f"{self.path} is missing. Give the BEATs checkpoint (.pt).")
-        refuse_truncated(self.path)
-        try:
-            mapped = zipfile.is_zipfile(self.path)
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
-        except UNPICKLING_ERRORS as error:
-            raise ConversionError(
-                f"{self.path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]})."
-            ) from error
+        content = load_pickle(self.path, mapped=zipfile.is_zipfile(self.path))
         cfg, weights = (content.get(name) if isinstance(content, dict) else None for name in ("cfg", "model"))
         if not isinstance(cfg, dict) or not isinstance(weights, dict):
             raise ConversionError(f"{self.path} is no BEATs checkpoint: it needs a 'cfg' and a 'model'.")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -84,12 +84,14 @@ def check_data(
 
 
 class _Checker:
+    """Collects what is found. A medium is opened once, however many records name it."""
+
     def __init__(self, policy: MediaPolicy) -> None:
         self.report = DataReport()
         self._policy = policy
         self._seen: dict[tuple[str, Any], tuple[str, str] | None] = {}
 
-    def look_at(self, record: Record, read: Any) -> None:
+    def look_at(self, record: Record, read: Callable[[Any, str], Sample]) -> None:
         self.report.records += 1
         if record.error is not None:
             self._note(self.report.problems, "record", "unreadable", record, "", f"not JSON ({record.error})")
@@ -120,6 +122,7 @@ class _Checker:
                 self._note(self.report.problems, kind, found[0], record, name, found[1])
 
     def _fault_of(self, kind: str, value: Any) -> tuple[str, str] | None:
+        """Fault and detail as in a `Finding`, or None."""
         paths = paths_of(value)
         for path in paths:
             if not os.path.exists(path):

@@ -8,9 +8,9 @@ from typing import Any, TextIO
 
 from ..errors import DataError
 
-_CHUNK = 1 << 20
-_MAX_RECORD = 1 << 28
-_BLANK = " \t\r\n"
+_CHUNK = 1 << 20  # characters
+_MAX_RECORD = 1 << 28  # characters; a record of a list that is still open then is taken for broken
+_BLANK = " \t\r\n"  # white space of JSON, which is less than Python's
 
 
 @dataclass(frozen=True)

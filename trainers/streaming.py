@@ -20,6 +20,10 @@ def stream_conversations(
     Args:
         files: in the authors' form or in ours (see `data`), recognised by what they hold.
         media_root: see `MediaPaths`.
+        original_rules: of files in the authors' form, see `original_data`.
+
+    Returns:
+        Samples as of `ConversationDataset`; all have `source` and `remarks`, empty where there are none.
 
     Raises:
         DataError: while iterating, at the first record that cannot be used.
@@ -38,4 +42,5 @@ def stream_conversations(
 def _stream(files: list[str], media_root: str | None, original_rules: OriginalRules | None) -> Iterator[Sample]:
     for file in files:
         for sample in read_samples(Path(file), media_root, original_rules):
+            # Every sample has the same columns, as tables need them.
             yield {"source": {}, "remarks": [], **sample}

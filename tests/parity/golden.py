@@ -17,6 +17,7 @@ Environment:
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -27,7 +28,7 @@ from typing import Any, Literal, NoReturn
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT_VARIABLE = "UNIMOE_GOLDEN"
 REPORT_VARIABLE = "UNIMOE_GOLDEN_REPORT"
@@ -238,6 +239,36 @@ def discover(
         if holds_tensors and holds_weights and (where is None or where(case)):
             found.append(case)
     return found
+
+
+def planted_error(
+    pattern: str, check: pytest.MarkDecorator, folder: Path, *also: str, index: int | None = None, size: float = 1e-3
+) -> tuple[GoldenCase, str]:
+    """A copy of the first case that serves a check, with one changed value, and the name of the tensor that holds it.
+
+    Args:
+        pattern, also: shell patterns of tensors that the case must hold; the first that fits `pattern` is changed.
+        check: the `pytest.mark.golden` of the check's tests.
+        folder: where the copy goes.
+        index: of the value; None draws one.
+        size: of the change of a float, as a share of the largest value.
+    """
+    cases = discover(pattern, *also, *check.args, **check.kwargs)
+    if not cases:
+        leave_for_lack_of_data()
+    shutil.copytree(cases[0].path, folder, dirs_exist_ok=True)
+    file = folder / "io.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in cases[0].names(pattern) if tensors[name].numel())
+    values = tensors[name].clone().flatten()
+    if index is None:
+        index = int(torch.randint(values.numel(), (), generator=torch.Generator().manual_seed(len(name))))
+    if values.is_floating_point():
+        values[index] += size * values.abs().max()
+    else:
+        values[index] = ~values[index] if values.dtype == torch.bool else values[index] + 1
+    save_file({**tensors, name: values.view_as(tensors[name])}, file)
+    return GoldenCase(folder, ledger=None), name
 
 
 def leave_for_lack_of_data() -> NoReturn:

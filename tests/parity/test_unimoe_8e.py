@@ -9,18 +9,19 @@ what comes after a whole block is held against 1e-5 of the largest value.
 """
 
 import re
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden import GoldenCase, GoldenMismatchError, compare, discover, leave_for_lack_of_data
-from safetensors.torch import load_file, save_file
+from golden import GoldenCase, GoldenMismatchError, compare, planted_error
 from unimoe_case import (
+    batch_gradients,
     check_greedy,
     check_text,
+    check_whole_model,
     original_batch,
     record,
     sparse_layers,
@@ -29,7 +30,6 @@ from unimoe_case import (
 )
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.key_rules import take
 from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
 
@@ -153,21 +153,10 @@ def test_a_batch_of_four_is_right_here_and_wrong_there(golden_case: GoldenCase) 
     ],
 )
 def test_one_changed_golden_value_is_noticed(check: str, pattern: str, tmp_path: Path) -> None:
-    requirements = REQUIREMENTS[check]
-    cases = discover(pattern, *requirements.args, **requirements.kwargs)
-    if not cases:
-        leave_for_lack_of_data()
-    shutil.copytree(cases[0].path, tmp_path, dirs_exist_ok=True)
-    stored = load_file(tmp_path / "io.safetensors")
-    tensor = next(name for name in cases[0].names(pattern) if stored[name].numel())
-    changed = stored[tensor].clone().flatten()
-    index = int(torch.randint(changed.numel(), (), generator=torch.Generator().manual_seed(len(tensor))))
-    changed[index] += 1e-3 * changed.abs().max() if changed.is_floating_point() else 1
-    stored[tensor] = changed.view_as(stored[tensor])
-    save_file(stored, tmp_path / "io.safetensors")
-    run: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
-    with pytest.raises(GoldenMismatchError, match=re.escape(tensor)):
-        run(GoldenCase(tmp_path, ledger=None))
+    case, name = planted_error(pattern, REQUIREMENTS[check], tmp_path)
+    check_case: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
+    with pytest.raises(GoldenMismatchError, match=re.escape(name)):
+        check_case(case)
 
 
 @torch.no_grad()
@@ -198,43 +187,25 @@ def check_block(case: GoldenCase, experts: str = "eager") -> None:
         inject_noise(case, name, model)
         router = record(block.gate)
         case.check_if_present(f"{name}.output", block(case.input(f"{name}.input")))
-        check_router(case, f"{name}.layer{layer}", router, model)
+        check_router(case, model, f"{name}.layer{layer}", router)
         case.check_if_present(f"{name}.l_aux", layer_loss(router, model))
 
 
 def check_forward(case: GoldenCase, experts: str = "eager") -> None:
-    check_whole_model(case, "full", unimoe_model(case, experts, **ALONE)[0])
+    check_run(case, "full", unimoe_model(case, experts, **ALONE)[0])
 
 
 def check_noisy_forward(case: GoldenCase) -> None:
-    check_whole_model(case, "full_noise", unimoe_model(case, router_pick="sample_always", **ALONE)[0])
+    check_run(case, "full_noise", unimoe_model(case, router_pick="sample_always", **ALONE)[0])
 
 
-@torch.no_grad()
-def check_whole_model(case: GoldenCase, name: str, model: UniMoeForCausalLM) -> None:
+def check_run(case: GoldenCase, name: str, model: UniMoeForCausalLM) -> None:
     inject_noise(case, name, model)
     take_four_rows_as_the_original(model)
-    decoder = model.model.language_model
-    batch = original_batch(case, model)
-    embeddings = zero_beyond(model, batch.lengths)
-    blocks = {i: (record(decoder.layers[i].mlp.gate), record(decoder.layers[i].mlp)) for i in sparse_layers(model)}
-    outer = [record(layer) for layer in decoder.layers]
-    output = model(**batch.inputs, labels=batch.labels)
-
-    case.check_if_present("merged.inputs_embeds", embeddings[0])
-    case.check_if_present("merged.attention_mask", batch.inputs["attention_mask"].bool())
-    case.check_if_present("merged.labels", batch.labels)
-    for layer, (router, block) in blocks.items():
-        check_router(case, f"{name}.layer{layer}", router, model)
-        case.check_if_present(f"{name}.layer{layer}.moe_in", block["input"], **AFTER_BLOCKS)
-        case.check_if_present(f"{name}.layer{layer}.moe_out", block["output"], **AFTER_BLOCKS)
-    for layer, states in enumerate(outer):
-        case.check_if_present(f"{name}.layer{layer}.hidden_out", states["output"], **AFTER_BLOCKS)
-    case.check_if_present(f"{name}.logits", output.logits, **AFTER_BLOCKS)
-    case.check_if_present(f"{name}.loss", output.loss)
+    check_whole_model(case, name, model, partial(check_router, case, model), **AFTER_BLOCKS)
 
 
-def check_router(case: GoldenCase, name: str, router: dict[str, Any], model: UniMoeForCausalLM) -> None:
+def check_router(case: GoldenCase, model: UniMoeForCausalLM, name: str, router: dict[str, Any]) -> None:
     """What the gate of one layer saw and decided."""
     logits_TE, weights_TK, index_TK = router["output"]
     noise_TE = case.input(f"{name}.gumbel_noise") if case.has(f"{name}.gumbel_noise") else 0
@@ -319,18 +290,12 @@ def check_ranges(case: GoldenCase) -> None:
 def check_gradients(case: GoldenCase, experts: str = "eager") -> None:
     model, key_map = unimoe_model(case, experts, **ALONE)
     take_four_rows_as_the_original(model)
-    batch = original_batch(case, model)
-    zero_beyond(model, batch.lengths)
-    model(**batch.inputs, labels=batch.labels).loss.backward()
-    parameters = dict(model.named_parameters())
+    gradient_of = batch_gradients(case, model)
     scale = case.config["lora_alpha"] / case.config["lora_r"]
     for name in case.names("grad.*"):
         original = name.removeprefix("grad.")
         match = re.fullmatch(r"(.+_proj)_lora_([AB])\.weight", original)
-        place = key_map.place(f"{match[1]}.weight" if match else original)
-        gradient = parameters[place.target].grad
-        assert gradient is not None, f"{place.target} got no gradient"
-        gradient = take(gradient, place)
+        gradient = gradient_of(key_map.place(f"{match[1]}.weight" if match else original))
         if match:  # merged, a pair is W + scale * B A
             other = case.weights[f"{match[1]}_lora_{'B' if match[2] == 'A' else 'A'}.weight"]
             gradient = scale * (other.T @ gradient if match[2] == "A" else gradient @ other.T)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import tiny_llama
 import torch
 from transformers import (
     AutoConfig,
@@ -20,19 +21,7 @@ from unimoe.conversion.llama_family import dense_from, text_config_from, why_not
 from unimoe.conversion.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SIZES = tiny_llama.SIZES | {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
 LLAMA3 = {

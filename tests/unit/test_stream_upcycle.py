@@ -11,15 +11,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from damage import cut, edit_json, left_behind, on_a_bad_disk, write_pickle_with_code
+from tiny_llama import SIZES, llama
 from tiny_tokenizer import save_word_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands._convert_upcycle import parse_groups, parse_layers
@@ -32,16 +27,6 @@ from unimoe.conversion.stream_upcycle import plan_upcycle, run_upcycle
 from unimoe.conversion.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-}
 SPARSITY = Sparsity(num_experts=4, num_experts_per_tok=2, sparse_layers=(0, 2))
 GROUPS = json.dumps(
     {
@@ -49,11 +34,6 @@ GROUPS = json.dumps(
         "language": {"experts": [1, 2, 3], "modalities": ["text", "speech", "sound"]},
     }
 )
-
-
-def llama(**fields: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **fields})).eval()
 
 
 @pytest.fixture
@@ -74,10 +54,6 @@ def phi3(**fields: Any) -> Phi3ForCausalLM:
 
 def run_cli(*arguments: object) -> int:
     return cli.main(["convert", "upcycle", *map(str, arguments)])
-
-
-def left_behind(folder: Path, *known: str) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name not in known)
 
 
 def test_command_writes_what_upcycling_in_memory_makes(
@@ -179,14 +155,7 @@ def test_without_running_the_models_the_tensors_are_read_back(source: Path, tmp_
 def test_a_disk_that_writes_something_else_is_noticed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_and_flip(folder: Path, *arguments: Any, **options: Any) -> list[Path]:
-        shards = write_checkpoint(folder, *arguments, **options)
-        content = bytearray(shards[0].read_bytes())
-        content[-1] ^= 1
-        shards[0].write_bytes(content)
-        return shards
-
-    monkeypatch.setattr(stream_upcycle, "write_checkpoint", write_and_flip)
+    monkeypatch.setattr(stream_upcycle, "write_checkpoint", on_a_bad_disk(write_checkpoint))
     plan = plan_upcycle(open_source(str(source)), SPARSITY)
     with pytest.raises(ConversionError, match="reads back differently"):
         run_upcycle(plan, tmp_path / "sparse", compare=False, progress=False)
@@ -219,19 +188,19 @@ def _damage_index(folder: Path, name: str) -> None:
 
 
 def _pickle_with_code(folder: Path) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple:
-            return (Path.touch, (folder / "ran",))
-
     for path in folder.glob("*.safetensors*"):
         path.unlink()
-    torch.save({"model.norm.weight": Payload()}, folder / "pytorch_model.bin")
+    write_pickle_with_code(folder / "pytorch_model.bin", "model.norm.weight")
 
 
 def _old_pickle(folder: Path) -> None:
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": [1.0]}))
+
+
+def _keep_12_bytes(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:12])
 
 
 def _grow(path: Path) -> None:
@@ -245,27 +214,20 @@ DAMAGES = {
     "backslash": (lambda f: _damage_index(f, "..\\x.safetensors"), "only plain names"),
     "number": (lambda f: _damage_index(f, 7), "only plain names"),  # type: ignore[arg-type]
     "missing shard": (lambda f: next(f.glob(SHARD + "*")).unlink(), SHARD),
-    "truncated shard": (lambda f: _cut(next(f.glob(SHARD + "*")), 100), "it is truncated or damaged"),
-    "cut in the header": (lambda f: _cut(next(f.glob(SHARD + "*")), None), SHARD),
+    "truncated shard": (lambda f: cut(next(f.glob(SHARD + "*")), 100), "it is truncated or damaged"),
+    "cut in the header": (lambda f: _keep_12_bytes(next(f.glob(SHARD + "*"))), SHARD),
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "holds no model.safetensors"),
     "pickle with code": (_pickle_with_code, "Pickles that hold code are never run"),
     "old pickle": (_old_pickle, "cannot be read as plain tensors"),
     "grown shard": (lambda f: _grow(next(f.glob(SHARD + "*"))), "truncated or damaged"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
-    "config disagrees": (lambda f: _edit_config(f, intermediate_size=64), "has shape [48, 32]"),
-    "other arithmetic": (lambda f: _edit_config(f, model_type="gemma"), "norms add one"),
-    "code of its own": (lambda f: _edit_config(f, model_type="brand-new"), "cannot read the configuration"),
+    "config disagrees": (lambda f: edit_json(f / "config.json", intermediate_size=64), "has shape [48, 32]"),
+    "other arithmetic": (lambda f: edit_json(f / "config.json", model_type="gemma"), "norms add one"),
+    "code of its own": (
+        lambda f: edit_json(f / "config.json", model_type="brand-new"),
+        "cannot read the configuration",
+    ),
 }
-
-
-def _cut(path: Path, drop: int | None) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: 12 if drop is None else -drop])
-
-
-def _edit_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 @pytest.mark.parametrize("name", DAMAGES)

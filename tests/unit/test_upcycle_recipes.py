@@ -6,28 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_llama import SIZES, llama
 from tiny_tokenizer import WORDS, save_word_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion.llama_family import dense_from
 from unimoe.conversion.upcycle import upcycle_model
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-}
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """`unimoe convert unimoe` and `export-unimoe`: a released Uni-MoE model becomes a folder of ours, and back."""
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
+from ..errors import ConversionError
 from ._convert_options import add_dtype, chosen_dtype
 
 _EPILOG = """\
@@ -37,7 +40,9 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         parser.add_argument(f"--{flag}", required=required, type=Path, metavar="DIR", help=text)
     parser.add_argument("--beats", type=Path, metavar="FILE.pt", help="the sound encoder; for the audio variant")
     parser.add_argument(
-        "--qformer-config", type=Path, metavar="JSON", help="of a Q-Former that is not BLIP-2's; for the audio variant"
+        "--qformer-config",
+        metavar="JSON",
+        help="fields, or a file with them, of a Q-Former that is not BLIP-2's; for the audio variant",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
     add_dtype(parser, "BASE")
@@ -55,7 +60,25 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "model", metavar="MODEL", type=Path, help="folder of a Uni-MoE variant (audio, speech, speech_dp, 8e)"
     )
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    export.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="BASE",
+        help="folder with the original's tokenizer.model, if MODEL does not carry it (trained models do not)",
+    )
     export.set_defaults(run=run_export)
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """The fields that a JSON object, or a file of one, gives."""
+    from ..conversion.io import read_json
+
+    if not text.lstrip().startswith("{"):
+        return read_json(Path(text))
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConversionError(f"--qformer-config {text!r} is not a JSON object ({error}).") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,13 +92,13 @@ def run(args: argparse.Namespace) -> int:
         whisper=args.whisper,
         beats=args.beats,
         experts=args.experts,
-        qformer_config=args.qformer_config,
+        qformer_config=None if args.qformer_config is None else _fields(args.qformer_config),
     )
     plan = plan_import(folders, dtype=chosen_dtype(args), keep_lora=args.keep_lora)
     print("Plan", *plan.lines(), sep="\n  ", flush=True)
     receipt = run_import(plan, args.out)
     print("Receipt", *receipt.lines(), sep="\n  ")
-    print(f"Saved in {args.out} (with receipt.json).")
+    print(f"Saved in {args.out} (with receipt.json).", *(f"Warning: {text}" for text in plan.warnings), sep="\n")
     if args.push_to_hub is not None:
         print(f"Uploaded to {', '.join(push_import(receipt, args.out, args.push_to_hub))}")
     return 0
@@ -85,6 +108,6 @@ def run_export(args: argparse.Namespace) -> int:
     """Export and print what was written."""
     from ..conversion.export_unimoe import export_unimoe
 
-    print("Wrote", *export_unimoe(args.model, args.out), sep="\n  ")
+    print("Wrote", *export_unimoe(args.model, args.out, tokenizer=args.tokenizer), sep="\n  ")
     print(f"Saved in {args.out}.")
     return 0

@@ -221,7 +221,10 @@ def _check_files(folder: Path) -> None:
     read_our_config(folder)
     Checkpoint(folder)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise CheckpointError(f"{folder} has no {_TOKENIZER_FILES[0]}: save the tokenizer (the processor) into it.")
+        raise CheckpointError(
+            f"{folder} has no {_TOKENIZER_FILES[0]}: if it was converted, convert again with the tokenizer's files beside "
+            "the original config.json; else save the processor into it (processor.save_pretrained)."
+        )
     contents = {file: read_json(folder / file) for file in _JSON_FILES if (folder / file).is_file()}
     if not isinstance(contents.get("tokenizer.json", {"model": {}}).get("model"), dict):
         raise CheckpointError(f"{folder / 'tokenizer.json'} has no model of a tokenizer in it: fetch the file again.")

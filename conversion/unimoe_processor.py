@@ -15,9 +15,9 @@ from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.processor_parts_unimoe import load_image_processor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
 from .io import read_json
+from .original_tokenizer import VOCABULARIES
 from .unimoe_config import PLACEHOLDERS
 
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _PREPROCESSOR = "preprocessor_config.json"
 
 
@@ -40,7 +40,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         ConversionError: its files are damaged, or a package that reads them is missing.
     """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in VOCABULARIES):
         return None
     _require_reader(folder)
     try:
@@ -63,6 +63,15 @@ def _is_installed(module: str) -> bool:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # not even the package that it is in
         return False
+
+
+def require_fitting_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int) -> None:
+    """Raises ConversionError where the tokenizer's pieces, those added to it aside, are more than the embeddings."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ConversionError(
+            f"The tokenizer in {folder} has {tokenizer.vocab_size:,} pieces, but the model embeds {vocab_size:,}: it is "
+            "that of another model. Put the base model's own tokenizer there."
+        )
 
 
 def placeholder_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -275,7 +275,10 @@ class _Curriculum:
 
     def _data(self, stage: StageConfig) -> ConversationDataset:
         def read(files: list[str]) -> ConversationDataset:
-            return ConversationDataset(files, self.recipe.media_root, max_missing=self.recipe.max_bad_samples)
+            missing = self.recipe.max_bad_samples
+            return ConversationDataset(
+                files, self.recipe.media_root, max_missing=missing, voice_as=self.recipe.voice_as
+            )
 
         if stage.data is not None:
             dataset = read(stage.data)

@@ -2,7 +2,14 @@
 
 import argparse
 
-from . import _convert_assemble, _convert_layouts, _convert_moiie, _convert_unimoe, _convert_upcycle
+from . import (
+    _convert_assemble,
+    _convert_layouts,
+    _convert_moiie,
+    _convert_start,
+    _convert_unimoe,
+    _convert_upcycle,
+)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,6 +21,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _convert_layouts.add_parser(kinds)
     _convert_unimoe.add_parser(kinds)
     _convert_moiie.add_parser(kinds)
+    _convert_start.add_parser(kinds)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -121,7 +121,7 @@ def _load_source(source: Source, dtype: torch.dtype | None) -> PreTrainedModel:
         model_class: Any = {"unimoe": UniMoeForCausalLM, "multimodal": AutoModelForImageTextToText}.get(
             source.kind, AutoModelForCausalLM
         )
-        model = model_class.from_pretrained(source.folder, dtype=torch.float32)
+        model = model_class.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=False)
     if dtype is not None and dtype != torch.float32:
         with torch.no_grad():
             for parameter in model.parameters():

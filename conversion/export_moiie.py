@@ -16,7 +16,7 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from .import_moiie import moiie_key_map
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, read_json, write_checkpoint
-from .llava_keys import VISION_TOWER, vision_prefix
+from .llava_keys import VISION_TOWER, vision_prefix, without_numbers
 from .moiie_config import SCALES, original_moiie_config
 from .moiie_keys import Backbone, Kind, Pools
 from .moiie_variant import MoiieVariant, model_type_of
@@ -68,7 +68,7 @@ def export_moiie(
     originals = Originals(checkpoint, key_map, config.text_config.num_experts)
     _check_covered(checkpoint, originals, variant)
     if config.image_connector is not None and config.image_connector.depth == 1:
-        _unnumber_projector(originals)
+        originals.sources = without_numbers(originals.sources)
     outputs = [
         OutputTensor(
             name,
@@ -178,12 +178,6 @@ def _check_covered(checkpoint: Checkpoint, originals: Originals, variant: MoiieV
         lost = {name for name in lost if not name.endswith(".mlp.gate.weight")}
     if lost:
         raise ConversionError(f"{min(lost)} is no tensor of the original's model: it cannot be exported.")
-
-
-def _unnumber_projector(originals: Originals) -> None:
-    """A projector of one layer has no numbers in its names."""
-    prefix = "model.mm_projector."
-    originals.sources = {n.replace(prefix + "0.", prefix): ours for n, ours in originals.sources.items()}
 
 
 def _aspect_ratio(model: Path) -> str:

@@ -80,6 +80,11 @@ def vision_rules(prefix: str) -> tuple[Rule, ...]:
     )
 
 
+def without_numbers(sources: dict[str, list[str]]) -> dict[str, list[str]]:
+    """By original names: an image projector of one layer has no numbers in its names."""
+    return {name.replace(PROJECTOR + "0.", PROJECTOR): ours for name, ours in sources.items()}
+
+
 def vision_prefix(our_names: Iterable[str]) -> str:
     """Start of the vision tower's names among ours: releases of transformers differ in an inner module."""
     nested = "model.vision_tower.vision_model."

@@ -159,7 +159,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ImportError, OSError, ValueError):
         return None
 
@@ -293,7 +293,7 @@ def _hf_config(name: str, checkpoint: Checkpoint) -> PreTrainedConfig:
     try:
         if is_internlm2(checkpoint.shapes):
             return internlm2_config(read_json(checkpoint.folder / "config.json"))
-        return AutoConfig.from_pretrained(checkpoint.folder)
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except _READING_ERRORS as error:
         raise ConversionError(
             f"transformers cannot read the configuration of {name} ({first_line(error)}). Models with code "

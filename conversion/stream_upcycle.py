@@ -27,7 +27,7 @@ from .prompted_rows import RouterRows
 from .receipt import RECEIPT_FILE, Comparison, Receipt
 from .sources import Source, expected_tensors
 from .sparsity import Sparsity, sparse_config
-from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX
+from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX, initial_biases
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,8 @@ def _sparse_layer(
     outputs = [
         OutputTensor(mlp + "gate.weight", dtype, (text.num_gate_rows, text.hidden_size), (partial(rows.of, layer),))
     ]
+    biases = initial_biases(text)
+    outputs += [OutputTensor(mlp + n, b.dtype, tuple(b.shape), (b.clone,)) for n, b in biases.items()]
     outputs += _fused(mlp + "experts.", dtype, routed, text.num_experts, text.moe_intermediate_size, text.hidden_size)
     if text.num_shared_experts:
         width = text.shared_intermediate_size

@@ -3,7 +3,7 @@
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .io import Checkpoint
 from .key_rules import KeyMap
-from .llava_keys import PROJECTOR
+from .llava_keys import without_numbers
 from .originals import Originals
 
 
@@ -14,8 +14,8 @@ class UniMoeOriginals(Originals):
         layers = config.audio_config.num_hidden_layers if config.audio_config is not None else 1
         super().__init__(checkpoint, key_map, config.text_config.num_experts, layers)
         self.config = config
-        if config.image_connector.depth == 1:  # a projector of one layer has no numbers in its names
-            self.sources = {name.replace(PROJECTOR + "0.", PROJECTOR): ours for name, ours in self.sources.items()}
+        if config.image_connector.depth == 1:
+            self.sources = without_numbers(self.sources)
 
     def ours(self, original: str) -> str:
         """The tensor of ours that an original one is (a part of)."""

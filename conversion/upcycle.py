@@ -123,8 +123,16 @@ def sparse_layer_tensors(
     mlp = f"{prefix}layers.{layer}.mlp."
     return {
         mlp + "gate.weight": rows.detach().to(down.device, down.dtype).clone(),
+        **{mlp + name: bias.to(down.device) for name, bias in initial_biases(config).items()},
         **fused_experts(mlp + "experts.", experts),
     }
+
+
+def initial_biases(config: UniMoeTextConfig) -> dict[str, torch.Tensor]:
+    """The biases of loss-free balancing below a layer's `mlp.`, float32 zeros; none without it."""
+    if not config.router_bias_update_rate:
+        return {}
+    return {"gate.choice_bias_C": torch.zeros(config.num_gate_rows - config.num_shared_experts)}
 
 
 def fused_experts(prefix: str, experts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

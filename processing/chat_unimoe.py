@@ -54,8 +54,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_tokens: bool = Tr
     Grow the model's embedding table afterwards if the tokenizer outgrew it.
     """
     wanted = MEDIA_TOKENS + (CHAT_TOKENS if chat_tokens else ())
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in wanted if token not in vocabulary]
+    known = tokenizer.get_added_vocab()  # not the vocabulary: what merges made up cannot be found in a text as a whole
+    missing = [token for token in wanted if token not in known]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
     return missing
 

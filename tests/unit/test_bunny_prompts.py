@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import tiny_media
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from unimoe.errors import PlaceholderError, UniMoeError
 from unimoe.processing.chat_templates_unimoe import BUNNY_SEPARATORS, BUNNY_VERSIONS, bunny_chat_template
-from unimoe.processing.processing_unimoe import UniMoeProcessor
+from unimoe.processing.processing_unimoe import UniMoeProcessor, prepare_tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
@@ -160,6 +160,19 @@ def test_texts_cannot_claim_images(version: str) -> None:
         assert made.image_token_id not in row["input_ids"]
         assert not any(row["mm_token_type_ids"])
         assert "<image> is not." in made.tokenizer.decode(row["input_ids"])
+
+
+def test_a_media_token_that_merges_made_becomes_one() -> None:
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.train_from_iterator(["<image> <image> s<image>"] * 4, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    before = made.convert_tokens_to_ids("<image>")
+    assert before != made.unk_token_id
+    assert before not in made.encode("s<image>")
+    prepare_tokenizer(made, chat_tokens=False)
+    assert made.encode("s<image>").count(before) == 1
 
 
 def test_a_batch_without_images_may_hold_samples_that_are_given_up() -> None:

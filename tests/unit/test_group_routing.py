@@ -126,6 +126,16 @@ def test_a_batch_without_a_modality_gives_zero_gradients(experts: str) -> None:
         assert torch.isfinite(layer.gate.weight.grad).all()
 
 
+def test_one_pass_over_the_experts_serves_all_groups() -> None:
+    model = tiny.model(text={**tiny.MOIIE_GROUPS, "sparse_layers": [0]})
+    calls: list[torch.Tensor] = []
+    experts = model.model.language_model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda _, args: calls.append(args[1]))
+    model(input_ids=torch.tensor([tiny.prompt(*range(5, 25), "image", "image")]), **tiny.media(images=2))
+    assert len(calls) == 1
+    assert set(calls[0].flatten().tolist()) == {0, 1, 2, 3}  # ids of the layer's experts, whatever the group
+
+
 def test_five_groups_learn_from_their_own_tokens_only() -> None:
     experts, modalities = group_preset("five", 10)
     text = {"num_experts": 10, "expert_groups": experts, "modality_groups": modalities, "router_aux_loss_coef": 0.0}

@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from test_trainers_trainer import Bench
 
 from unimoe import UniMoeForCausalLM
+from unimoe.conversion.sources import open_source
+from unimoe.conversion.sparsity import Sparsity
+from unimoe.conversion.stream_upcycle import plan_upcycle, run_upcycle
+from unimoe.conversion.upcycle import upcycle_model
 from unimoe.errors import ConfigurationError
 from unimoe.modeling_unimoe.gate_rows_unimoe import expert_load
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter
@@ -133,6 +137,21 @@ def test_biases_stay_float32(tmp_path: Path) -> None:
     gate = cast.model.language_model.layers[0].mlp.gate
     gate.update_choice_bias(torch.arange(4.0))
     assert gate.choice_bias_C.dtype == torch.float32
+
+
+def test_upcycling_starts_without_bias(tmp_path: Path) -> None:
+    dense = tiny.model(text={"num_experts": 0, "sparse_layers": []})
+    dense.save_pretrained(tmp_path / "dense")
+    routing = {"router_bias_update_rate": RATE, **tiny.MOIIE_GROUPS}
+    groups = {name: routing.pop(name) for name in ("expert_groups", "modality_groups")}
+    sparsity = Sparsity(4, 2, (0, 2), routing=routing, **groups)
+    run_upcycle(plan_upcycle(open_source(str(tmp_path / "dense")), sparsity), tmp_path / "sparse", progress=False)
+    in_memory = upcycle_model(
+        dense, num_experts=4, num_experts_per_tok=2, sparse_layers=(0, 2), routing=routing, **groups
+    )
+    for sparse in (UniMoeForCausalLM.from_pretrained(tmp_path / "sparse"), in_memory):
+        assert len(choice_biases(sparse)) == 2
+        assert not any(bias.any() for bias in choice_biases(sparse).values())
 
 
 def test_without_a_rate_nothing_is_stored() -> None:

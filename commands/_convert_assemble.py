@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import ConversionError
-from ._convert_options import add_dtype, chosen_dtype
+from ._convert_options import add_dtype, add_routing, chosen_dtype, chosen_routing
 
 _EPILOG = """\
 examples:
@@ -51,6 +51,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         default="normal",
         help="normal: random rows; zeros: all tokens start on the first K experts (default: normal)",
     )
+    add_routing(parser)
     add_dtype(parser, "BASE")
     parser.add_argument("--seed", type=int, default=0, help="of the router's rows (default: 0)")
     parser.set_defaults(run=run)
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         sparse_layers=parse_layers(args.layers, base.config.text_config.num_hidden_layers),
         num_experts_per_tok=args.top_k,
         router_init=args.router_init,
+        routing=chosen_routing(args),
         seed=args.seed,
         dtype=chosen_dtype(args),
     )

@@ -1,12 +1,9 @@
 """`unimoe convert unimoe` and `export-unimoe`: a released Uni-MoE model becomes a folder of ours, and back."""
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-from ..errors import ConversionError
-from ._convert_options import add_dtype, chosen_dtype
+from ._convert_options import add_dtype, chosen_dtype, read_fields
 
 _EPILOG = """\
 examples:
@@ -69,18 +66,6 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     export.set_defaults(run=run_export)
 
 
-def _fields(text: str) -> dict[str, Any]:
-    """The fields that a JSON object, or a file of one, gives."""
-    from ..conversion.io import read_json
-
-    if not text.lstrip().startswith("{"):
-        return read_json(Path(text))
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConversionError(f"--qformer-config {text!r} is not a JSON object ({error}).") from error
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
     from ..conversion.import_unimoe import UniMoeFolders, plan_import, push_import, run_import
@@ -92,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         whisper=args.whisper,
         beats=args.beats,
         experts=args.experts,
-        qformer_config=None if args.qformer_config is None else _fields(args.qformer_config),
+        qformer_config=None if args.qformer_config is None else read_fields("--qformer-config", args.qformer_config),
     )
     plan = plan_import(folders, dtype=chosen_dtype(args), keep_lora=args.keep_lora)
     print("Plan", *plan.lines(), sep="\n  ", flush=True)

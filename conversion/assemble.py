@@ -115,6 +115,11 @@ def plan_assembly(
     """
     if not experts:
         raise ConversionError("There are no experts: name at least one source.")
+    if not 1 <= num_experts_per_tok <= len(experts):
+        count = f"{len(experts)} expert{'s' * (len(experts) > 1)}"
+        raise ConversionError(
+            f"A token cannot use {num_experts_per_tok} of {count}: give more, or set --top-k (num_experts_per_tok)."
+        )
     sparsity = Sparsity(
         num_experts=len(experts),
         num_experts_per_tok=num_experts_per_tok,

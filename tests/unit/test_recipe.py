@@ -123,6 +123,12 @@ def stage(**overrides: Any) -> dict[str, Any]:
         (fields(moe={}, stages=[{"name": "one", "kind": "moe"}]), r"no stage of kind 'experts' before it"),
         (fields(moe={"router_init": "ones"}), r"router_init is 'ones'"),
         (fields(moe={"num_experts": 1, "num_experts_per_tok": 2}), r"num_experts_per_tok is 2"),
+        (
+            fields(moe={"routing": {"num_layers": 3}}),
+            r"moe.routing names \['num_layers'\]; it may set capacity_policy",
+        ),
+        (fields(moe={"routing": {"router_type": "dynamc"}}), r"moe.routing: .*router_type.*dynamc"),
+        (fields(moe={"routing": {"num_shared_experts": "two"}}), r"moe.routing: .*num_shared_experts.*two"),
         (fields(cache="c", stages=[{"name": "one", "train": ["towers"]}]), r"one.* trains the towers"),
         ([1, 2], r"a YAML mapping"),
         (fields(out=5), r"^out is 5; it must be text"),

@@ -16,6 +16,7 @@ Shared experts are whole copies without noise or new dimensions; weights sum to 
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -24,6 +25,8 @@ from .sparsity import Sparsity
 
 # Draws for one expert differ in purpose, so that e.g. the noise stays when the drop ratio changes.
 _DIMENSIONS, _NOISE, _NEW = 0, 1, 4
+# Values that are worked on at once, so that memory holds a weight matrix and its copy, and little beside them.
+_BLOCK = 1 << 18
 _PROJECTION_OFFSET = {"gate_proj": 0, "up_proj": 1, "down_proj": 2}
 
 
@@ -48,8 +51,7 @@ def routed_projection(dense: torch.Tensor, name: str, sparsity: Sparsity, layer:
         part = _with_new_dimensions(part, name, inner_dim, sparsity, layer, expert)
     if sparsity.noise:
         generator = _generator(sparsity, layer, expert, _NOISE + _PROJECTION_OFFSET[name])
-        deviation = sparsity.noise * part.float().std()
-        part = (part + deviation * torch.randn(part.shape, generator=generator)).to(dense.dtype)
+        part = _with_noise(part, sparsity.noise, generator)
     return part
 
 
@@ -82,18 +84,45 @@ def _with_new_dimensions(
     part: torch.Tensor, name: str, inner_dim: int, sparsity: Sparsity, layer: int, expert: int
 ) -> torch.Tensor:
     """The inner dimensions are the same in all three projections of an expert; each has statistics of its own."""
-    count = round(part.shape[inner_dim] * sparsity.drop_ratio)
-    chosen = (
-        torch.randperm(part.shape[inner_dim], generator=_generator(sparsity, layer, expert, _DIMENSIONS))[:count]
-        .sort()
-        .values
-    )
+    width = part.shape[inner_dim]
+    count = round(width * sparsity.drop_ratio)
     if not count:
         return part
-    replaced = part.index_select(inner_dim, chosen).float()
+    order = torch.randperm(width, generator=_generator(sparsity, layer, expert, _DIMENSIONS))
+    chosen = order[:count].sort().values
+    new = part.clone()
+    # Inner dimensions as rows; these are views.
+    source, target = (part, new) if inner_dim == 0 else (part.T, new.T)
+    blocks = chosen.split(max(1, _BLOCK // source.shape[1]))
+    mean, deviation = _mean_and_deviation(source[rows] for rows in blocks)
     generator = _generator(sparsity, layer, expert, _NEW + _PROJECTION_OFFSET[name])
-    drawn = torch.randn(replaced.shape, generator=generator) * replaced.std() + replaced.mean()
-    return part.clone().index_copy_(inner_dim, chosen, drawn.to(part.dtype))
+    for rows in blocks:
+        drawn = torch.randn(len(rows), source.shape[1], generator=generator)
+        target[rows] = drawn.mul_(deviation).add_(mean).to(part.dtype)
+    return new
+
+
+def _with_noise(part: torch.Tensor, noise: float, generator: torch.Generator) -> torch.Tensor:
+    new = part.clone(memory_format=torch.contiguous_format)
+    blocks = new.split(max(1, _BLOCK // new.shape[1]))
+    _, deviation = _mean_and_deviation(blocks)
+    for block in blocks:
+        block.copy_(block + noise * deviation * torch.randn(block.shape, generator=generator))
+    return new
+
+
+def _mean_and_deviation(blocks: Iterable[torch.Tensor]) -> tuple[float, float]:
+    """Of all values together, in float64."""
+    count, total, squares = 0, 0.0, 0.0
+    for block in blocks:
+        values = block.double()
+        count, total, squares = (
+            count + values.numel(),
+            total + float(values.sum()),
+            squares + float(values.square().sum()),
+        )
+    mean = total / count
+    return mean, math.sqrt(max(squares - count * mean**2, 0.0) / max(count - 1, 1))
 
 
 def _generator(sparsity: Sparsity, layer: int, expert: int, purpose: int) -> torch.Generator:

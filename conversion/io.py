@@ -44,6 +44,7 @@ SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.j
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 DEFAULT_SHARD_BYTES = 4 << 30
+_BLOCK = 1 << 20  # values that are written at once
 _LFS_POINTER = b"version https://git-lfs"
 # What torch.load raises on pickles that are damaged, too old to be mapped, or hold code.
 UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
@@ -381,8 +382,9 @@ def _write_shard(
 
 def _bytes_of(output: OutputTensor) -> Iterator[memoryview]:
     for make in output.pieces:
-        tensor = make().detach().to("cpu", output.dtype).contiguous()
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        # Block by block, so that a conversion of the dtype makes no second tensor of the whole size.
+        for block in make().detach().cpu().contiguous().reshape(-1).split(_BLOCK):
+            yield block.to(output.dtype).view(torch.uint8).numpy().data
 
 
 @contextmanager

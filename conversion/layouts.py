@@ -34,6 +34,7 @@ from .io import (
     write_checkpoint,
     write_shards,
 )
+from .read_back import verify_written
 from .sources import expected_tensors, read_our_config
 
 Layout = Literal["fused", "per-expert"]
@@ -107,7 +108,7 @@ def run_layout(
             shards = rank_shards(plan.outputs, plan.ranks, max_shard_bytes)
             metadata = {"expert_parallel_ranks": plan.ranks}
             files = write_shards(folder, shards, progress=progress, metadata=metadata)
-        _verify(Checkpoint(folder), plan.outputs)
+        verify_written(Checkpoint(folder), plan.outputs)
         sizes = {path.name: path.stat().st_size for path in files}
     seconds = max(time.monotonic() - started, 1e-3)
     total = sum(sizes.values())
@@ -193,17 +194,6 @@ def _taken_apart(output: OutputTensor, checkpoint: Checkpoint) -> list[OutputTen
                 read = output.pieces[index]
             made.append(OutputTensor(f"{match['mlp']}{expert}.{projection}_proj.weight", output.dtype, shape, (read,)))
     return made
-
-
-def _verify(written: Checkpoint, outputs: tuple[OutputTensor, ...]) -> None:
-    for output in outputs:
-        start = 0
-        for make in output.pieces:
-            piece = make().reshape(-1)
-            read = written.read_flat(output.name, start, piece.numel())
-            if not torch.equal(read.view(torch.uint8), piece.view(torch.uint8)):
-                raise ConversionError(f"{output.name} reads back differently from what was written: check the disk.")
-            start += piece.numel()
 
 
 def experts_by_file(weight_map: Mapping[str, str]) -> dict[str, set[int] | None]:

@@ -24,6 +24,7 @@ from .model_card import model_card
 from .parameters import count_parameters, total_and_active
 from .picture_processor import picture_processor
 from .prompted_rows import RouterRows
+from .read_back import verify_written
 from .receipt import RECEIPT_FILE, Comparison, Receipt
 from .sources import Source, expected_tensors
 from .sparsity import Sparsity, sparse_config
@@ -213,17 +214,6 @@ def write_beside_weights(source: Source, config: UniMoeConfig, folder: Path) -> 
     if not settings.exists() or source.kind == "multimodal":
         generation.save_pretrained(folder)
     save_config(config, folder)
-
-
-def verify_written(written: Checkpoint, outputs: tuple[OutputTensor, ...]) -> None:
-    """Read every tensor back and compare it, bit by bit, with what it was made from."""
-    for output in outputs:
-        start = 0
-        for make in output.pieces:
-            piece = make().to(output.dtype).reshape(-1)
-            if not torch.equal(written.read_flat(output.name, start, piece.numel()), piece):
-                raise ConversionError(f"{output.name} reads back differently from what was written: check the disk.")
-            start += piece.numel()
 
 
 def _is_replaced(key: str, sparsity: Sparsity) -> bool:

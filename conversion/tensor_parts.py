@@ -89,6 +89,8 @@ class PartsView(Checkpoint):
         if not part.rows:
             return self.stored.read_flat(part.stored, start, count)
         width = math.prod(self.stored.tensors[part.stored].shape[1:])
+        if len(part.rows) == 1:
+            return self.stored.read_flat(part.stored, part.rows[0][0] * width + start, count)
         out = torch.empty(count, dtype=self.tensors[name].dtype)
         passed = 0  # values of this part before the range at hand
         for first, last in part.rows:

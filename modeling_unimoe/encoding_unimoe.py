@@ -14,7 +14,7 @@ One audio item goes through both branches, unless its "encoder" names one of the
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from .configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import build_connector
 from .errors_unimoe import ConfigurationError, ModalityError, UniMoeError
+from .idle_branches_unimoe import must_run, without_value, zero_medium
 from .modeling_unimoe_beats import UniMoeBeatsModel
 from .multiscale_unimoe import encode_scales
 
@@ -57,6 +58,7 @@ class MediaEncoderMixin:
     """Towers and connectors of a `UniMoeModel`, and everything that runs through them."""
 
     config: UniMoeConfig
+    training: bool
 
     def build_encoders(self, config: UniMoeConfig) -> None:
         """Create the towers and connectors that the configuration names; the others are None."""
@@ -175,17 +177,44 @@ class MediaEncoderMixin:
             sound_encoder_states = self.encode_sound(audio_features, audio_padding_mask)
         return _connect(self.sound_connector, sound_encoder_states)
 
-    def media_features(self, **media: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Connected features by modality, for the media that are there."""
+    def media_features(self, **media: torch.Tensor | None) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Connected features by modality, for the media that are there.
+
+        Also, in training, a scalar 0 through which the branches of the other modalities are part of the graph.
+        """
         media = {name: value for name, value in media.items() if value is not None}
         given = {m: {k: media[k] for k in names if k in media} for m, names in MEDIA_INPUTS.items()}
         self._share_speech_states(given)
-        get = {"image": self.get_image_features, "video": self.get_video_features}
-        features = {}
+        features, idle = {}, []
+        joins = self.training and torch.is_grad_enabled()
+        # Always in this order, and every branch once: ranks that share out weights wait for each other in each.
         for modality, inputs in given.items():
             if inputs:
-                features[modality] = get.get(modality, self.get_audio_features)(**inputs).pooler_output
-        return features
+                features[modality] = self._branch(modality)(**inputs).pooler_output
+            elif joins:
+                idle += self._idle_branch(modality)
+        return features, torch.stack(idle).sum() if idle else None
+
+    def _branch(self, modality: str) -> Callable[..., BaseModelOutputWithPooling]:
+        get = {"image": self.get_image_features, "video": self.get_video_features}
+        return get.get(modality, self.get_audio_features)
+
+    def _idle_branch(self, modality: str) -> list[torch.Tensor]:
+        """See `idle_branches_unimoe`."""
+        tower, connector = {
+            "image": (self.vision_tower, self.image_connector),
+            "video": (self.vision_tower, self.video_connector or self.image_connector),
+            "speech": (self.speech_tower, self.speech_connector),
+            "sound": (self.audio_tower or self.speech_tower, self.sound_connector),
+        }[modality]
+        if connector is None or not (must_run(connector) or must_run(tower)):
+            return []
+        config = self.config.connectors[modality]
+        reference = next(connector.parameters())
+        if must_run(tower):
+            medium = zero_medium(modality, tower.config, max(self.config.vision_scales or [1]), reference.device)
+            return [without_value(self._branch(modality)(**{MEDIA_INPUTS[modality][0]: medium}).pooler_output)]
+        return [without_value(connector(reference.new_zeros(1, 1, config.input_size)))]
 
     def _share_speech_states(self, given: dict[str, dict[str, torch.Tensor]]) -> None:
         """Where both audio branches read the speech tower and got the same windows, run it once."""

@@ -149,7 +149,7 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
                 included, where a text begins), or mm_token_type_ids that are missing or do not fit.
         """
         check_text_inputs(input_ids, inputs_embeds, mm_token_type_ids)
-        features = self.media_features(
+        features, idle_branches = self.media_features(
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
             speech_features=speech_features,
@@ -183,6 +183,7 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
             attentions=outputs.attentions,
             router_logits=outputs.get("router_logits"),
             mm_token_type_ids=mm_token_type_ids,
+            idle_branches=idle_branches,
         )
 
     def _embed(self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor) -> torch.Tensor:
@@ -286,6 +287,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if return_router_logits else None,
+            idle_branches=outputs.idle_branches,
             **losses,
         )
 
@@ -303,14 +305,15 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         learned = (targets != -100).sum().to(ce_loss.device)
         # Where nothing is learned the mean is 0 / 0: NaN.
         ce_loss = torch.where(learned > 0, ce_loss, 0.0)
+        loss = ce_loss if outputs.idle_branches is None else ce_loss + outputs.idle_branches.to(ce_loss.device)
         if not outputs.router_logits:
-            return {"loss": ce_loss, "ce_loss": ce_loss}
+            return {"loss": loss, "ce_loss": ce_loss}
         modality_ids = torch.zeros_like(labels) if outputs.mm_token_type_ids is None else outputs.mm_token_type_ids
         groups = self.model.token_groups(modality_ids)
         share = _share_of_batch(learned, kwargs.get("num_items_in_batch"))
         terms = balance_terms(outputs.router_logits, config, modality_ids, groups, attention_mask)
         return {
-            "loss": ce_loss + terms.weighted * share,
+            "loss": loss + terms.weighted * share,
             "ce_loss": ce_loss,
             "group_aux_losses": terms.aux_loss_G,
             **terms.losses,

@@ -9,7 +9,11 @@ from transformers.modeling_outputs import ModelOutput
 
 @dataclass
 class UniMoeModelOutputWithPast(ModelOutput):
-    """Output of `UniMoeModel`; `mm_token_type_ids` is the modality id of every position, [B, S]."""
+    """Output of `UniMoeModel`.
+
+    mm_token_type_ids: modality id of every position, [B, S].
+    idle_branches: in training, a scalar 0 that depends on the branches of absent modalities; add it to the loss.
+    """
 
     last_hidden_state: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
@@ -17,6 +21,7 @@ class UniMoeModelOutputWithPast(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     mm_token_type_ids: torch.Tensor | None = None
+    idle_branches: torch.Tensor | None = None
 
 
 @dataclass
@@ -27,6 +32,7 @@ class UniMoeCausalLMOutputWithPast(ModelOutput):
     ce_loss, aux_loss, z_loss, modality_loss, divergence_loss: its parts, unweighted; see `losses_unimoe.py`. The last two
     are None unless they are part of it.
     group_aux_losses: the parts of aux_loss, one per routing group, [G].
+    idle_branches: see `UniMoeModelOutputWithPast`; it is part of loss.
     logits: [B, S, vocab]; router_logits: one [B * S, gate rows] tensor per sparse layer.
     """
 
@@ -42,3 +48,4 @@ class UniMoeCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
+    idle_branches: torch.Tensor | None = None

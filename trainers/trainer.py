@@ -177,6 +177,8 @@ class UniMoeTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         if model.training:
             self._require_something_to_learn(loss, group)
+            if outputs.idle_branches is not None:
+                loss = loss + outputs.idle_branches
             self._note(parts, group)
             self.finite_guard.add(raw, inputs, loss)
         return (loss, outputs) if return_outputs else loss

@@ -79,15 +79,17 @@ def test_z_loss_looks_at_a_tokens_own_rows() -> None:
 # --- routing ---------------------------------------------------------------------------------------------------------
 
 
-def test_scores_of_zero_do_not_open_other_groups() -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_scores_of_zero_do_not_open_other_groups(index: int) -> None:
     """One logit so large that the others' probabilities vanish: the second choice still is one of the group's."""
-    gate = UniMoeRouter(tiny.text_config(**tiny.MOIIE_GROUPS)).eval()
+    experts, modalities = group_preset("separate", 4)
+    gate = UniMoeRouter(tiny.text_config(expert_groups=experts, modality_groups=modalities)).eval()
     gate.weight.data.zero_()
-    gate.weight.data[4, 0] = 1000.0  # the second of vision's rows
+    gate.weight.data[2 * index + 1, 0] = 1000.0
     x = torch.zeros(1, tiny.HIDDEN)
     x[0, 0] = 1.0
-    _, weights, experts = gate(x, torch.tensor([1]))
-    assert set(experts[0].tolist()) <= {0, 1, 2}
+    _, weights, experts = gate(x, torch.tensor([index]))
+    assert set(experts[0].tolist()) <= set(gate.groups[index].experts)
     torch.testing.assert_close(weights, torch.tensor([[1.0, 0.0]]))
 
 
@@ -162,6 +164,8 @@ def test_the_last_feature_of_a_run_may_go_as_text() -> None:
     image, video = 1, 2
     assert routed[0].tolist() == [0, *[image] * 7, 0, 0, *[image] * 3, 0]
     assert routed[1].tolist() == [0, *[image] * 3, 0, *[video] * 3, 0, *[0] * 5]
+    whole = torch.full((1, 3), image)  # a run that ends where the row ends
+    assert model.model.routing_ids(whole).tolist() == [[image, image, 0]]
     plain = tiny.model(text=tiny.MOIIE_GROUPS)
     assert torch.equal(plain.model.routing_ids(model.model.modality_ids(ids)), model.model.modality_ids(ids))
     # The features themselves still belong to images, for the losses and for placing them.
@@ -197,6 +201,12 @@ def test_jitter_may_reach_the_experts() -> None:
     quiet, noisy, again = outputs[True]
     assert not torch.allclose(quiet, noisy)
     assert not torch.allclose(noisy, again)
+    # Router and experts read the same noisy states.
+    read: dict[str, torch.Tensor] = {}
+    block.gate.register_forward_hook(lambda gate, args, output: read.update(logits=output[0]))
+    block.experts.register_forward_pre_hook(lambda _, args: read.update(states=args[0]))
+    block(x)
+    torch.testing.assert_close(read["logits"], read["states"] @ block.gate.weight.T)
 
 
 # --- scales ----------------------------------------------------------------------------------------------------------

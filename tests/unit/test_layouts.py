@@ -27,6 +27,7 @@ TEXT: dict[str, Any] = {
 def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts") / "fused"
     tiny.model(TEXT).save_pretrained(folder)
+    assert "model.language_model.layers.0.mlp.experts.gate_up_proj" in Checkpoint(folder).tensors
     (folder / "README.md").write_text("# A model\n")
     return folder
 

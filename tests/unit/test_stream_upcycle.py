@@ -332,10 +332,13 @@ print(memory("VmHWM") - before)
 def test_memory_stays_below_the_largest_shard(family: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     make = llama if family == "llama" else phi3
     make(num_hidden_layers=4).save_pretrained(tmp_path / "tiny")
-    model = make(hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8)
-    model.save_pretrained(tmp_path / "dense", max_shard_size="40MB")
+    # The embeddings are the largest tensor, as in most models, and fill most of a shard.
+    model = make(
+        vocab_size=12_000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8
+    )
+    model.save_pretrained(tmp_path / "dense", max_shard_size="80MB")
     shards = [path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors")]
-    assert len(shards) >= 3
+    assert len(shards) >= 2
     folders = [tmp_path / name for name in ("tiny", "tiny-out", "dense", "dense-out")]
     command = [sys.executable, "-c", _MEASURE, *folders, json.dumps(recipe)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -43,6 +43,7 @@ from .checkpoints import exclusive, write_durably
 from .collator import Augment, CachedCollator, RawCollator
 from .data import ConversationDataset
 from .encoder_cache import EncoderCache
+from .plan import require_data, require_model_folder
 from .recipe import Recipe, StageConfig
 from .recipe_file import save_recipe
 from .recipe_parts import ExpertConfig
@@ -96,6 +97,10 @@ def run_curriculum(
     if cache is None and recipe.cache is None:
         _refuse_settings_of_cached_training(recipe)
     out = Path(recipe.out)
+    if processor is None:
+        require_model_folder(recipe.model)
+    if dataset is None and not out.exists():
+        require_data(recipe)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out), transformers_bars(shown=False):
         run = _Curriculum(
@@ -116,15 +121,6 @@ def run_curriculum(
             run.require_same_settings(stage)
         save_recipe(recipe, out / "recipe.yaml")
         return [run.stage(stage) for stage in recipe.stages]
-
-
-def require_model_folder(folder: str) -> None:
-    """Raises RecipeError unless a recipe's model is there."""
-    if not (Path(folder) / "config.json").is_file():
-        raise RecipeError(
-            f"The recipe's model {folder} is no model folder: a path counts from the recipe's own folder, and the folder "
-            "holds a model of ours with its processor."
-        )
 
 
 def load_start_model(folder: str | Path, recipe: Recipe) -> UniMoeForCausalLM:

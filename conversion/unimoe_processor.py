@@ -1,10 +1,15 @@
 """The processor and the generation settings of a released Uni-MoE model."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
@@ -44,9 +49,24 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     _require_reader(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        with _without_remarks_on_the_config():
+            return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConversionError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}).") from error
+
+
+@contextmanager
+def _without_remarks_on_the_config() -> Iterator[None]:
+    """transformers looks at config.json as well, and remarks on fields and a model type that it does not know."""
+    log = logging.get_logger("transformers.configuration_utils")
+    before = log.level
+    log.setLevel(ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*rope_scaling.*", category=FutureWarning)
+            yield
+    finally:
+        log.setLevel(before)
 
 
 def _require_reader(folder: Path) -> None:

@@ -305,6 +305,21 @@ def test_a_model_that_lost_the_originals_tokenizer_says_so_and_takes_another(
     assert (tmp_path / "given" / "base" / "tokenizer.model").read_text() == "the pieces"
 
 
+def test_the_originals_config_makes_no_noise(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folders = released(tmp_path, finetuned=False).folders
+    add_tokenizer(folders)
+    config = json.loads((folders.base / "config.json").read_text())
+    fields = {"model_type": "llava", "rope_scaling": None}  # so some were released
+    (folders.base / "config.json").write_text(json.dumps(config | fields))
+    recwarn.clear()
+    capfd.readouterr()
+    plan_import(folders)
+    assert not [warning for warning in recwarn if "rope_scaling" in str(warning.message)]
+    assert "You are using a model of type" not in capfd.readouterr().err
+
+
 def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     folders = released(tmp_path).folders
     add_tokenizer(folders, pieces=97)

@@ -163,6 +163,11 @@ def test_the_receipt_accounts_for_every_tensor(
     assert [entry.rpartition(".mlp.")[2] for entry in gate_up] == ["gate_proj.weight", "up_proj.weight"] * 8
     assert receipt["targets"][mlp + "gate.weight"]["made_of"] == ["router rows: drawn, seed 0"]
 
+    left = {source["name"]: set(source["dropped"].values()) for source in receipt["sources"][1:]}
+    other = "no FFN: the base's is taken, WHICH HAS OTHER VALUES"
+    assert left["base"] == {"no FFN: the base's is taken, which is the same", "an FFN whose layer stays dense"}
+    assert other in left["ours"]
+    assert other in printed
     by_name = {source["name"]: source for source in receipt["sources"] if source["role"] == "expert"}
     assert {name: source["experts"] for name, source in by_name.items()} == {
         "ours": [0, 7],

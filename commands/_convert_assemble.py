@@ -1,10 +1,9 @@
 """`unimoe convert assemble`: tuned dense models become the experts of one sparse model."""
 
 import argparse
-from pathlib import Path
 
 from ..errors import ConversionError
-from ._convert_options import add_dtype, add_routing, chosen_dtype, chosen_routing
+from ._convert_options import add_dtype, add_out, add_routing, add_sparsity, chosen_dtype, chosen_routing, parse_layers
 
 _EPILOG = """\
 examples:
@@ -40,11 +39,8 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="NAME=SOURCE",
         help="a model like BASE, or a .safetensors or .bin file with FFN weights only; repeat it, once per expert",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
-    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (default: 2)")
-    parser.add_argument(
-        "--layers", default="odd", help="sparse layers, counted from 0: odd, even, all or 1,3,5 (default: odd)"
-    )
+    add_out(parser)
+    add_sparsity(parser)
     parser.add_argument(
         "--router-init",
         choices=("normal", "zeros"),
@@ -61,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan, assemble, print the receipt."""
     from ..conversion.assemble import plan_assembly, run_assembly
     from ..conversion.sources import open_source
-    from ._convert_upcycle import parse_layers
 
     experts = [parse_expert(text) for text in args.expert]
     base = open_source(args.base)

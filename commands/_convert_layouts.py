@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ._convert_options import add_out
+
 _EPILOG = """\
 examples:
   unimoe convert layouts ./sparse --to per-expert --out ./sparse-experts
@@ -25,7 +27,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a sparse model, in any of the layouts")
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
+    add_out(parser)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--to", choices=("fused", "per-expert"), help="all experts of a layer together, or one by one")
     how.add_argument("--ep", type=int, metavar="N", help="one by one, with files of their own for each of N ranks")

@@ -2,7 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from ._convert_options import add_dtype, add_out, chosen_dtype
 
 _EPILOG = """\
 examples:
@@ -24,13 +25,13 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id, as the original saved it")
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
+    add_out(parser)
     parser.add_argument(
         "--vision-tower",
         metavar="DIR",
         help="folder or Hub id of SigLIP (default: what config.json names, if that is a folder)",
     )
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="store weights so (default: as stored)")
+    add_dtype(parser, "CHECKPOINT")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this model repository")
     parser.set_defaults(run=run)
     export = kinds.add_parser(
@@ -48,13 +49,10 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
-    import torch
-
     from ..conversion.import_moiie import plan_moiie
     from ..conversion.import_plan import push_import, write_import
 
-    dtypes: dict[str | None, Any] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    plan = plan_moiie(args.checkpoint, vision_tower=args.vision_tower, dtype=dtypes.get(args.dtype))
+    plan = plan_moiie(args.checkpoint, vision_tower=args.vision_tower, dtype=chosen_dtype(args))
     print("Plan", *plan.lines(), sep="\n  ", flush=True)
     receipt = write_import(plan, args.out)
     print("Receipt", *receipt.lines(), sep="\n  ")

@@ -1,7 +1,8 @@
 """`unimoe convert start`: a language model and a vision tower become a dense model to train, as MoIIE's recipes want it."""
 
 import argparse
-from pathlib import Path
+
+from ._convert_options import add_out
 
 _EPILOG = """\
 examples:
@@ -31,7 +32,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         choices=("bunny", "llama", "minicpm", "phi3"),
         help="Bunny's chat template; it must fit the token with which the language model ends texts",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
+    add_out(parser)
     parser.add_argument(
         "--scales", type=_scales, metavar="1,2,3", help="look at pictures in these sizes, S2 (default: one)"
     )

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ._convert_options import add_dtype, chosen_dtype, read_fields
+from ._convert_options import add_dtype, add_out, chosen_dtype, read_fields
 
 _EPILOG = """\
 examples:
@@ -41,7 +41,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="JSON",
         help="fields, or a file with them, of a Q-Former that is not BLIP-2's; for the audio variant",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
+    add_out(parser)
     add_dtype(parser, "BASE")
     parser.add_argument("--keep-lora", action="store_true", help="leave LoRA as a PEFT adapter in OUT-lora")
     parser.add_argument(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..conversion.group_presets import GROUP_PRESETS, group_preset
 from ..errors import ConversionError
-from ._convert_options import add_routing, chosen_routing
+from ._convert_options import add_dtype, add_out, add_routing, add_sparsity, chosen_dtype, chosen_routing, parse_layers
 
 _EPILOG = """\
 examples:
@@ -53,12 +53,9 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="SOURCE",
         help="folder or Hub id: a LLaMA-family model, a LLaVA-like one on top of such, or a dense one of ours",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
+    add_out(parser)
     parser.add_argument("--experts", type=int, default=4, metavar="E", help="experts per sparse layer (default: 4)")
-    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (default: 2)")
-    parser.add_argument(
-        "--layers", default="odd", help="sparse layers, counted from 0: odd, even, all or 1,3,5 (default: odd)"
-    )
+    add_sparsity(parser)
     parser.add_argument("--groups", metavar="PRESET|JSON", help="routing groups; without: one group of all experts")
     parser.add_argument("--shared", type=int, default=0, metavar="N", help="experts that every token uses as well")
     parser.add_argument(
@@ -66,7 +63,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     add_routing(parser)
     _add_initialisation(parser)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="store weights so (default: as in SOURCE)")
+    add_dtype(parser, "SOURCE")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     parser.add_argument(
         "--allow-gap", type=float, metavar="X", help="let logits differ from SOURCE's by up to X (inf: by anything)"
@@ -108,8 +105,6 @@ def _add_initialisation(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
-    import torch
-
     from ..conversion.hub import push_folder
     from ..conversion.sources import open_source
     from ..conversion.sparsity import Sparsity
@@ -132,8 +127,7 @@ def run(args: argparse.Namespace) -> int:
         noise=args.noise,
         drop_ratio=args.drop_ratio,
     )
-    dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    plan = plan_upcycle(source, sparsity, dtype, prompts=args.prompts)
+    plan = plan_upcycle(source, sparsity, chosen_dtype(args), prompts=args.prompts)
     print("Plan", *plan.lines(), sep="\n  ", flush=True)
     receipt = run_upcycle(plan, args.out, allow_gap=args.allow_gap)
     print("Receipt", *receipt.lines(), sep="\n  ")
@@ -141,28 +135,6 @@ def run(args: argparse.Namespace) -> int:
     if args.push_to_hub is not None:
         print(f"Uploaded to {push_folder(args.out, args.push_to_hub)}")
     return 0
-
-
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Layer indices of "odd", "even", "all" or a list like "1,3,5".
-
-    Raises:
-        ConversionError: the text is none of these, or names a layer that does not exist.
-    """
-    ranges: dict[str, range] = {
-        "odd": range(1, num_layers, 2),
-        "even": range(0, num_layers, 2),
-        "all": range(num_layers),
-    }
-    if text in ranges:
-        return tuple(ranges[text])
-    try:
-        layers = sorted({int(part) for part in text.split(",")})
-    except ValueError as error:
-        raise ConversionError(f"--layers is {text!r}; use odd, even, all or numbers like 1,3,5.") from error
-    if layers[0] < 0 or layers[-1] >= num_layers:
-        raise ConversionError(f"--layers is {text!r}, but the model's layers are 0 to {num_layers - 1}.")
-    return tuple(layers)
 
 
 def parse_groups(text: str | None, num_experts: int) -> tuple[dict[str, list[int]] | None, dict[str, str] | None]:

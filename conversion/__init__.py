@@ -15,13 +15,13 @@ What that is in ours: `unimoe_variant`, `unimoe_keys`, `unimoe_config`, `unimoe_
 apart. Single blocks of DCMoE and UniMoE-Audio: `dcmoe_keys`. Back to the original's layout: `export_unimoe` (start
 here), `export_eight_experts`, `unimoe_originals`; `original_tokenizer` travels both ways.
 
-MoIIE: `import_moiie` (start here), `moiie_variant`, `moiie_keys`, `moiie_config`, `bunny_processor`, `bunny_start` (what its recipes start from); and back:
-`export_moiie`. Both exports read our tensors through `originals`.
+MoIIE: `import_moiie` (start here), `moiie_variant`, `moiie_keys`, `moiie_config`, `bunny_processor`; and back:
+`export_moiie`. Both exports read our tensors through `originals`. What its recipes start from: `bunny_start`.
 
 The same model in other files: `layouts`, `expert_shards` (loading by rank).
 
-For all of them: `io` and `read_back` (files, tensor by tensor), `sources` (dense models to start from), `llama_family`
-(those of other classes), `fused_layouts` and `tensor_parts` (those that fuse tensors), `multimodal_layouts` and
-`picture_processor` (those that see), `meta_model` and `parameters` (names, shapes, counts), `model_card`, `hub` (the
-folder that loads without us). `description` is what the command inspect shows.
+For all of them: `io` (files, tensor by tensor), `read_back` (what was written, compared), `sources` (dense models to
+start from), `llama_family` (those of other classes), `fused_layouts` and `tensor_parts` (those that fuse tensors),
+`multimodal_layouts` and `picture_processor` (those that see), `meta_model` and `parameters` (names, shapes, counts),
+`saved_receipt`, `model_card`, `hub` (the folder that loads without us). `description` is what the command inspect shows.
 """

@@ -22,11 +22,11 @@ from .assembly_receipt import AssemblyReceipt, AssemblySource, AssemblyTarget
 from .expert_ffns import Expert, ExpertSource, open_experts
 from .hub import complete_bundle
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, finished_folder, write_checkpoint
-from .model_card import model_card
+from .model_card import model_card, receipt_section
 from .parameters import count_parameters, total_and_active
 from .read_back import verify_written
-from .receipt import RECEIPT_FILE
 from .router_init import initial_router_rows
+from .saved_receipt import RECEIPT_FILE
 from .sources import Source
 from .sparsity import RouterInit, Sparsity, sparse_config
 from .stream_upcycle import in_model_order, kept_tensors, write_beside_weights
@@ -294,5 +294,5 @@ def _card(plan: AssemblyPlan, name: str, receipt: AssemblyReceipt) -> str:
         count_parameters(plan.config),
         license=plan.base.license_metadata,
         base_models=[plan.base.name] if plan.base.is_hub_id else None,
-        sections={"Assembly receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
+        sections={"Assembly receipt": receipt_section(receipt.lines())},
     )

@@ -20,7 +20,7 @@ from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from .llava_keys import PROJECTOR
 from .unimoe_config import MODALITY_EXPERTS
 from .unimoe_experts import EXPERT_FILES, FINETUNED_FILE
-from .unimoe_keys import ALIGNER
+from .unimoe_keys import ALIGNER, EXPERTS, GATES
 from .unimoe_originals import UniMoeOriginals
 from .upcycle import FFN_PROJECTIONS
 
@@ -80,7 +80,7 @@ def write_eight_experts(folder: Path, originals: UniMoeOriginals, fields: dict[s
     count = originals.config.text_config.num_experts
     for expert in range(count):
         torch.save(_expert(originals, expert), finetuned / FINETUNED_FILE.format(expert=expert))
-    gates = [name for name in originals.sources if DEEPSPEED_MOE + "gate." in name]
+    gates = [name for name in originals.sources if GATES["deepspeed"] in name]
     torch.save(originals.read_all(gates), finetuned / "mlp_gates.bin")
     projector = originals.read_all(originals.names(PROJECTOR))
     torch.save({f"base_model.model.{n}": t for n, t in projector.items()}, finetuned / "non_lora_trainables.bin")
@@ -103,7 +103,7 @@ def _sparse_pattern(text: UniMoeTextConfig) -> dict[str, Any]:
 
 def _expert(originals: UniMoeOriginals, expert: int) -> dict[str, torch.Tensor]:
     """One expert of every layer, in the slot that a process with a single expert has, and pairs of zeros."""
-    slot = f"{DEEPSPEED_MOE}experts.deepspeed_experts."
+    slot = f".mlp.{EXPERTS['deepspeed']}."
     content: dict[str, torch.Tensor] = {}
     for name in (name for name in originals.sources if f"{slot}{expert}." in name):
         weight = originals.read(name)

@@ -36,7 +36,7 @@ from .io import (
 from .key_rules import KeyMap
 from .llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
 from .original_tokenizer import give_back_tokenizer
-from .receipt import RECEIPT_FILE
+from .saved_receipt import RECEIPT_FILE
 from .unimoe_config import original_config
 from .unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, Layout, rules_for
 from .unimoe_originals import UniMoeOriginals

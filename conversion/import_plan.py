@@ -17,10 +17,10 @@ from .hub import complete_bundle, push_folder, save_config
 from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
 from .io import DEFAULT_SHARD_BYTES, OutputTensor, dtype_name, finished_folder, write_checkpoint
 from .key_rules import KeyMap, Shape, Target
-from .model_card import model_card
+from .model_card import model_card, receipt_section
 from .original_tokenizer import carry_tokenizer
 from .parameters import count_parameters, total_and_active
-from .receipt import RECEIPT_FILE
+from .saved_receipt import RECEIPT_FILE
 from .source_tensors import SourceTensors
 from .unimoe_adapter import adapter_use
 
@@ -210,7 +210,7 @@ def _misfit(target: Target, gathered: SourceTensors, expected: Mapping[str, Shap
 
 
 def _card(plan: ImportPlan, name: str, receipt: ImportReceipt) -> str:
-    sections = {"Origin": plan.origin, "Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"}
+    sections = {"Origin": plan.origin, "Conversion receipt": receipt_section(receipt.lines())}
     if plan.generation.do_sample:
         sections = {"Generation": _SAMPLES.format(plan.generation.temperature), **sections}
     if receipt.adapter is not None:

@@ -72,14 +72,23 @@ class UniMoePlan(ImportPlan):
 
 
 def import_unimoe(
-    folders: UniMoeFolders, out: Path, *, push_to_hub: str | None = None, **options: Any
+    folders: UniMoeFolders,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_lora: bool = False,
+    push_to_hub: str | None = None,
 ) -> ImportReceipt:
-    """Convert a released model; `options` are those of `plan_import`.
+    """Convert a released model.
+
+    Args:
+        dtype, keep_lora: see `plan_import`.
+        push_to_hub: also upload the result to this model repository.
 
     Raises:
         ConversionError: see `plan_import`; nothing is written then.
     """
-    receipt = run_import(plan_import(folders, **options), out)
+    receipt = run_import(plan_import(folders, dtype=dtype, keep_lora=keep_lora), out)
     if push_to_hub is not None:
         push_import(receipt, out, push_to_hub)
     return receipt
@@ -97,7 +106,7 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
             or of the wrong shape.
     """
     original = read_json(_config_file(folders))
-    gathered, notes = _gather(folders, original)
+    gathered, pairs_absent = _gather(folders, original)
     variant = recognise(gathered.shapes, original)
     encoders = _add_encoders(gathered, variant, folders)
     tokenizer_files = tokenizer_folder(folders.base, folders.finetuned)
@@ -124,7 +133,7 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
     if tokenizer is not None:
         aspect = original.get("image_aspect_ratio", "square")
         processor = build_processor(config, tokenizer, folders.clip, folders.whisper, aspect)
-    notes += _notes(original, processor is not None) + _unused(folders, variant)
+    notes = _notes(original, variant, pairs_absent, has_processor=processor is not None) + _unused(folders, variant)
     origin = (
         f"Converted from the released Uni-MoE model, variant *{variant.name}* (arXiv 2405.11273). The terms of its "
         "authors, of the language model and of the encoders hold."
@@ -179,11 +188,10 @@ def _config_file(folders: UniMoeFolders) -> Path:
     return folder / "config.json"
 
 
-def _gather(folders: UniMoeFolders, original: dict[str, Any]) -> tuple[Gathered, list[str]]:
-    """All decoder and connector files, in the original's order, and what the reader should know of them."""
+def _gather(folders: UniMoeFolders, original: dict[str, Any]) -> tuple[Gathered, bool]:
+    """All decoder and connector files, in the original's order; and whether low-rank pairs were in none of them."""
     gathered = gather(folders.base)
     layout = layout_of(gathered.live, original)
-    notes: list[str] = []
     if layout == "plain" and folders.experts is not None:
         raise ConversionError(
             "Expert files (--experts) belong to the 8-expert variant, but neither the tensors nor config.json (no "
@@ -196,22 +204,14 @@ def _gather(folders: UniMoeFolders, original: dict[str, Any]) -> tuple[Gathered,
                 "its experts lie in a folder of their own: add --experts DIR."
             )
         add_experts(gathered, folders.experts, folders.finetuned, original)
-        notes.append(
-            "routing takes the best experts; the original draws every token's second one, in evaluation too "
-            "(router_pick: sample_always does as well)"
-        )
-        if any(original.get(name) for name in ("aux_balance_loss", "aux_multimodal_loss", "aux_kl_loss")):
-            notes.append(
-                "losses of the routers are means over layers and samples, where the original takes sums "
-                "(router_losses_as_released: true does as well)"
-            )
+    pairs_absent = False
     if folders.finetuned is not None:
-        if layout == "deepspeed" and add_absent_pairs(gathered, folders.finetuned, original):
-            notes.append("low-rank pairs of dense layers are in no file, and random in the original: taken as zero")
+        if layout == "deepspeed":
+            pairs_absent = add_absent_pairs(gathered, folders.finetuned, original)
         lay_over(gathered, folders.finetuned, layout)
     if layout == "deepspeed":
         integrate_pairs(gathered, original)
-    return gathered, notes
+    return gathered, pairs_absent
 
 
 def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) -> Encoders:
@@ -260,8 +260,21 @@ def _account(gathered: Gathered, key_map: KeyMap, expected: dict[str, tuple[int,
     return account(gathered, key_map, expected)
 
 
-def _notes(original: dict[str, Any], has_processor: bool) -> list[str]:
+def _notes(original: dict[str, Any], variant: Variant, pairs_absent: bool, *, has_processor: bool) -> list[str]:
+    """What the reader should know beyond tensors."""
     notes = []
+    if variant.layout == "deepspeed":
+        notes.append(
+            "routing takes the best experts; the original draws every token's second one, in evaluation too "
+            "(router_pick: sample_always does as well)"
+        )
+        if any(original.get(name) for name in ("aux_balance_loss", "aux_multimodal_loss", "aux_kl_loss")):
+            notes.append(
+                "losses of the routers are means over layers and samples, where the original takes sums "
+                "(router_losses_as_released: true does as well)"
+            )
+    if pairs_absent:
+        notes.append("low-rank pairs of dense layers are in no file, and random in the original: taken as zero")
     if not has_processor:
         notes.append("no processor: neither base nor fine-tuned folder holds tokenizer.model or tokenizer.json")
     if original.get("mm_use_im_patch_token", True):

@@ -1,7 +1,7 @@
 """The text of a model card: metadata that the Hub reads, what is inside, how to load it, and the numbers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
@@ -68,6 +68,11 @@ def model_card(
         *(f"## {heading}\n\n{text.strip()}" for heading, text in (sections or {}).items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def receipt_section(receipt: Iterable[str]) -> str:
+    """The lines of a receipt as Markdown, to be read as they are."""
+    return "\n".join(["```", *receipt, "```"])
 
 
 def parameter_table(parameters: Mapping[str, ParameterCount]) -> str:

@@ -1,14 +1,11 @@
 """The receipt of a conversion: what went in, what came out, and by how much the two models differ."""
 
-import dataclasses
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConversionError
+from .saved_receipt import SavedReceipt
 
-RECEIPT_FILE = "receipt.json"
 # On logits up to 1; larger ones lose as many absolute digits as they are larger, in any order of summation.
 MAX_RELATIVE_DIFFERENCE = 1e-5
 _SHOWN_KEYS = 4
@@ -56,8 +53,8 @@ class Comparison:
         return MAX_RELATIVE_DIFFERENCE * max(1.0, self.max_abs_logit)
 
 
-@dataclass
-class Receipt:
+@dataclass(kw_only=True)
+class Receipt(SavedReceipt):
     """What a conversion did.
 
     Args:
@@ -68,19 +65,14 @@ class Receipt:
     """
 
     source: str
-    out: str
     keys_consumed: int
     keys_produced: int
     keys_dropped: dict[str, str]
     parameters_before: int
     parameters_after: int
-    parameters_active: int
-    dtype: str
-    bytes_written: int
-    seconds_writing: float
     comparison: Comparison | str
     tensors_read_back: int = 0
-    recipe: list[str] = dataclasses.field(default_factory=list)
+    recipe: list[str] = field(default_factory=list)
     exact: bool = True
     allowed_gap: float | None = None
 
@@ -129,14 +121,12 @@ class Receipt:
 
     def lines(self) -> list[str]:
         """The receipt for a reader."""
-        rate = self.bytes_written / max(self.seconds_writing, 1e-3) / 1e6
         lines = [
             *(f"{'recipe':<12}{line}" for line in self.recipe),
             f"tensors     {self.keys_consumed} consumed, {self.keys_produced} produced; dropped: {self._dropped()}",
             f"parameters  {self.parameters_before:,} -> {self.parameters_after:,} "
             f"({self.parameters_active:,} active per token)",
-            f"written     {self.bytes_written / 1e6:,.1f} MB {self.dtype} in {self.seconds_writing:.1f} s "
-            f"({rate:,.0f} MB/s)",
+            f"written     {self.written()}",
         ]
         if isinstance(self.comparison, str):
             return [*lines, f"not run     {self.comparison}; {self.tensors_read_back} tensors read back, bit-equal"]
@@ -153,11 +143,8 @@ class Receipt:
         )
         return ", ".join(listed) or "none"
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
     def to_dict(self) -> dict[str, Any]:
-        content = dataclasses.asdict(self)
+        content = super().to_dict()
         if isinstance(self.comparison, Comparison):
             content["comparison"]["bound"] = self.bound
         return content

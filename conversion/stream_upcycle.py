@@ -20,12 +20,13 @@ from .compare import compare_models
 from .expert_init import expected_deviation, routed_projection, shared_projection
 from .hub import complete_bundle, save_config
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
-from .model_card import model_card
+from .model_card import model_card, receipt_section
 from .parameters import count_parameters, total_and_active
 from .picture_processor import picture_processor
 from .prompted_rows import RouterRows
 from .read_back import verify_written
-from .receipt import RECEIPT_FILE, Comparison, Receipt
+from .receipt import Comparison, Receipt
+from .saved_receipt import RECEIPT_FILE
 from .sources import Source, expected_tensors
 from .sparsity import Sparsity, sparse_config
 from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX, initial_biases
@@ -294,7 +295,7 @@ def _card(plan: UpcyclePlan, name: str, receipt: Receipt) -> str:
         base_models=[source.name] if source.is_hub_id else None,
         sections={
             "Recipe": f"{start}\n\n{recipe}",
-            "Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```",
+            "Conversion receipt": receipt_section(receipt.lines()),
         },
     )
 

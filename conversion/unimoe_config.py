@@ -221,7 +221,7 @@ def _speech_connector(
 ) -> dict[str, Any]:
     whisper = encoders.whisper
     if whisper is None:
-        raise ConversionError("This is a speech model, and its Whisper folder was not given: add --whisper DIR.")
+        raise ConversionError("A speech model needs the configuration of its Whisper, but encoders.whisper is None.")
     return {
         "speech_connector": UniMoeConnectorConfig(
             type="query_decoder",
@@ -237,7 +237,7 @@ def _sound_connector(
     encoders: Encoders, variant: Variant, shapes: Mapping[str, Shape], hidden_size: int
 ) -> dict[str, Any]:
     if encoders.beats is None:
-        raise ConversionError("This is the audio model, and its BEATs file was not given: add --beats FILE.pt.")
+        raise ConversionError("The audio model needs the configuration of its BEATs, but encoders.beats is None.")
     given = encoders.qformer
     qformer = (
         _qformer_of(shapes) if given is None else {name: given[name] for name in _QFORMER_FIELDS if name in given}

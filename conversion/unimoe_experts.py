@@ -18,7 +18,8 @@ from .io import TensorFile, TensorInfo
 from .key_rules import Shape
 from .source_tensors import SourceTensor
 from .unimoe_files import Gathered, require_finetuned, without_wrappers
-from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor, add_low_rank
+from .unimoe_keys import EXPERTS
+from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor
 from .unimoe_variant import decoder_layers, eight_expert_layers
 from .upcycle import FFN_PROJECTIONS
 
@@ -113,17 +114,6 @@ def integrate_pairs(gathered: Gathered, config: Mapping[str, Any]) -> None:
         gathered.loras.setdefault(name, []).append(fitting)
 
 
-def merge_pairs(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of the original, in memory, with every pair inside an MLP merged into its weight in float32."""
-    scale = _scale(config)
-    merged = {name: tensor for name, tensor in tensors.items() if _FACTOR.fullmatch(name) is None}
-    for weight in pairs_in(tensors):
-        a, b = (tensors[f"{weight}_lora_{factor}.weight"] for factor in "AB")
-        name = f"{weight}.weight"
-        merged[name] = add_low_rank(tensors[name], a, b, scale["lora_alpha"] / scale["r"])
-    return merged
-
-
 def pairs_in(names: Iterable[str]) -> list[str]:
     """Projections, without `.weight`, that have a pair.
 
@@ -196,8 +186,7 @@ def _place(
         if layer not in layers:
             tensor.drop(f"layer {layer} has no experts")
             continue
-        experts = f"model.layers.{layer}.mlp.deepspeed_moe.experts.deepspeed_experts"
-        gathered.put(f"{experts}.{expert}.{parts[-2]}.weight", tensor)
+        gathered.put(f"model.layers.{layer}.mlp.{EXPERTS['deepspeed']}.{expert}.{parts[-2]}.weight", tensor)
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,22 @@ Layout = Literal["plain", "deepspeed"]
 
 AUDIO_TOWER = "model.audio_tower.audio_tower."
 ALIGNER = "model.mm_audio_aligner."
+# Below `model.layers.N.mlp.`: the router, and what comes before an expert's number.
+GATES: dict[Layout, str] = {"plain": "gate", "deepspeed": "deepspeed_moe.gate.wg"}
+EXPERTS: dict[Layout, str] = {"plain": "experts", "deepspeed": "deepspeed_moe.experts.deepspeed_experts"}
 
 
-def _sparse_layer(gate: str, experts: str) -> tuple[Rule, ...]:
-    """Rules of a sparse layer, whose router and experts the original calls so below `mlp.`."""
-    router = Rule(f"model.layers.{{layer}}.mlp.{gate}.weight", LANGUAGE + "layers.{layer}.mlp.gate.weight")
-    return (router, *expert_rules(experts))
+def _sparse_layer(layout: Layout) -> tuple[Rule, ...]:
+    """Rules of a sparse layer's router and experts."""
+    router = Rule(f"model.layers.{{layer}}.mlp.{GATES[layout]}.weight", LANGUAGE + "layers.{layer}.mlp.gate.weight")
+    return (router, *expert_rules(EXPERTS[layout]))
 
 
 _OTHER_EXPERTS = "router and experts of the 4-expert model, in whose place the 8-expert model has its own"
-_EXPERTS: dict[Layout, tuple[Rule, ...]] = {
-    "plain": _sparse_layer("gate", "experts"),
+_SPARSE_LAYERS: dict[Layout, tuple[Rule, ...]] = {
+    "plain": _sparse_layer("plain"),
     "deepspeed": (
-        *_sparse_layer("deepspeed_moe.gate.wg", "deepspeed_moe.experts.deepspeed_experts"),
+        *_sparse_layer("deepspeed"),
         Rule("model.layers.{layer}.mlp.gate.weight", None, reason=_OTHER_EXPERTS),
         Rule("model.layers.{layer}.mlp.experts.{rest}", None, reason=_OTHER_EXPERTS),
     ),
@@ -78,4 +81,4 @@ def rules_for(audio: AudioKind, vision_prefix: str, layout: Layout = "plain") ->
         vision_prefix: what the vision tower's tensors start with in ours, see `llava_keys.vision_prefix`.
     """
     audio_rules = _WHISPER if audio == "whisper" else _BEATS
-    return (*LLAMA_DECODER, *_EXPERTS[layout], *PROJECTOR_RULES, *vision_rules(vision_prefix), *audio_rules)
+    return (*LLAMA_DECODER, *_SPARSE_LAYERS[layout], *PROJECTOR_RULES, *vision_rules(vision_prefix), *audio_rules)

@@ -43,7 +43,7 @@ eight)
         --expert basev=start-speech --expert base="$(tuned 2)" --expert base1="$(tuned 1)" \
         --expert base4="$(tuned 4)" --expert base7="$(tuned 7)" --expert base="$(tuned 2)" \
         --expert base7="$(tuned 7)"
-    train 3_mix_eight
+    train 3_mix_task4_eight
     ;;
 *)
     sed -n '2,7s/^# \{0,1\}//p' run.sh

@@ -1,6 +1,6 @@
 """Our models of golden Uni-MoE cases, and the original's batches as ours."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,8 +15,9 @@ from unimoe.conversion.key_rules import KeyMap, Place, take
 from unimoe.conversion.llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
 from unimoe.conversion.sources import expected_tensors
 from unimoe.conversion.unimoe_config import Encoders, our_config
-from unimoe.conversion.unimoe_experts import merge_pairs
+from unimoe.conversion.unimoe_experts import pairs_in
 from unimoe.conversion.unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, rules_for
+from unimoe.conversion.unimoe_lora import add_low_rank
 from unimoe.conversion.unimoe_variant import recognise
 from unimoe.processing.placeholders_unimoe import Run, expand, pad
 
@@ -72,6 +73,16 @@ def _converted(path: Path) -> tuple[Any, dict[str, torch.Tensor], KeyMap]:
     key_map = KeyMap(rules_for(variant.audio, vision_prefix(expected_tensors(config)), variant.layout))
     weights = merge_pairs(case.weights, case.config) if variant.layout == "deepspeed" else case.weights
     return config, key_map.convert(weights), key_map
+
+
+def merge_pairs(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The original's tensors with every low-rank pair inside an MLP merged into its weight in float32."""
+    merged = dict(tensors)
+    for weight in pairs_in(tensors):
+        a, b = (merged.pop(f"{weight}_lora_{factor}.weight") for factor in "AB")
+        name = f"{weight}.weight"
+        merged[name] = add_low_rank(tensors[name], a, b, config["lora_alpha"] / config["lora_r"])
+    return merged
 
 
 @dataclass

@@ -17,7 +17,8 @@ from tiny_tokenizer import save_word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.commands._convert_upcycle import parse_groups, parse_layers
+from unimoe.commands._convert_options import parse_layers
+from unimoe.commands._convert_upcycle import parse_groups
 from unimoe.conversion import stream_upcycle
 from unimoe.conversion.io import write_checkpoint
 from unimoe.conversion.llama_family import dense_from
@@ -133,13 +134,18 @@ def test_dense_multimodal_model_of_ours(tmp_path: Path) -> None:
         assert (dense(**inputs).logits - sparse(**inputs).logits).abs().max() <= 1e-5
 
 
-def test_bfloat16_is_compared_on_equally_rounded_weights(source: Path, tmp_path: Path) -> None:
-    assert run_cli(source, "--out", tmp_path / "sparse", "--dtype", "bf16") == 0
+@pytest.mark.parametrize(
+    ("name", "dtype", "rounding"), [("bf16", torch.bfloat16, 1e-3), ("fp16", torch.float16, 1e-4)]
+)
+def test_small_dtypes_are_compared_on_equally_rounded_weights(
+    source: Path, tmp_path: Path, name: str, dtype: torch.dtype, rounding: float
+) -> None:
+    assert run_cli(source, "--out", tmp_path / "sparse", "--dtype", name) == 0
     comparison = json.loads((tmp_path / "sparse" / "receipt.json").read_text())["comparison"]
     assert comparison["max_abs_logit_difference"] <= 1e-5
-    assert comparison["rounding_difference"] > 1e-3
+    assert comparison["rounding_difference"] > rounding
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_tied_head_that_is_stored_is_dropped_with_the_reason(tmp_path: Path) -> None:

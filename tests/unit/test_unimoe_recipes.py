@@ -38,7 +38,7 @@ SIZES = {
     "3_mix_task2": (459, 2, 8),
     "3_mix_task3": (453, 2, 8),
     "3_mix_task4": (874, 2, 8),
-    "3_mix_eight": (874, 2, 64),
+    "3_mix_task4_eight": (874, 2, 64),
 }
 
 
@@ -62,7 +62,7 @@ def test_the_values_are_the_authors(name: str) -> None:
         assert (stage.lora.rank, stage.lora.alpha, stage.learning_rate) == (8, 16, 4e-5)
         assert stage.lora.targets == ["attention", "experts", *(["ffn"] if name == "3_mix_task3" else [])]
         assert stage.train == ["router", "connectors"]
-        assert stage.router_aux_loss_coef == (0.01 if name == "3_mix_eight" else 0.0)
+        assert stage.router_aux_loss_coef == (0.01 if name == "3_mix_task4_eight" else 0.0)
     assert recipe.precision == ("float32" if name == "3_mix_task3" else "bfloat16")
 
 
@@ -173,7 +173,7 @@ def test_the_three_stages_run_on_a_tiny_twin(start: Path, tmp_path: Path) -> Non
 def test_the_other_recipes_run_on_a_tiny_twin(name: str, start: Path, tmp_path: Path) -> None:
     model = start / "dense"
     if name.startswith("3"):
-        count, layers = (8, [0, 1, 2]) if name == "3_mix_eight" else (4, [0, 2])
+        count, layers = (8, [0, 1, 2]) if name == "3_mix_task4_eight" else (4, [0, 2])
         model = tmp_path / "sparse"
         plan = plan_assembly(
             open_source(str(start / "dense")), [("same", start / "dense")] * count, sparse_layers=layers

@@ -89,9 +89,9 @@ model = AutoModelForCausalLM.from_pretrained("{base_name}", trust_remote_code=Tr
 model = PeftModel.from_pretrained(model, "{adapter_name}")
 ```
 
-Fused experts have adapters of other ranks than single matrices. PEFT may warn that `rank_pattern` or `alpha_pattern`
-keys "did not match" or "are ignored": it looks for their names among modules only, and does apply them to the experts'
-parameters. `model.merge_and_unload().save_pretrained(...)` merges the adapter for good."""
+Fused experts have adapters of other ranks than single matrices. PEFT warns that `rank_pattern` and `alpha_pattern`
+keys "did not match any targeted module and were ignored": it looks for their names among modules only, and does apply
+them to the experts' parameters. `model.merge_and_unload().save_pretrained(...)` merges the adapter for good."""
 
 
 def _card(base_name: str, adapter_name: str) -> str:

@@ -32,4 +32,8 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_PUBLIC[name], __name__), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
 register_when_used()

@@ -3,7 +3,7 @@
 import argparse
 
 from ..errors import ConversionError
-from ._convert_options import add_dtype, add_out, add_sparsity, chosen_dtype, parse_layers
+from ._convert_options import add_dtype, add_out, add_routing, add_sparsity, chosen_dtype, chosen_routing, parse_layers
 
 _EPILOG = """\
 examples:
@@ -47,6 +47,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         default="normal",
         help="normal: random rows; zeros: all tokens start on the first K experts (default: normal)",
     )
+    add_routing(parser)
     add_dtype(parser, "BASE")
     parser.add_argument("--seed", type=int, default=0, help="of the router's rows (default: 0)")
     parser.set_defaults(run=run)
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         sparse_layers=parse_layers(args.layers, base.config.text_config.num_hidden_layers),
         num_experts_per_tok=args.top_k,
         router_init=args.router_init,
+        routing=chosen_routing(args),
         seed=args.seed,
         dtype=chosen_dtype(args),
     )

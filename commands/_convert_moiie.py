@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     print("Plan", *plan.lines(), sep="\n  ", flush=True)
     receipt = write_import(plan, args.out)
     print("Receipt", *receipt.lines(), sep="\n  ")
-    print(f"Saved in {args.out} (with receipt.json).")
+    print(f"Saved in {args.out} (with receipt.json).", *(f"Warning: {text}" for text in plan.warnings), sep="\n")
     if args.push_to_hub is not None:
         print(f"Uploaded to {', '.join(push_import(receipt, args.out, args.push_to_hub))}")
     return 0

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ._convert_options import add_dtype, add_out, chosen_dtype
+from ._convert_options import add_dtype, add_out, chosen_dtype, read_fields
 
 _EPILOG = """\
 examples:
@@ -37,7 +37,9 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         parser.add_argument(f"--{flag}", required=required, type=Path, metavar="DIR", help=text)
     parser.add_argument("--beats", type=Path, metavar="FILE.pt", help="the sound encoder; for the audio variant")
     parser.add_argument(
-        "--qformer-config", type=Path, metavar="JSON", help="of a Q-Former that is not BLIP-2's; for the audio variant"
+        "--qformer-config",
+        metavar="JSON",
+        help="fields, or a file with them, of a Q-Former that is not BLIP-2's; for the audio variant",
     )
     add_out(parser)
     add_dtype(parser, "BASE")
@@ -55,6 +57,12 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "model", metavar="MODEL", type=Path, help="folder of a Uni-MoE variant (audio, speech, speech_dp, 8e)"
     )
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    export.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="BASE",
+        help="folder with the original's tokenizer.model, if MODEL does not carry it (trained models do not)",
+    )
     export.set_defaults(run=run_export)
 
 
@@ -69,13 +77,13 @@ def run(args: argparse.Namespace) -> int:
         whisper=args.whisper,
         beats=args.beats,
         experts=args.experts,
-        qformer_config=args.qformer_config,
+        qformer_config=None if args.qformer_config is None else read_fields("--qformer-config", args.qformer_config),
     )
     plan = plan_import(folders, dtype=chosen_dtype(args), keep_lora=args.keep_lora)
     print("Plan", *plan.lines(), sep="\n  ", flush=True)
     receipt = run_import(plan, args.out)
     print("Receipt", *receipt.lines(), sep="\n  ")
-    print(f"Saved in {args.out} (with receipt.json).")
+    print(f"Saved in {args.out} (with receipt.json).", *(f"Warning: {text}" for text in plan.warnings), sep="\n")
     if args.push_to_hub is not None:
         print(f"Uploaded to {', '.join(push_import(receipt, args.out, args.push_to_hub))}")
     return 0
@@ -85,6 +93,6 @@ def run_export(args: argparse.Namespace) -> int:
     """Export and print what was written."""
     from ..conversion.export_unimoe import export_unimoe
 
-    print("Wrote", *export_unimoe(args.model, args.out), sep="\n  ")
+    print("Wrote", *export_unimoe(args.model, args.out, tokenizer=args.tokenizer), sep="\n  ")
     print(f"Saved in {args.out}.")
     return 0

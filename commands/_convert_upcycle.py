@@ -8,7 +8,7 @@ from typing import Any
 
 from ..conversion.group_presets import GROUP_PRESETS, group_preset
 from ..errors import ConversionError
-from ._convert_options import add_dtype, add_out, add_sparsity, chosen_dtype, parse_layers
+from ._convert_options import add_dtype, add_out, add_routing, add_sparsity, chosen_dtype, chosen_routing, parse_layers
 
 _EPILOG = """\
 examples:
@@ -61,6 +61,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "--null", type=int, default=0, metavar="N", help="choices that compute nothing; needs --allow-gap"
     )
+    add_routing(parser)
     _add_initialisation(parser)
     add_dtype(parser, "SOURCE")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
     source = open_source(args.source)
     expert_groups, modality_groups = parse_groups(args.groups, args.experts)
-    extra = {"num_shared_experts": args.shared, "num_null_experts": args.null}
+    counts = {"num_shared_experts": args.shared, "num_null_experts": args.null}
     sparsity = Sparsity(
         num_experts=args.experts,
         num_experts_per_tok=args.top_k,
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         expert_groups=expert_groups,
         modality_groups=modality_groups,
         router_init=args.router_init,
-        routing={name: count for name, count in extra.items() if count},
+        routing={**chosen_routing(args), **{name: count for name, count in counts.items() if count}},
         seed=args.seed,
         granularity=args.granularity,
         split=args.split,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 while chatting:
   /image FILE, /audio FILE, /video FILE   attach to the next message (again for several)
+  /video-with-sound FILE                  attach a video whose sound track is heard too
   /reset                                  forget the conversation
   /quit                                   leave (so does the end of the input)
 
@@ -25,7 +26,13 @@ examples:
   unimoe chat quickstart-out/model --image cat.png --once "What is in the picture?"
   echo "Hello!" | unimoe chat quickstart-out/model
 """
-_MEDIA_KINDS = ("image", "audio", "video")
+# What can be attached, by the name of its option and command, as items of a message's content.
+_MEDIA: dict[str, dict[str, Any]] = {
+    "image": {"type": "image"},
+    "audio": {"type": "audio"},
+    "video": {"type": "video"},
+    "video-with-sound": {"type": "video", "sound_track": True},
+}
 # JSON files that must be objects where they exist.
 _JSON_FILES = (
     "tokenizer.json",
@@ -48,13 +55,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a unimoe model")
-    for kind in _MEDIA_KINDS:
+    for kind in _MEDIA:
         parser.add_argument(
             f"--{kind}",
             metavar="FILE",
             action="append",
             default=[],
-            help=f"{kind} for the first message (again for several)",
+            help=f"{kind.replace('-', ' ')} for the first message (again for several)",
         )
     parser.add_argument("--once", metavar="TEXT", help="answer this one message and stop")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
@@ -75,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     if args.temperature > 0:
         options["temperature"] = args.temperature
     conversation = Conversation(load_answerer(args.model, args.device, options))
-    for kind in _MEDIA_KINDS:
-        for file in getattr(args, kind):
+    for kind in _MEDIA:
+        for file in getattr(args, kind.replace("-", "_")):
             conversation.attach(kind, file)
     if args.once is not None:
         conversation.say(_plain_text(args.once))
@@ -97,10 +104,11 @@ class Conversation:
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self.messages: list[dict[str, Any]] = []
-        self.waiting: list[dict[str, str]] = []
+        self.waiting: list[dict[str, Any]] = []
 
     def attach(self, kind: str, file: str) -> None:
-        self.waiting.append({"type": kind, "path": file})
+        """A medium of the next message; `kind` is one of `_MEDIA`."""
+        self.waiting.append({**_MEDIA[kind], "path": file})
 
     def reset(self) -> None:
         self.messages, self.waiting = [], []
@@ -118,7 +126,7 @@ def talk(conversation: Conversation) -> None:
     """A person at the keyboard: mistakes are reported and the conversation goes on; Ctrl-C stops an answer."""
     with suppress(ImportError):
         import readline  # noqa: F401 (gives input() its line editing)
-    print("Type a message; /image FILE, /audio FILE or /video FILE attach; /reset, /quit.")
+    print(f"Type a message; {', '.join(f'/{kind} FILE' for kind in _MEDIA)} attach; /reset, /quit.")
     going_on = True
     while going_on:
         try:
@@ -145,12 +153,14 @@ def handle_line(conversation: Conversation, line: str) -> bool:
         return False
     if command == "/reset":
         conversation.reset()
-    elif command.removeprefix("/") in _MEDIA_KINDS and command.startswith("/"):
+    elif command.removeprefix("/") in _MEDIA and command.startswith("/"):
         if not argument.strip():
             raise UniMoeError(f"{command} needs a file: {command} FILE.")
         conversation.attach(command.removeprefix("/"), argument.strip())
     elif command.startswith("/"):
-        raise UniMoeError(f"{command} is no command; there are /image, /audio, /video, /reset and /quit.")
+        raise UniMoeError(
+            f"{command} is no command; there are {', '.join(f'/{kind}' for kind in _MEDIA)}, /reset and /quit."
+        )
     elif line:
         conversation.say(line)
     return True
@@ -221,7 +231,10 @@ def _check_files(folder: Path) -> None:
     read_our_config(folder)
     Checkpoint(folder)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise CheckpointError(f"{folder} has no {_TOKENIZER_FILES[0]}: save the tokenizer (the processor) into it.")
+        raise CheckpointError(
+            f"{folder} has no {_TOKENIZER_FILES[0]}: if it was converted, convert again with the tokenizer's files beside "
+            "the original config.json; else save the processor into it (processor.save_pretrained)."
+        )
     contents = {file: read_json(folder / file) for file in _JSON_FILES if (folder / file).is_file()}
     if not isinstance(contents.get("tokenizer.json", {"model": {}}).get("model"), dict):
         raise CheckpointError(f"{folder / 'tokenizer.json'} has no model of a tokenizer in it: fetch the file again.")

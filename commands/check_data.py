@@ -10,8 +10,9 @@ EXIT_PROBLEMS = 1
 
 _DESCRIPTION = """\
 Read every record of a data file and decode every image, video and audio clip that it names. For each kind of problem the
-first case is shown, with the number of all. The file is JSON lines or a JSON list, of conversations in the form that
-`unimoe train` takes or in LLaVA's, which the data of Uni-MoE and MoIIE have (conversations, image, video, voice)."""
+first case is shown, with the number of all; --all lists every case. The file is JSON lines or a JSON list, of
+conversations in the form that `unimoe train` takes or in LLaVA's, which the data of Uni-MoE and MoIIE have
+(conversations, image, video, voice)."""
 _EPILOG = """\
 examples:
   unimoe check-data train.jsonl                        media are relative to the file's folder
@@ -32,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("file", metavar="FILE", help="the data file")
     parser.add_argument("--media-root", metavar="DIR", help="folder that holds the media")
+    parser.add_argument("--all", action="store_true", help="list every case, not only the first of each kind")
     parser.add_argument("--limit", metavar="N", type=_positive, help="look at the first N records only")
 
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Check a file and print what was found; returns the exit code."""
     from ..trainers.check_data import check_data
 
-    report = check_data(args.file, args.media_root, args.limit)
+    report = check_data(args.file, args.media_root, args.limit, keep_cases=args.all)
     for line in report_lines(args.file, report):
         print(_printable(line))
     return EXIT_PROBLEMS if report.problems else 0
@@ -50,14 +52,30 @@ def report_lines(file: str, report: "DataReport") -> list[str]:
     form = " in LLaVA's form" if report.original else ""
     media = ", ".join(f"{count:,} {kind}" for kind, count in report.media.items())
     lines = [f"{file}: {report.records:,} records{form}; media: {media}"]
+    lines += _cases(report) if report.cases else _kinds(report)
+    total = sum(finding.count for finding in report.problems)
+    lines.append(f"{total:,} problems." if total else "No problems.")
+    if not report.cases and any(finding.count > 1 for finding in (*report.problems, *report.remarks)):
+        lines[-1] += " --all lists all of them."
+    return lines
+
+
+def _kinds(report: "DataReport") -> list[str]:
+    lines = []
     for finding in report.problems:
         name = f"{finding.what} {finding.fault}"
         lines.append(f"  {name:<20} {finding.count:>8,}   first: {_place(finding)}: {finding.detail}")
     for finding in report.remarks:
         lines.append(f"  note: {finding.what}: {finding.count:,} records, first: {_place(finding)}")
-    total = sum(finding.count for finding in report.problems)
-    lines.append(f"{total:,} problems." if total else "No problems.")
     return lines
+
+
+def _cases(report: "DataReport") -> list[str]:
+    texts = {
+        "problem": "{place}: {case.what} {case.fault}: {case.detail}",
+        "remark": "{place}: note: {case.what}",
+    }
+    return ["  " + texts[sort].format(place=_place(case), case=case) for sort, case in report.cases]
 
 
 def _place(finding: "Finding") -> str:

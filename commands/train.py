@@ -54,12 +54,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_plan(recipe: Any) -> None:
-    from ..trainers.plan import plan_curriculum
+    from ..trainers.plan import missing_files, plan_curriculum
 
     print(f"From {recipe.model} to {recipe.out}, seed {recipe.seed}:")
     for row in plan_curriculum(recipe):
         limit = "" if row.seconds is None else f", at most {row.seconds:.0f} s"
         print(f"  {row.name}: {row.what}; {row.steps} steps of {row.batch_size} samples{limit}")
+    for file in missing_files(recipe):
+        print(f"  not there yet: {file}")
 
 
 def _print_stage(name: str, rows: Any, steps: int) -> None:

@@ -17,7 +17,7 @@ LLaVA share in `llava_keys`.
 Uni-MoE: `import_unimoe` (start here). What the original ends up with: `unimoe_files`, `unimoe_experts`, `unimoe_lora`.
 What that is in ours: `unimoe_variant`, `unimoe_keys`, `unimoe_config`, `unimoe_processor`; `unimoe_adapter` keeps LoRA
 apart. Single blocks of DCMoE and UniMoE-Audio: `dcmoe_keys`. Back to the original's layout: `export_unimoe` (start
-here), `export_eight_experts`, `unimoe_originals`.
+here), `export_eight_experts`, `unimoe_originals`; `original_tokenizer` travels both ways.
 
 MoIIE: `import_moiie` (start here), `moiie_variant`, `moiie_keys`, `moiie_config`, `bunny_processor`; and back:
 `export_moiie`. Both exports read our tensors through `originals`. What its recipes start from: `bunny_start`.

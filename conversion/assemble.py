@@ -4,6 +4,7 @@ Expert e of every sparse layer is the FFN of the e-th source; everything else is
 section 3.3, between its second and third stage). `trainers.assembly` does the same in memory inside a curriculum.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from .sources import Source
 from .sparsity import RouterInit, Sparsity, sparse_config
 from .stream_upcycle import in_model_order, kept_tensors, write_beside_weights
 from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX
+
+_COMPARED_AT_ONCE = 1 << 22  # values, so that memory need not hold tensors of two models
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ def plan_assembly(
     """
     if not experts:
         raise ConversionError("There are no experts: name at least one source.")
+    if not 1 <= num_experts_per_tok <= len(experts):
+        count = f"{len(experts)} expert{'s' * (len(experts) > 1)}"
+        raise ConversionError(
+            f"A token cannot use {num_experts_per_tok} of {count}: give more, or set --top-k (num_experts_per_tok)."
+        )
     sparsity = Sparsity(
         num_experts=len(experts),
         num_experts_per_tok=num_experts_per_tok,
@@ -216,6 +224,27 @@ def _read_files(plan: AssemblyPlan) -> list[Path]:
     return [file for checkpoint in checkpoints for file in checkpoint.files]
 
 
+def _compared_with_base(source: ExpertSource, base: Source) -> dict[str, str]:
+    """Tensors of an expert's source in whose place the base's are taken -> whether that loses anything."""
+    reasons = {}
+    for name, ours in source.ours.items():
+        same = ours in base.keys and _same_values(source.checkpoint, name, base.checkpoint, base.keys[ours])
+        reasons[name] = f"no FFN: the base's is taken, {'which is the same' if same else 'WHICH HAS OTHER VALUES'}"
+    return reasons
+
+
+def _same_values(one: Checkpoint, name: str, other: Checkpoint, other_name: str) -> bool:
+    shape = one.tensors[name].shape
+    if shape != other.tensors[other_name].shape:
+        return False
+    count = math.prod(shape)
+    blocks = ((start, min(_COMPARED_AT_ONCE, count - start)) for start in range(0, count, _COMPARED_AT_ONCE))
+    return all(
+        torch.equal(one.read_flat(name, *block).float(), other.read_flat(other_name, *block).float())
+        for block in blocks
+    )
+
+
 def _source_records(plan: AssemblyPlan, digests: dict[Path, str]) -> list[AssemblySource]:
     """The receipt's sources, the base first."""
 
@@ -240,7 +269,7 @@ def _source_records(plan: AssemblyPlan, digests: dict[Path, str]) -> list[Assemb
             n: "an FFN whose layer stays dense" for (layer, _), n in source.tensors.items() if layer not in sparse
         }
         taken = len(source.tensors) - len(unused)
-        dropped = {**source.others, **unused}
+        dropped = {**source.others, **_compared_with_base(source, base), **unused}
         records.append(AssemblySource("expert", source.public_name, ids, files(source.checkpoint), taken, dropped))
     return records
 

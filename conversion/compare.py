@@ -152,6 +152,8 @@ def _run(load: Callable[[], PreTrainedModel], prompts: list[_Prompt], continued:
     continuations = [
         model.generate(
             **prompt.inputs,
+            # Else ids that happen to be that of padding are masked, and dynamic routers give such tokens no experts.
+            attention_mask=torch.ones_like(prompt.inputs["input_ids"]),
             max_new_tokens=_NEW_TOKENS,
             do_sample=False,
             num_beams=1,

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConversionError
@@ -37,12 +37,14 @@ class ExpertSource:
         public_name: without where it was.
         tensors: (layer, "gate_proj" | "up_proj" | "down_proj") -> name in the checkpoint.
         others: tensors that are no FFN -> why they are left.
+        ours: of others that the base has too, the name in our model.
     """
 
     public_name: str
     checkpoint: Checkpoint
     tensors: Mapping[FfnKey, str]
     others: Mapping[str, str]
+    ours: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,14 @@ def _open(place: str, who: str, base: UniMoeTextConfig) -> ExpertSource:
     except ConversionError as error:
         raise ConversionError(f"{who}: {error}") from error
     _require_same_architecture(source, who, base)
-    tensors, others = {}, dict(source.dropped)
+    tensors, others, names = {}, dict(source.dropped), {}
     for ours, name in source.keys.items():
         match = _FFN_KEY.fullmatch(ours) if ours.startswith(LANGUAGE_PREFIX) else None
         if match is None:
-            others[name] = "no FFN: the base's is taken"
+            others[name], names[name] = "no FFN: the base's is taken", ours
         else:
             tensors[int(match["layer"]), match["projection"]] = name
-    return ExpertSource(source.public_name, source.checkpoint, tensors, others)
+    return ExpertSource(source.public_name, source.checkpoint, tensors, others, names)
 
 
 def _open_file(path: Path, who: str) -> ExpertSource:
@@ -128,10 +130,10 @@ def _require_same_architecture(source: Source, who: str, base: UniMoeTextConfig)
         raise ConversionError(
             f"{who}: {source.name} is sparse already (layers {text.sparse_layers}); give dense models."
         )
-    for field in _ARCHITECTURE:
-        if getattr(text, field) != getattr(base, field):
+    for name in _ARCHITECTURE:
+        if getattr(text, name) != getattr(base, name):
             raise ConversionError(
-                f"{who}: {source.name} has {field} {getattr(text, field)!r} but the base has {getattr(base, field)!r}; "
+                f"{who}: {source.name} has {name} {getattr(text, name)!r} but the base has {getattr(base, name)!r}; "
                 "all models must be of one architecture."
             )
 

@@ -11,7 +11,6 @@ Importing these folders gives the same model again, to the last bit.
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +35,8 @@ from .io import (
 )
 from .key_rules import KeyMap
 from .llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
+from .original_tokenizer import give_back_tokenizer
+from .saved_receipt import RECEIPT_FILE
 from .unimoe_config import original_config
 from .unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, Layout, rules_for
 from .unimoe_originals import UniMoeOriginals
@@ -62,8 +63,13 @@ _NEEDED_TEXT: dict[str, Any] = {
 }
 
 
-def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> list[str]:
+def export_unimoe(
+    model: Path, out: Path, *, tokenizer: Path | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> list[str]:
     """Write a model folder of ours in the original's layout; returns what was written, for a reader.
+
+    Args:
+        tokenizer: folder with the original's tokenizer, of a model that does not carry it since its conversion.
 
     Raises:
         ConversionError: the folder holds no model of ours, or one that the original's classes cannot compute.
@@ -89,11 +95,22 @@ def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHAR
         if layout == "deepspeed":
             written += write_eight_experts(folder, originals, fields)
         _write_json(base / "config.json", fields)
-        for path in model.glob("tokenizer*"):
-            shutil.copyfile(path, base / path.name)
         written += _write_encoders(folder, originals)
+        written += give_back_tokenizer(model, base, tokenizer)
         _write_preprocessors(folder, processor)
-    return written
+    return written + _notes(model)
+
+
+def _notes(model: Path) -> list[str]:
+    """What was converted with --keep-lora is exported without what was kept apart."""
+    receipt = model / RECEIPT_FILE
+    adapter = read_json(receipt).get("adapter") if receipt.is_file() else None
+    if adapter is None:
+        return []
+    return [
+        f"note: LoRA was left in {adapter} by --keep-lora and is not in these files. To have it in, convert again "
+        "without --keep-lora, or merge it (see README.md there) and export what you saved then."
+    ]
 
 
 def layout_for(text: UniMoeTextConfig) -> Layout:

@@ -61,16 +61,19 @@ def push_folder(folder: Path, repository: str) -> str:
         ConversionError: the Hub refuses; the folder stays where it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # HTTPError is that of the HTTP library that it happens to use; without a network it is not wrapped.
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     api = HfApi()
     try:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    except (OSError, HTTPError, HfHubHTTPError, HFValidationError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConversionError(
-            f"{folder} is complete but could not be uploaded to {repository!r} ({str(error).splitlines()[0]}). Log in "
-            "with `hf auth login`, or upload it by hand."
+            f"{folder} is complete but could not be uploaded to {repository!r} ({reason}). Log in with `hf auth login` if "
+            f"you have not, and push it again with `hf upload {repository} {folder}`."
         ) from error
     return str(address)
 

@@ -18,11 +18,22 @@ from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
 from .io import DEFAULT_SHARD_BYTES, OutputTensor, dtype_name, finished_folder, write_checkpoint
 from .key_rules import KeyMap, Shape, Target
 from .model_card import model_card, receipt_section
+from .original_tokenizer import carry_tokenizer
 from .parameters import count_parameters, total_and_active
 from .saved_receipt import RECEIPT_FILE
 from .source_tensors import SourceTensors
+from .unimoe_adapter import adapter_use
 
 _SHOWN = 8
+_NO_PROCESSOR = (
+    "The folder has no tokenizer and no processor, so the model takes token ids only. Put the language model's "
+    "tokenizer.model or tokenizer.json, with its tokenizer_config.json, beside the original config.json and convert "
+    "again; the receipt's notes say what else was missing."
+)
+_SAMPLES = (
+    "`generation_config.json` draws answers at temperature {}, as the original's scripts do, so they differ from run to "
+    "run. `model.generate(..., do_sample=False)` gives the same answer every time."
+)
 WriteBeside = Callable[[Path], None]
 
 
@@ -35,6 +46,7 @@ class ImportPlan:
         gathered: the tensors of the original, each with its fate.
         targets: ours -> what it is made of; a tensor of ours that the original does not have is missing here.
         origin: where the model is from, for the card.
+        tokenizer: the folder whose tokenizer files travel along for the export, or None.
     """
 
     variant: Any
@@ -47,6 +59,12 @@ class ImportPlan:
     generation: GenerationConfig
     origin: str
     notes: list[str] = field(default_factory=list)
+    tokenizer: Path | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What keeps the result from being used as it is, with the remedy."""
+        return [] if self.processor is not None else [_NO_PROCESSOR]
 
     def lines(self) -> list[str]:
         """The plan for a reader."""
@@ -125,6 +143,8 @@ def write_import(
         receipt.bytes_written, receipt.seconds_writing = sum(p.stat().st_size for p in shards), round(seconds, 2)
         if plan.processor is not None:
             plan.processor.save_pretrained(folder)
+        if plan.tokenizer is not None:
+            carry_tokenizer(plan.tokenizer, folder)
         plan.generation.save_pretrained(folder)
         save_config(plan.config, folder)
         receipt.save(folder / RECEIPT_FILE)
@@ -190,12 +210,13 @@ def _misfit(target: Target, gathered: SourceTensors, expected: Mapping[str, Shap
 
 
 def _card(plan: ImportPlan, name: str, receipt: ImportReceipt) -> str:
-    return model_card(
-        name,
-        plan.config,
-        count_parameters(plan.config),
-        sections={"Origin": plan.origin, "Conversion receipt": receipt_section(receipt.lines())},
-    )
+    sections = {"Origin": plan.origin, "Conversion receipt": receipt_section(receipt.lines())}
+    if plan.generation.do_sample:
+        sections = {"Generation": _SAMPLES.format(plan.generation.temperature), **sections}
+    if receipt.adapter is not None:
+        sections = {"Adapter": adapter_use(name, receipt.adapter), **sections}
+    use = _NO_PROCESSOR if plan.processor is None else None
+    return model_card(name, plan.config, count_parameters(plan.config), sections=sections, use=use)
 
 
 def _listed(names: Iterable[str]) -> str:

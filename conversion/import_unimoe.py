@@ -21,13 +21,20 @@ from .import_receipt import ImportReceipt
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, read_json
 from .key_rules import KeyMap, Target
 from .llava_keys import vision_prefix
+from .original_tokenizer import tokenizer_folder
 from .sources import expected_tensors
 from .unimoe_adapter import require_one_lora_each, write_adapter
 from .unimoe_config import Encoders, our_config
 from .unimoe_experts import add_absent_pairs, add_experts, integrate_pairs
 from .unimoe_files import BeatsFile, Gathered, add_encoder, gather, lay_over, reader
 from .unimoe_keys import rules_for
-from .unimoe_processor import build_processor, generation_config, load_tokenizer, placeholder_ids
+from .unimoe_processor import (
+    build_processor,
+    generation_config,
+    load_tokenizer,
+    placeholder_ids,
+    require_fitting_tokenizer,
+)
 from .unimoe_variant import Variant, layout_of, recognise
 
 # The base of the 8-expert variant ships its configuration under this name, beside that of the 4-expert model.
@@ -45,7 +52,7 @@ class UniMoeFolders:
         whisper: Whisper's folder, for the speech variants.
         beats: BEATs' .pt file, for the audio variant.
         experts: the folder with the 8-expert variant's expert files.
-        qformer_config: JSON of `Blip2QFormerConfig` fields, where the Q-Former is not BLIP-2's.
+        qformer_config: fields of `Blip2QFormerConfig`, or a JSON file of them, where the Q-Former is not BLIP-2's.
     """
 
     base: Path
@@ -54,7 +61,7 @@ class UniMoeFolders:
     whisper: Path | None = None
     beats: Path | None = None
     experts: Path | None = None
-    qformer_config: Path | None = None
+    qformer_config: Path | dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,14 +110,21 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
     gathered, pairs_absent = _gather(folders, original)
     variant = recognise(gathered.shapes, original)
     encoders = _add_encoders(gathered, variant, folders)
-    tokenizer = load_tokenizer(folders.base, folders.finetuned)
+    tokenizer_files = tokenizer_folder(folders.base, folders.finetuned)
+    tokenizer = load_tokenizer(tokenizer_files)
     ids = placeholder_ids(tokenizer) if tokenizer is not None else None
     config = our_config(original, variant, encoders, gathered.shapes, ids)
     config.dtype = dtype or gathered.base_dtype
+    if tokenizer is not None and tokenizer_files is not None:
+        require_fitting_tokenizer(tokenizer, tokenizer_files, config.text_config.vocab_size)
     expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
     key_map = KeyMap(rules_for(variant.audio, vision_prefix(expected), variant.layout))
     targets = _account(gathered, key_map, expected)
     if keep_lora:
+        if not gathered.loras:
+            raise ConversionError(
+                "--keep-lora: no file has LoRA to be kept. Add --finetuned DIR, or leave --keep-lora out."
+            )
         require_one_lora_each(gathered.loras)
     read = reader(gathered, merge_lora=not keep_lora)
     outputs = tuple(
@@ -120,7 +134,7 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
     if tokenizer is not None:
         aspect = original.get("image_aspect_ratio", "square")
         processor = build_processor(config, tokenizer, folders.clip, folders.whisper, aspect)
-    notes = _notes(original, variant, pairs_absent, has_processor=processor is not None)
+    notes = _notes(original, variant, pairs_absent, has_processor=processor is not None) + _unused(folders, variant)
     origin = (
         f"Converted from the released Uni-MoE model, variant *{variant.name}* (arXiv 2405.11273). The terms of its "
         "authors, of the language model and of the encoders hold."
@@ -136,6 +150,7 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
         generation=generation_config(config),
         origin=origin,
         notes=notes,
+        tokenizer=tokenizer_files,
         keep_lora=keep_lora,
     )
 
@@ -152,9 +167,10 @@ def run_import(
     beside: tuple[Path, WriteBeside] | None = None
     if plan.keep_lora and loras:
         layout = plan.variant.layout
+        target = out.with_name(out.name + "-lora")
         beside = (
-            out.with_name(out.name + "-lora"),
-            lambda folder: write_adapter(folder, plan.config, loras, out.name, layout),
+            target,
+            lambda folder: write_adapter(folder, plan.config, loras, out.name, target.name, layout),
         )
     merged = () if plan.keep_lora else loras
     return write_import(plan, out, max_shard_bytes=max_shard_bytes, progress=progress, merged=merged, beside=beside)
@@ -212,7 +228,7 @@ def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) 
         raise ConversionError("This is the audio model, and its BEATs file was not given: add --beats FILE.pt.")
     beats = BeatsFile(folders.beats)
     add_encoder(gathered, "beats", beats)
-    qformer = None if folders.qformer_config is None else read_json(folders.qformer_config)
+    qformer = read_json(folders.qformer_config) if isinstance(folders.qformer_config, Path) else folders.qformer_config
     return Encoders(vision, beats=UniMoeBeatsConfig.from_original(beats.cfg), qformer=qformer)
 
 
@@ -252,3 +268,11 @@ def _notes(original: dict[str, Any], variant: Variant, pairs_absent: bool, *, ha
     if original.get("mm_use_im_patch_token", True):
         notes.append("left out: the untrained <im_patch> row that the original's loader adds, since no prompt uses it")
     return notes
+
+
+def _unused(folders: UniMoeFolders, variant: Variant) -> list[str]:
+    """What was given and is of no use to this variant."""
+    of_the_other = ("beats", "qformer_config") if variant.audio == "whisper" else ("whisper",)
+    options = ["--" + name.replace("_", "-") for name in of_the_other if getattr(folders, name) is not None]
+    sides = {"whisper": "it hears through Whisper", "beats": "it hears through BEATs"}
+    return [f"{option} was not used: this is the variant {variant.name}, {sides[variant.audio]}" for option in options]

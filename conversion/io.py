@@ -244,6 +244,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ConversionError when there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConversionError(f"{path} is missing: the folder is not complete. Fetch the file.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConversionError(f"{path} cannot be read as JSON ({error}). Fetch the file again.") from error
     if not isinstance(content, dict):

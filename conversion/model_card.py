@@ -47,6 +47,7 @@ def model_card(
     license: str | Mapping[str, str] | None = None,
     base_models: list[str] | None = None,
     sections: Mapping[str, str] | None = None,
+    use: str | None = None,
 ) -> str:
     """A card in Markdown.
 
@@ -54,6 +55,7 @@ def model_card(
         name: the title.
         license: licence id of the Hub, or the fields `license`, `license_name` and `license_link`; "other" when None.
         base_models: Hub ids of the models that this one was made from.
+        use: text in place of the example of how to load the model and ask it.
         sections: heading -> Markdown text, put at the end: results, recipe, receipt, attribution.
     """
     modalities = modalities_of(config)
@@ -61,7 +63,7 @@ def model_card(
         _metadata(modalities, license, base_models or []),
         f"# {name}",
         f"A {_kind(config)} that takes {_listed(modalities)} and writes text, made with unimoe.",
-        "## Use\n\n" + _example(modalities),
+        "## Use\n\n" + (use or _example(modalities)),
         "## Parameters\n\n" + parameter_table(parameters),
         *(f"## {heading}\n\n{text.strip()}" for heading, text in (sections or {}).items()),
     ]

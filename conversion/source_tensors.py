@@ -61,7 +61,7 @@ class SourceTensors:
     def put(self, original: str, tensor: SourceTensor) -> None:
         """Lay a tensor over what is there."""
         if original in self.live:
-            self.live[original].drop(f"replaced by {tensor.file}")
+            self.live[original].drop(f"replaced by {tensor.file}, as the original does")
         self.live[original] = tensor
 
     def add_file(self, label: str, checkpoint: Checkpoint) -> list[SourceTensor]:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import ConversionError
+from huggingface_hub.errors import StrictDataclassError
+
+from ..errors import ConfigurationError, ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 
@@ -11,6 +13,16 @@ RouterInit = Literal["normal", "zeros", "prompts", "cluster"]
 Split = Literal["virtual-groups", "slices"]
 # Rows of fewer values than this cannot be multiplied by the grouped kernels, in any dtype.
 _EXPERT_WIDTH_MULTIPLE = 8
+# Fields of `UniMoeTextConfig` that say how tokens are routed and have no argument of their own in `Sparsity`.
+ROUTING_FIELDS = frozenset(name for name in UniMoeTextConfig.__annotations__ if name.startswith("router_")) | {
+    "num_null_experts",
+    "num_shared_experts",
+    "norm_topk_prob",
+    "expert_capacity_factor",
+    "min_expert_capacity",
+    "capacity_policy",
+    "modality_experts",
+}
 
 
 @dataclass(frozen=True)
@@ -72,12 +84,12 @@ def sparse_text_config(dense: UniMoeTextConfig, sparsity: Sparsity) -> UniMoeTex
 
     Raises:
         ConversionError: the source is sparse already, or `sparsity` contradicts itself.
-        ConfigurationError: the routing is impossible.
+        ConfigurationError: the routing is impossible, or one of its values is.
     """
     if dense.sparse_layers:
         raise ConversionError(
             f"The source already has {dense.num_experts} experts in layers {dense.sparse_layers}; "
-            "upcycling starts from a dense model. Give the dense model it was made from."
+            "only a dense model can be made sparse. Give the dense model it was made from."
         )
     if not sparsity.sparse_layers:
         raise ConversionError("The list of layers to make sparse is empty: name at least one.")
@@ -95,7 +107,10 @@ def sparse_text_config(dense: UniMoeTextConfig, sparsity: Sparsity) -> UniMoeTex
         **sparsity.routing,
     }
     fields.pop("model_type", None)
-    config = UniMoeTextConfig(**fields)
+    try:
+        config = UniMoeTextConfig(**fields)
+    except StrictDataclassError as error:
+        raise ConfigurationError(" ".join(str(error.__cause__ or error).split())) from error
     if sparsity.granularity > 1 and sparsity.split == "virtual-groups":
         _check_virtual_groups(config, sparsity)
     return config
@@ -147,4 +162,4 @@ def _check_virtual_groups(config: UniMoeTextConfig, sparsity: Sparsity) -> None:
             )
 
 
-__all__ = ["RouterInit", "Sparsity", "Split", "sparse_config", "sparse_text_config"]
+__all__ = ["ROUTING_FIELDS", "RouterInit", "Sparsity", "Split", "sparse_config", "sparse_text_config"]

@@ -38,13 +38,19 @@ def require_one_lora_each(loras: Mapping[str, Sequence[Lora]]) -> None:
 
 
 def write_adapter(
-    folder: Path, config: UniMoeConfig, loras: Mapping[str, Sequence[Lora]], base_name: str, layout: Layout
+    folder: Path,
+    config: UniMoeConfig,
+    loras: Mapping[str, Sequence[Lora]],
+    base_name: str,
+    folder_name: str,
+    layout: Layout,
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors.
+    """Write adapter_config.json, adapter_model.safetensors and a card.
 
     Args:
         loras: original name of a weight -> its one LoRA.
         base_name: what the adapter calls its base model.
+        folder_name: what its card calls the adapter; the folder is renamed when it is complete.
 
     Raises:
         ConversionError: the adapter cannot be expressed for fused experts.
@@ -66,6 +72,32 @@ def write_adapter(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     content = json.dumps(adapter_config, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(content, encoding="utf-8")
+    (folder / "README.md").write_text(_card(base_name, folder_name), encoding="utf-8")
+
+
+def adapter_use(base_name: str, adapter_name: str) -> str:
+    """How the model and its adapter are put together again, for the cards of both."""
+    return f"""\
+`{base_name}` without the adapter is the base model with the released routers and connectors, not the released model:
+load both.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base_name}", trust_remote_code=True)
+model = PeftModel.from_pretrained(model, "{adapter_name}")
+```
+
+Fused experts have adapters of other ranks than single matrices. PEFT warns that `rank_pattern` and `alpha_pattern`
+keys "did not match any targeted module and were ignored": it looks for their names among modules only, and does apply
+them to the experts' parameters. `model.merge_and_unload().save_pretrained(...)` merges the adapter for good."""
+
+
+def _card(base_name: str, adapter_name: str) -> str:
+    fields = {"library_name": "peft", "license": "other", "base_model": base_name, "tags": ["lora", "unimoe"]}
+    metadata = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]
+    return "\n".join(["---", *metadata, "---", "", f"# {adapter_name}", "", adapter_use(base_name, adapter_name), ""])
 
 
 def _adapter_config(fused: Mapping[str, Mapping[str, Lora]], base_name: str) -> dict[str, Any]:

@@ -157,7 +157,8 @@ class BeatsFile(Checkpoint):
 
     def _read_headers(self) -> dict[str, TensorInfo]:
         if not self.path.is_file():
-            raise ConversionError(f"{self.path} is missing. Give the BEATs checkpoint (.pt).")
+            problem = "is a folder" if self.path.is_dir() else "is missing"
+            raise ConversionError(f"{self.path} {problem}. Give the BEATs checkpoint, a file (.pt).")
         content = load_pickle(self.path, mapped=zipfile.is_zipfile(self.path))
         cfg, weights = (content.get(name) if isinstance(content, dict) else None for name in ("cfg", "model"))
         if not isinstance(cfg, dict) or not isinstance(weights, dict):
@@ -178,7 +179,7 @@ def _fill_in(gathered: Gathered, file: TensorFile) -> None:
     """The base folder's extra files hold what the shards hold too; where these do not, they are the only source."""
     for tensor in gathered.add_file("base", file):
         if tensor.name in gathered.live:
-            tensor.drop(f"{gathered.live[tensor.name].file} holds it, and the original reads that")
+            tensor.drop(f"also in {gathered.live[tensor.name].file}, whose copy the original takes")
         else:
             gathered.put(tensor.name, tensor)
 

@@ -1,10 +1,15 @@
 """The processor and the generation settings of a released Uni-MoE model."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
@@ -15,9 +20,9 @@ from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.processor_parts_unimoe import load_image_processor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
 from .io import read_json
+from .original_tokenizer import VOCABULARIES
 from .unimoe_config import PLACEHOLDERS
 
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _PREPROCESSOR = "preprocessor_config.json"
 
 
@@ -40,13 +45,28 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         ConversionError: its files are damaged, or a package that reads them is missing.
     """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in VOCABULARIES):
         return None
     _require_reader(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        with _without_remarks_on_the_config():
+            return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConversionError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}).") from error
+
+
+@contextmanager
+def _without_remarks_on_the_config() -> Iterator[None]:
+    """transformers looks at config.json as well, and remarks on fields and a model type that it does not know."""
+    log = logging.get_logger("transformers.configuration_utils")
+    before = log.level
+    log.setLevel(ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*rope_scaling.*", category=FutureWarning)
+            yield
+    finally:
+        log.setLevel(before)
 
 
 def _require_reader(folder: Path) -> None:
@@ -63,6 +83,15 @@ def _is_installed(module: str) -> bool:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # not even the package that it is in
         return False
+
+
+def require_fitting_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int) -> None:
+    """Raises ConversionError where the tokenizer's pieces, those added to it aside, are more than the embeddings."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ConversionError(
+            f"The tokenizer in {folder} has {tokenizer.vocab_size:,} pieces, but the model embeds {vocab_size:,}: it is "
+            "that of another model. Put the base model's own tokenizer there."
+        )
 
 
 def placeholder_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

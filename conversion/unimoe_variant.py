@@ -150,6 +150,12 @@ def _experts(shapes: Mapping[str, Shape], layout: Layout, missing: list[str]) ->
         names = f"model.layers.*.mlp.{gate_name}.weight and model.layers.*.mlp.{expert_name}.*"
         missing.append(f"{names} (the mixture of experts)")
         return (), 0
+    without = sorted({*gates} - {*experts}) if layout == "plain" and experts else []
+    if without:
+        raise ConversionError(
+            f"Layers {_ranges(tuple(without))} have a router but no experts: the fine-tuned files were tuned on another "
+            "base, one with experts in more layers. Give the --base that belongs to --finetuned."
+        )
     for layer in sorted({*gates, *experts}):
         if layer not in gates:
             where = " (the 8-expert model's routers come with --finetuned)" if layout == "deepspeed" else ""

@@ -60,15 +60,22 @@ class UniMoePreTrainedModel(FusedCheckpointMixin, PreTrainedModel):
         model.base_model.freeze_towers()  # type: ignore[operator]
         return loaded
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
-        """As in transformers; the code goes along, so that the repository loads where unimoe is not installed."""
-        self.config.auto_map = dict(AUTO_MAP)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the code goes along, so that the folder loads where unimoe is not installed.
+
+        A class that is not in `AUTO_MAP`, such as somebody's subclass, is saved without code.
+        """
         cls = type(self)
+        own = [name for name, where in AUTO_MAP.items() if where.endswith(f".{cls.__name__}")]
+        if not own:
+            if cls._auto_class is None:
+                self.config.__dict__.pop("auto_map", None)  # it would name files that are not there
+            return super().save_pretrained(*args, **kwargs)
+        self.config.auto_map = dict(AUTO_MAP)
         before = cls._auto_class
-        own = (name for name, where in AUTO_MAP.items() if where.endswith(f".{cls.__name__}"))
-        cls._auto_class = next(own)  # type: ignore[assignment]
+        cls._auto_class = own[0]  # type: ignore[assignment]
         try:
-            return super().push_to_hub(*args, **kwargs)
+            return super().save_pretrained(*args, **kwargs)
         finally:
             cls._auto_class = before
 

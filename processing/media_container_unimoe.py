@@ -53,7 +53,7 @@ def read_audio_track(stream: BinaryIO, policy: MediaPolicy, where: str) -> tuple
     guard = refuse_on_failure("audio", where, "the sound track is damaged or cannot be decoded")
     with guard, open_container(stream, "audio", where) as container:
         if not container.streams.audio:
-            raise MediaError("audio", "the file has no sound track", where)
+            raise MediaError("audio", "the file has no sound track; of a silent video leave sound_track out", where)
         track = container.streams.audio[0]
         rate, channels = int(track.rate or 0), int(track.channels or 0)
         seconds = duration(container, track)

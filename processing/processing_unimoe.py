@@ -316,12 +316,12 @@ class UniMoeProcessor(ProcessorMixin):
         """The parts, in the order of `PARTS`; those that were not saved are None."""
         return load_parts(pretrained_model_name_or_path, processor_dict or {}, **kwargs)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
-        """As in transformers; the code goes along, so that the repository loads where unimoe is not installed."""
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the code goes along, so that the folder loads where unimoe is not installed."""
         before = UniMoeProcessor._auto_class
         UniMoeProcessor._auto_class = "AutoProcessor"  # type: ignore[assignment]
         try:
-            return super().push_to_hub(*args, **kwargs)
+            return super().save_pretrained(*args, **kwargs)
         finally:
             UniMoeProcessor._auto_class = before
 

@@ -147,6 +147,7 @@ def main(folders: Path, out: Path) -> None:
         seen[inputs.stem] = check_folder(folders / inputs.stem, **trust)
     full = folders / "everything"
     seen["processor"] = check_processor(full, **trust)
+    seen["saved processor"] = check_processor(folders / "saved", **trust)
     seen["pipelines"] = check_pipelines(full, **trust)
     seen["again"] = check_saved_again(full, folders / "again", **trust)
     seen["modules"] = sorted(name for name in sys.modules if name.split(".")[0] == "unimoe")

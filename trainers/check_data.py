@@ -21,6 +21,7 @@ from .json_records import Record, read_records
 from .original_data import is_original
 
 _SECONDS_BEFORE_A_BAR = 3.0
+_SAME_ID = "the id of an earlier record"
 
 
 @dataclass
@@ -44,7 +45,8 @@ class DataReport:
     """What a data file holds.
 
     Fields: `records` and `media` (by kind, with repetitions) that were looked at; `original` says whether records have
-    LLaVA's form; `problems` and `remarks` by kind, in the order in which they first occur.
+    LLaVA's form; `problems` and `remarks` by kind, in the order in which they first occur; `cases`, if they were asked
+    for, every single one as ("problem" or "remark", it), in order.
     """
 
     records: int = 0
@@ -52,10 +54,15 @@ class DataReport:
     original: bool = False
     problems: list[Finding] = field(default_factory=list)
     remarks: list[Finding] = field(default_factory=list)
+    cases: list[tuple[str, Finding]] = field(default_factory=list)
 
 
 def check_data(
-    file: str | Path, media_root: str | Path | None = None, limit: int | None = None, progress: bool = True
+    file: str | Path,
+    media_root: str | Path | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+    keep_cases: bool = False,
 ) -> DataReport:
     """Read every record and decode every medium of a data file once, in our format or in LLaVA's.
 
@@ -63,6 +70,7 @@ def check_data(
         media_root: the folder that holds the media; nothing outside of it is opened then. See `MediaPaths`.
         limit: look at so many records only.
         progress: show a bar if it takes longer than 3 seconds.
+        keep_cases: fill `DataReport.cases`, in place of the first of each kind only.
 
     Raises:
         DataError: the file cannot be read at all.
@@ -73,7 +81,7 @@ def check_data(
         if not Path(media_root).is_dir():
             raise DataError(f"media_root {media_root} is no folder: give the one that holds the media.")
         policy = dataclasses.replace(policy, media_root=str(Path(media_root).absolute()))
-    checker = _Checker(policy)
+    checker = _Checker(policy, keep_cases)
     read = sample_reader(file, media_root)
     for record in _with_bar(islice(read_records(file), limit), file, progress):
         checker.look_at(record, read)
@@ -86,28 +94,34 @@ def check_data(
 class _Checker:
     """Collects what is found. A medium is opened once, however many records name it."""
 
-    def __init__(self, policy: MediaPolicy) -> None:
+    def __init__(self, policy: MediaPolicy, keep_cases: bool) -> None:
         self.report = DataReport()
         self._policy = policy
+        self._keep_cases = keep_cases
+        self._ids: set[str] = set()
         self._seen: dict[tuple[str, Any], tuple[str, str] | None] = {}
 
     def look_at(self, record: Record, read: Callable[[Any, str], Sample]) -> None:
         self.report.records += 1
         if record.error is not None:
-            self._note(self.report.problems, "record", "unreadable", record, "", f"not JSON ({record.error})")
+            self._note("problem", "record", "unreadable", record, "", f"not JSON ({record.error})")
             return
         self.report.original |= is_original(record.value)
         name = str(record.value.get("id", "")) if isinstance(record.value, dict) else ""
+        if name in self._ids:
+            self._note("remark", _SAME_ID, "", record, name, "")
+        if name:
+            self._ids.add(name)
         try:
             sample = read(record.value, record.place)
             if "messages" in sample:
                 read_messages(sample["messages"], self._policy.limits)
         except (DataError, ConversationError, MediaError) as error:
             reason = str(error).removeprefix(record.place).lstrip(": ")
-            self._note(self.report.problems, "record", "inconsistent", record, name, reason)
+            self._note("problem", "record", "inconsistent", record, name, reason)
             return
         for remark in sample.get("remarks", ()):
-            self._note(self.report.remarks, remark, "", record, name, "")
+            self._note("remark", remark, "", record, name, "")
         self._look_at_media(sample, record, name)
 
     def _look_at_media(self, sample: Sample, record: Record, name: str) -> None:
@@ -119,7 +133,7 @@ class _Checker:
                 self._seen[key] = self._fault_of(kind, value)
             found = self._seen[key]
             if found is not None:
-                self._note(self.report.problems, kind, found[0], record, name, found[1])
+                self._note("problem", kind, found[0], record, name, found[1])
 
     def _fault_of(self, kind: str, value: Any) -> tuple[str, str] | None:
         """Fault and detail as in a `Finding`, or None."""
@@ -142,13 +156,16 @@ class _Checker:
             return "unreadable", f"{paths[0] if paths else 'given in the record'}: {error.reason}"
         return None
 
-    @staticmethod
-    def _note(findings: list[Finding], what: str, fault: str, record: Record, name: str, detail: str) -> None:
+    def _note(self, sort: str, what: str, fault: str, record: Record, name: str, detail: str) -> None:
+        case = Finding(what, fault, 1, record.number, name, detail)
+        if self._keep_cases:
+            self.report.cases.append((sort, dataclasses.replace(case)))
+        findings = self.report.problems if sort == "problem" else self.report.remarks
         for finding in findings:
             if (finding.what, finding.fault) == (what, fault):
                 finding.count += 1
                 return
-        findings.append(Finding(what, fault, 1, record.number, name, detail))
+        findings.append(case)
 
 
 def _with_bar(records: Iterator[Record], file: Path, progress: bool) -> Iterator[Record]:

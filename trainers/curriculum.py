@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 
+from ..conversion.hub import complete_bundle
+from ..conversion.model_card import model_card
+from ..conversion.parameters import count_parameters
 from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars
@@ -40,18 +43,12 @@ from .checkpoints import exclusive, write_durably
 from .collator import Augment, CachedCollator, RawCollator
 from .data import ConversationDataset
 from .encoder_cache import EncoderCache
+from .plan import require_data, require_model_folder
 from .recipe import Recipe, StageConfig
 from .recipe_file import save_recipe
 from .recipe_parts import ExpertConfig
 from .sampler import ModalityBatchSampler
-from .stage import (
-    CHECKPOINTS_FOLDER,
-    OnProgress,
-    OnStageStart,
-    RunSettings,
-    StageReport,
-    run_training,
-)
+from .stage import CHECKPOINTS_FOLDER, OnProgress, OnStageStart, RunSettings, StageReport, run_training
 from .stage_processor import processor_of
 
 STAGE_FILE = "stage.json"
@@ -100,6 +97,10 @@ def run_curriculum(
     if cache is None and recipe.cache is None:
         _refuse_settings_of_cached_training(recipe)
     out = Path(recipe.out)
+    if processor is None:
+        require_model_folder(recipe.model)
+    if dataset is None and not out.exists():
+        require_data(recipe)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out), transformers_bars(shown=False):
         run = _Curriculum(
@@ -120,15 +121,6 @@ def run_curriculum(
             run.require_same_settings(stage)
         save_recipe(recipe, out / "recipe.yaml")
         return [run.stage(stage) for stage in recipe.stages]
-
-
-def require_model_folder(folder: str) -> None:
-    """Raises RecipeError unless a recipe's model is there."""
-    if not (Path(folder) / "config.json").is_file():
-        raise RecipeError(
-            f"The recipe's model {folder} is no model folder: a path counts from the recipe's own folder, and the folder "
-            "holds a model of ours with its processor."
-        )
 
 
 def load_start_model(folder: str | Path, recipe: Recipe) -> UniMoeForCausalLM:
@@ -279,7 +271,10 @@ class _Curriculum:
 
     def _data(self, stage: StageConfig) -> ConversationDataset:
         def read(files: list[str]) -> ConversationDataset:
-            return ConversationDataset(files, self.recipe.media_root, max_missing=self.recipe.max_bad_samples)
+            missing = self.recipe.max_bad_samples
+            return ConversationDataset(
+                files, self.recipe.media_root, max_missing=missing, voice_as=self.recipe.voice_as
+            )
 
         if stage.data is not None:
             dataset = read(stage.data)
@@ -302,10 +297,13 @@ class _Curriculum:
             self.model = load_start_model(folder, self.recipe)
 
     def _save_model(self, folder: Path) -> None:
+        """A whole bundle: what a recipe leaves behind loads where unimoe is not installed."""
         written = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(written, ignore_errors=True)
         self.model.save_pretrained(written)
         self.processor.save_pretrained(written)
+        card = model_card(Path(self.recipe.out).name, self.model.config, count_parameters(self.model.config))
+        complete_bundle(written, card)
         if folder.exists():
             shutil.rmtree(folder)
         written.rename(folder)

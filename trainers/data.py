@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ..errors import DataError
 from .json_records import parsed, read_records
 from .media_paths import MediaPaths
-from .original_data import OriginalRules, convert, is_original
+from .original_data import OriginalRules, VoiceAs, convert, is_original
 
 Sample = dict[str, Any]
 
@@ -44,6 +44,7 @@ class ConversationDataset(Dataset):
             form see `MediaPaths`.
         check_media: look whether every media file exists.
         original_rules: of files in LLaVA's form, see `original_data`.
+        voice_as: the modality, "speech" or "sound", of audio in samples that do not name theirs.
         max_missing: share of the samples whose media may be missing; these are left out.
 
     Attributes: samples; left_out, the samples that were left out, each with the reason.
@@ -59,8 +60,10 @@ class ConversationDataset(Dataset):
         check_media: bool = True,
         original_rules: OriginalRules | None = None,
         max_missing: float = 0.0,
+        voice_as: VoiceAs = "speech",
     ) -> None:
-        samples = [sample for file in files for sample in read_samples(Path(file), media_root, original_rules)]
+        options = (media_root, original_rules, voice_as)
+        samples = [sample for file in files for sample in read_samples(Path(file), *options)]
         self._take(samples, check_media, max_missing)
 
     @classmethod
@@ -128,22 +131,30 @@ def group_of(sample: Sample) -> str:
 
 
 def read_samples(
-    file: Path, media_root: str | Path | None = None, original_rules: OriginalRules | None = None
+    file: Path,
+    media_root: str | Path | None = None,
+    original_rules: OriginalRules | None = None,
+    voice_as: VoiceAs = "speech",
 ) -> Iterator[Sample]:
     """The samples of one file, in order and one at a time; arguments and errors as of `ConversationDataset`."""
-    read = sample_reader(file, media_root, original_rules)
+    read = sample_reader(file, media_root, original_rules, voice_as)
     for record in parsed(read_records(file)):
         yield read(record.value, record.place)
 
 
 def sample_reader(
-    file: Path, media_root: str | Path | None = None, original_rules: OriginalRules | None = None
+    file: Path,
+    media_root: str | Path | None = None,
+    original_rules: OriginalRules | None = None,
+    voice_as: VoiceAs = "speech",
 ) -> Callable[[Any, str], Sample]:
     """A function (record, its place) -> sample for the records of a file; it raises DataError."""
     paths = MediaPaths(file.parent, media_root)
 
     def read(raw: Any, place: str) -> Sample:
-        return normalised(convert(raw, place, paths, original_rules) if is_original(raw) else raw, place, paths.root)
+        if is_original(raw):
+            raw = convert(raw, place, paths, original_rules, voice_as)
+        return normalised(raw, place, paths.root, voice_as)
 
     return read
 
@@ -167,7 +178,7 @@ def media_value(item: dict[str, Any]) -> Any:
     return item[item["type"]] if item["type"] in item else item["path"]
 
 
-def normalised(raw: Any, place: str, root: Path) -> Sample:
+def normalised(raw: Any, place: str, root: Path, voice_as: VoiceAs = "speech") -> Sample:
     """A record of our format with absolute paths, modality and task. Raises DataError."""
     if not isinstance(raw, dict) or ("messages" in raw) == ("text" in raw):
         raise DataError(f"{place} must be a mapping with either 'messages' or 'text'.")
@@ -181,7 +192,7 @@ def normalised(raw: Any, place: str, root: Path) -> Sample:
     sample["messages"] = [_normalised_message(message, place, root) for message in _list(raw["messages"], place)]
     if not any(message["role"] == "assistant" for message in sample["messages"]):
         raise DataError(f"{place} has no message of the assistant, so there is nothing to learn from it.")
-    sample.setdefault("modality", _guess_modality(sample))
+    sample.setdefault("modality", _guess_modality(sample, voice_as))
     sample.setdefault("task", sample["modality"])
     return sample
 
@@ -215,8 +226,8 @@ def _list(value: Any, place: str) -> list[Any]:
     return value
 
 
-def _guess_modality(sample: Sample) -> str:
-    kinds = list(dict.fromkeys("speech" if i["type"] == "audio" else i["type"] for i in media_items(sample)))
+def _guess_modality(sample: Sample, voice_as: VoiceAs) -> str:
+    kinds = list(dict.fromkeys(voice_as if i["type"] == "audio" else i["type"] for i in media_items(sample)))
     return "+".join(kinds) if kinds else "text"
 
 

@@ -14,6 +14,8 @@ theirs does (MoIIE's is that of Bunny):
 * Uni-MoE's training code takes `<video>` for plain text in a sample with neither image nor voice. Ours is a video.
 * Bunny moves the only `<image>` of a turn to its start, and white space around the rest is lost. Ours leaves it.
 * Bunny knows images only; `<audio>` and `<video>` are text.
+* A placeholder whose medium lies under another key (`audio` for `voice`) or under an empty one costs the medium in theirs.
+  Ours is a DataError.
 * A leading answer is dropped in all: there is no prompt to learn it from. An answer that is missing is a DataError here.
 
 What was put right is told in `sample["remarks"]`.
@@ -23,16 +25,24 @@ import base64
 import binascii
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
 
 from ..errors import DataError
 
 Sample = dict[str, Any]
 OriginalRules = Literal["unimoe", "bunny"]
+VoiceAs = Literal["speech", "sound"]
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 _KEYS = {"image": "image", "audio": "voice", "video": "video"}  # in the order of placeholders at inference
-_NAMES = {"image": "image", "video": "video", "audio": "speech"}  # in the order of a modality's name
+_MODALITY_ORDER = ("image", "video", "audio")
+# Keys that mean a medium in other data files, by ours; misspelt ones are found by their likeness.
+_OTHER_KEYS = {
+    "image": {"images", "img", "picture", "pictures", "photo"},
+    "voice": {"audio", "audios", "voices", "speech", "sound", "sounds", "wav"},
+    "video": {"videos", "clip", "frames"},
+}
 # By rules: the kinds of media there are, and the keys of which one makes their placeholders act.
 _KINDS: dict[str | None, tuple[str, ...]] = {None: tuple(_KEYS), "unimoe": tuple(_KEYS), "bunny": ("image",)}
 _ACTING: dict[str, set[str]] = {"unimoe": {"image", "voice"}, "bunny": {"image"}}
@@ -49,6 +59,7 @@ def convert(
     place: str,
     absolute: Callable[[str], str] = str,
     original_rules: OriginalRules | None = None,
+    voice_as: VoiceAs = "speech",
 ) -> Sample:
     """One record as a sample of our format; no medium is opened.
 
@@ -56,6 +67,7 @@ def convert(
         place: names the record in messages, and in its sample if it has no `id`.
         absolute: makes an absolute path of one in the record, see `MediaPaths`.
         original_rules: do as the code of these authors does, see above.
+        voice_as: what the clips under `voice` are called in `modality`: "speech" or "sound".
 
     Returns:
         `id`, `modality`, `task`, `messages`, `source` (the record's other fields) and, if any, `remarks`. A last answer
@@ -66,10 +78,14 @@ def convert(
     """
     if original_rules not in _KINDS:
         raise DataError(f"original_rules is {original_rules!r}; use one of {sorted(_ACTING)}, or None.")
+    if voice_as not in get_args(VoiceAs):
+        raise DataError(f"voice_as is {voice_as!r}; use 'speech' or 'sound'.")
     remarks: list[str] = []
     turns = _read_turns(record["conversations"], place, remarks)
     kinds = _KINDS[original_rules]
     media = {kind: _read_media(kind, record.get(_KEYS[kind]), place, absolute) for kind in kinds}
+    if original_rules is None:
+        _require_media_of_placeholders(record, turns, media, place)
     acts = any(media.values()) if original_rules is None else bool(_ACTING[original_rules] & set(record))
     if acts:
         given = {kind: len(items) for kind, items in media.items()}
@@ -87,9 +103,8 @@ def convert(
         messages = [{"role": role, "content": text} for role, text in turns]
     if original_rules is None:
         messages = _without_open_answer(messages, place)
-    modality = (
-        "+".join(name for kind, name in _NAMES.items() if _KEYS[kind] in record and record[_KEYS[kind]]) or "text"
-    )
+    names = [voice_as if kind == "audio" else kind for kind in _MODALITY_ORDER if record.get(_KEYS[kind])]
+    modality = "+".join(names) or "text"
     known = {"id", "conversations", *_KEYS.values()}
     sample = {
         "id": str(record.get("id", place)),
@@ -118,6 +133,25 @@ def _read_turns(turns: Any, place: str, remarks: list[str]) -> list[tuple[str, s
     if not read:
         raise DataError(f"{place} has an answer only; it needs a turn of the human before it.")
     return read
+
+
+def _require_media_of_placeholders(
+    record: dict[str, Any], turns: list[tuple[str, str]], media: dict[str, list[dict[str, Any]]], place: str
+) -> None:
+    """Raises DataError for a placeholder whose medium seems to be given under a wrong key, or is given empty."""
+    for kind, key in _KEYS.items():
+        if media[kind] or not any(f"<{kind}>" in text for _, text in turns):
+            continue
+        if record.get(key) is not None:
+            raise DataError(
+                f"{place}: {key!r} is empty, but the text has <{kind}>: fill it, or remove the placeholder."
+            )
+        for other in set(record) - {"id", "conversations", *_KEYS.values()}:
+            if other.lower() in _OTHER_KEYS[key] or get_close_matches(other.lower(), [key], cutoff=0.75):
+                raise DataError(
+                    f"{place}: the text has <{kind}>, but there is no {key!r}; did you mean {key!r} where it says "
+                    f"{other!r}?"
+                )
 
 
 def _read_media(kind: str, value: Any, place: str, absolute: Callable[[str], str]) -> list[dict[str, Any]]:

@@ -1,13 +1,17 @@
 """What a recipe will do and how long it may take, for printing before it starts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..errors import DataError, RecipeError
 from .recipe import Recipe
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One line of the plan; seconds is the time limit of all its runs, None without one."""
+    """One line of the plan; batch_size counts the samples of a step on one device, all its batches together; seconds is
+    the time limit of all its runs, None without one.
+    """
 
     name: str
     what: str
@@ -30,5 +34,30 @@ def plan_curriculum(recipe: Recipe) -> list[PlanRow]:
             what = f"one expert each for {', '.join(expert.name for expert in stage.experts)}: {what}"
         elif stage.kind == "moe":
             what = f"assembles the experts, then {what}"
-        rows.append(PlanRow(stage.name, what, steps, stage.batch_size, seconds))
+        samples = stage.batch_size * stage.gradient_accumulation_steps
+        rows.append(PlanRow(stage.name, what, steps, samples, seconds))
     return rows
+
+
+def missing_files(recipe: Recipe) -> list[str]:
+    """The model folder and the data files that a recipe names and that are not there."""
+    model = Path(recipe.model) / "config.json"
+    files = [] if all(stage.data is not None for stage in recipe.stages) else list(recipe.data)
+    files += [file for stage in recipe.stages for file in stage.data or ()]
+    missing = [] if model.is_file() else [recipe.model]
+    return missing + [file for file in dict.fromkeys(files) if not Path(file).is_file()]
+
+
+def require_model_folder(folder: str) -> None:
+    """Raises RecipeError unless a recipe's model is there."""
+    if not (Path(folder) / "config.json").is_file():
+        raise RecipeError(
+            f"The recipe's model {folder} is no model folder: a path counts from the recipe's own folder, and the folder "
+            "holds a model of ours with its processor."
+        )
+
+
+def require_data(recipe: Recipe) -> None:
+    """Raises DataError unless all data files of a recipe are there."""
+    if missing := [file for file in missing_files(recipe) if file != recipe.model]:
+        raise DataError(f"The recipe's data {', '.join(missing)} are not there: paths count from the recipe's folder.")

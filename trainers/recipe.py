@@ -15,6 +15,7 @@ from .recipe_values import require, require_choice, require_range
 STAGE_KINDS = ("train", "experts", "moe")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
+VOICES = ("speech", "sound")
 COEFFICIENTS = tuple(f"router_{name}_loss_coef" for name in ("aux", "z", "modality", "divergence"))
 
 
@@ -168,6 +169,8 @@ class Recipe:
         experts_implementation: of transformers ("grouped_mm", "batched_mm", "eager"); None leaves its default.
         cache: folder for the frozen towers' states; None runs the towers in every step.
         pad_to_multiple_of: sequence lengths are rounded up to it, because every new shape costs time.
+        voice_as: what audio in `data` is that does not name its modality, the clips under `voice` in LLaVA's form among
+            it: "speech", or "sound" for a model without a speech tower.
         max_bad_samples: share of the samples that may be unreadable: they are left out and listed in `bad_samples.jsonl`
             of the stage; more of them end the run.
         gradient_checkpointing: compute the decoder's activations again in the backward pass: less memory, a third more
@@ -188,10 +191,12 @@ class Recipe:
     pad_to_multiple_of: int = 8
     gradient_checkpointing: bool = False
     max_bad_samples: float = 0.01
+    voice_as: Literal["speech", "sound"] = "speech"
 
     def check(self, where: str = "recipe") -> None:
         """Raise RecipeError naming field, value and what is allowed, if anything in the recipe is impossible."""
         require_choice("precision", self.precision, PRECISIONS)
+        require_choice("voice_as", self.voice_as, VOICES)
         require_range("seed", self.seed, 0, (1 << 32) - 1)
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
         require(0 <= self.max_bad_samples <= 1, "max_bad_samples", self.max_bad_samples, "between 0 and 1")

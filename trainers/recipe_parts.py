@@ -67,7 +67,8 @@ class MoeConfig:
             draws the rows, "zeros" treats every expert alike.
         router_init_scale: for "modality_means": by how much the logit of a modality's own expert exceeds the average
             over experts at the start.
-        routing: further fields of `UniMoeTextConfig`, those that begin with "router_".
+        routing: further fields of `UniMoeTextConfig` (`ROUTING_FIELDS` of conversion/sparsity.py), for example
+            {"router_type": "dynamic", "router_top_p": 0.7}.
     """
 
     sparse_layers: list[int] | None = None
@@ -100,12 +101,20 @@ class MoeConfig:
             self._check_routing(where)
 
     def _check_routing(self, where: str) -> None:
+        from huggingface_hub.errors import StrictDataclassError
+
+        from ..conversion.sparsity import ROUTING_FIELDS
         from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 
-        own = set(self.__dataclass_fields__)
-        known = {name for name in UniMoeTextConfig.__annotations__ if name.startswith("router_")} - own
+        known = ROUTING_FIELDS - set(self.__dataclass_fields__)
         if unknown := sorted(set(self.routing) - known):
             raise RecipeError(f"{where}.routing names {unknown}; it may set {', '.join(sorted(known))}.")
+        for name, value in self.routing.items():
+            config = UniMoeTextConfig(num_hidden_layers=1)
+            try:
+                setattr(config, name, value)  # checks its type, and whether it is one of the allowed words
+            except StrictDataclassError as error:
+                raise RecipeError(f"{where}.routing: {' '.join(str(error.__cause__ or error).split())}") from error
 
 
 def require_folder_name(where: str, name: str) -> None:

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingPackageError
 from .data import Sample, read_samples
-from .original_data import OriginalRules
+from .original_data import OriginalRules, VoiceAs
 
 if TYPE_CHECKING:
     import datasets
 
 
 def stream_conversations(
-    files: Iterable[str | Path], media_root: str | Path | None = None, original_rules: OriginalRules | None = None
+    files: Iterable[str | Path],
+    media_root: str | Path | None = None,
+    original_rules: OriginalRules | None = None,
+    voice_as: VoiceAs = "speech",
 ) -> "datasets.IterableDataset":
     """Data files as a `datasets.IterableDataset`, which reads them while it is iterated; several files are its shards.
 
@@ -21,6 +24,10 @@ def stream_conversations(
         files: in the authors' form or in ours (see `data`), recognised by what they hold.
         media_root: see `MediaPaths`.
         original_rules: of files in the authors' form, see `original_data`.
+        voice_as: see `ConversationDataset`.
+
+    For random access take `ConversationDataset`: messages whose content is text beside others with media do not fit into
+    the columns of a `datasets.Dataset`.
 
     Returns:
         Samples as of `ConversationDataset`; all have `source` and `remarks`, empty where there are none.
@@ -32,15 +39,17 @@ def stream_conversations(
     try:
         import datasets
     except ImportError:
-        raise MissingPackageError("Streaming data files needs datasets: pip install 'unimoe[eval]'.") from None
+        raise MissingPackageError("Streaming data files needs datasets: pip install 'unimoe[data]'.") from None
     names = [str(file) for file in files]
     root = None if media_root is None else str(media_root)
-    settings = {"files": names, "media_root": root, "original_rules": original_rules}
+    settings = {"files": names, "media_root": root, "original_rules": original_rules, "voice_as": voice_as}
     return datasets.IterableDataset.from_generator(_stream, gen_kwargs=settings)
 
 
-def _stream(files: list[str], media_root: str | None, original_rules: OriginalRules | None) -> Iterator[Sample]:
+def _stream(
+    files: list[str], media_root: str | None, original_rules: OriginalRules | None, voice_as: VoiceAs
+) -> Iterator[Sample]:
     for file in files:
-        for sample in read_samples(Path(file), media_root, original_rules):
+        for sample in read_samples(Path(file), media_root, original_rules, voice_as):
             # Every sample has the same columns, as tables need them.
             yield {"source": {}, "remarks": [], **sample}

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from unimoe import UniMoeForCausalLM
+from unimoe.conversion.hub import code_files
 from unimoe.errors import CheckpointError, DataError, RecipeError
 from unimoe.trainers import curriculum
 from unimoe.trainers.assembly import assemble, connector_owners, router_rows_from_means
@@ -122,6 +123,15 @@ def test_the_curriculum_learns(finished: Any) -> None:
         assert mixture.evaluation[name] >= 0.75, name
     assert mixture.loss_last < 0.8
     assert language.loss_last < 0.1 * language.loss_first
+
+
+def test_the_model_of_a_stage_is_a_whole_bundle(finished: Any) -> None:
+    made, _ = finished
+    folder = Path(made.out) / "mixture" / "model"
+    assert {path.name for path in folder.iterdir()} >= {path.name for path in code_files()}
+    for file in ("config.json", "processor_config.json"):
+        assert json.loads((folder / file).read_text())["auto_map"]
+    assert "3 experts, 2 per token" in (folder / "README.md").read_text()
 
 
 def test_reports_count_what_trains(finished: Any) -> None:

@@ -100,6 +100,30 @@ def test_the_result_is_the_assembly_in_memory(
     assert AutoModelForCausalLM.from_pretrained(out).generate(ids, max_new_tokens=2).shape[1] <= 5
 
 
+def test_the_routing_may_be_dynamic(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"router_type": "dynamic", "router_top_p": 0.7, "num_null_experts": 1}
+    assert run_cli(sources, tmp_path / "out", FOUR, "--routing", json.dumps(fields)) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert config.items() >= fields.items()
+    capsys.readouterr()
+    for routing, said in (
+        ('{"router_typo": 1}', "--routing names ['router_typo']; it may set"),
+        ('{"router_type": "dynamc"}', "'router_type' expected one of ('top_k', 'dynamic'), got dynamc"),
+        ("{", "is not a JSON object"),
+        ("none.json", "none.json is missing"),
+    ):
+        assert run_cli(sources, tmp_path / "no", FOUR, "--routing", routing) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_one_expert_names_the_option_that_does_not_fit(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(sources, tmp_path / "no", FOUR[:1]) == 2
+    assert "A token cannot use 2 of 1 expert: give more, or set --top-k" in capsys.readouterr().err
+
+
 def test_it_does_what_a_curriculum_does(sources: Path, tmp_path: Path) -> None:
     folders = []
     for seed in (5, 6):
@@ -139,6 +163,11 @@ def test_the_receipt_accounts_for_every_tensor(
     assert [entry.rpartition(".mlp.")[2] for entry in gate_up] == ["gate_proj.weight", "up_proj.weight"] * 8
     assert receipt["targets"][mlp + "gate.weight"]["made_of"] == ["router rows: drawn, seed 0"]
 
+    left = {source["name"]: set(source["dropped"].values()) for source in receipt["sources"][1:]}
+    other = "no FFN: the base's is taken, WHICH HAS OTHER VALUES"
+    assert left["base"] == {"no FFN: the base's is taken, which is the same", "an FFN whose layer stays dense"}
+    assert other in left["ours"]
+    assert other in printed
     by_name = {source["name"]: source for source in receipt["sources"] if source["role"] == "expert"}
     assert {name: source["experts"] for name, source in by_name.items()} == {
         "ours": [0, 7],

@@ -131,6 +131,28 @@ def test_every_kind_of_problem_in_theirs(folder: Path) -> None:
     assert report.original
 
 
+def test_all_lists_every_case_and_ids_that_come_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = {"type": "image", "path": "gone.png"}
+    file = written(folder, ours(gone, id="a"), ours(id="b"), ours(gone, id="a"), ours(), ours(), ours(id="b"))
+    assert cli.main(["check-data", str(file)]) == 1
+    short = capsys.readouterr().out
+    assert "image missing               2   first: record 1 (id a): " in short
+    assert "note: the id of an earlier record: 2 records, first: record 3 (id a)\n" in short
+    assert "all of them" in short
+    assert cli.main(["check-data", str(file), "--all"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines[1:]] == [
+        "  record 1 (id a)",
+        "  record 3 (id a)",
+        "  record 3 (id a)",
+        "  record 6 (id b)",
+        "2 problems.",
+    ]
+    assert lines[1].endswith("gone.png")
+    assert "note" in lines[2]
+    assert "image missing" in lines[3]
+
+
 def test_the_command_prints_them_and_exits_with_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(folder, ours({"type": "image", "path": "gone\u001b[31m.png"}, id="x\u0007"), ours())
     assert cli.main(["check-data", str(file)]) == 1

@@ -174,6 +174,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "cat.png").write_bytes(tiny_media.encoded_picture())
     (path / "meow.wav").write_bytes(tiny_media.wav(tiny_media.sound()))
     (path / "cat.mp4").write_bytes(tiny_media.video())
+    (path / "loud.mp4").write_bytes(tiny_media.video(track=True))
     return path
 
 
@@ -199,12 +200,20 @@ def test_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_chat(folder, capsys, "--once", "Who sings?") == expected_answer(folder, [question]) + "\n"
 
 
-@pytest.mark.parametrize(("option", "file"), [("--image", "cat.png"), ("--audio", "meow.wav"), ("--video", "cat.mp4")])
+@pytest.mark.parametrize(
+    ("option", "file", "item"),
+    [
+        ("--image", "cat.png", {"type": "image"}),
+        ("--audio", "meow.wav", {"type": "audio"}),
+        ("--video", "cat.mp4", {"type": "video"}),
+        ("--video-with-sound", "loud.mp4", {"type": "video", "sound_track": True}),
+    ],
+)
 def test_media_go_with_the_first_message(
-    folder: Path, capsys: pytest.CaptureFixture[str], option: str, file: str
+    folder: Path, capsys: pytest.CaptureFixture[str], option: str, file: str, item: dict[str, Any]
 ) -> None:
-    kind, path = option[2:], str(folder / file)
-    content = [{"type": kind, "path": path}, {"type": "text", "text": "What is it?"}]
+    path = str(folder / file)
+    content = [{**item, "path": path}, {"type": "text", "text": "What is it?"}]
     answer = run_chat(folder, capsys, option, path, "--once", "What is it?")
     assert answer == expected_answer(folder, [{"role": "user", "content": content}]) + "\n"
 
@@ -323,10 +332,11 @@ def test_the_conversation_is_remembered_until_reset() -> None:
 def test_attached_media_go_with_one_message_only() -> None:
     script = Script("a", "b")
     conversation = chat.Conversation(script)
-    for line in ("/image cat.png", "/audio my file.wav", "one", "two"):
+    for line in ("/image cat.png", "/audio my file.wav", "/video-with-sound clip.mp4", "one", "two"):
         chat.handle_line(conversation, line)
     media = [[i["path"] for i in m["content"] if i["type"] != "text"] for m in script.asked[1] if m["role"] == "user"]
-    assert media == [["cat.png", "my file.wav"], []]
+    assert media == [["cat.png", "my file.wav", "clip.mp4"], []]
+    assert script.asked[1][0]["content"][2] == {"type": "video", "sound_track": True, "path": "clip.mp4"}
 
 
 def test_a_refused_message_is_not_remembered() -> None:

@@ -13,14 +13,19 @@ import tiny_training
 import torch
 import twins
 
-from unimoe.conversion.hub import code_files, save_bundle
+from unimoe import UniMoeForCausalLM, UniMoeProcessor
+from unimoe.conversion.hub import PROCESSOR_AUTO_MAP, code_files, save_bundle
+from unimoe.modeling_unimoe.configuration_unimoe import AUTO_MAP
 
-MODELS = ("everything", "moiie", "text-only", "shared-tower")
+MODELS = ("everything", "moiie", "text-only", "shared-tower", "saved")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One bundle per twin and the inputs to try it on; "everything" (BEATs, Q-Former, Whisper) has a processor too."""
+    """One bundle per twin and the inputs to try it on; "everything" (BEATs, Q-Former, Whisper) has a processor too.
+
+    "saved" is what `save_pretrained` makes of "everything".
+    """
     root = tmp_path_factory.mktemp("bundles")
     processor = tiny_training.processor()
     model = tiny_training.model(processor, sparse=True)
@@ -32,7 +37,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     torch.save(dict(inputs), root / "everything.inputs")
-    for name in MODELS[1:]:
+    UniMoeForCausalLM.from_pretrained(root / "everything").save_pretrained(root / "saved")
+    UniMoeProcessor.from_pretrained(root / "everything").save_pretrained(root / "saved")
+    torch.save(dict(inputs), root / "saved.inputs")
+    for name in MODELS[1:-1]:
         save_bundle(twins.build(name), None, root / name)
         torch.save(twins.collate(twins.samples(name)), root / f"{name}.inputs")
     return root
@@ -88,6 +96,23 @@ def test_the_fresh_process_had_no_unimoe(remote: dict[str, Any]) -> None:
 
 def test_processor_gives_the_same_installed_and_remote(folders: Path, remote: dict[str, Any]) -> None:
     assert_equal(remote["processor"], hub_checks.check_processor(folders / "everything"))
+
+
+def test_save_pretrained_leaves_a_folder_that_loads_elsewhere(folders: Path, remote: dict[str, Any]) -> None:
+    assert_equal(remote["saved processor"], remote["processor"])
+    written = folders / "saved"
+    assert {path.name for path in written.iterdir()} >= {path.name for path in code_files()}
+    assert json.loads((written / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert json.loads((written / "processor_config.json").read_text())["auto_map"] == PROCESSOR_AUTO_MAP
+
+
+def test_a_subclass_is_saved_without_code_that_is_not_its_own(folders: Path, tmp_path: Path) -> None:
+    class Mine(UniMoeForCausalLM):
+        pass
+
+    Mine.from_pretrained(folders / "text-only").save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_pipelines_answer_alike_installed_and_remote(folders: Path, remote: dict[str, Any]) -> None:

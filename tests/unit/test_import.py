@@ -21,6 +21,12 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
     assert run("import unimoe\n" + CHECK.format(names=heavy)) == "[]"
 
 
+def test_public_names_are_listed_and_the_package_runs() -> None:
+    assert {"UniMoeForCausalLM", "UniMoeProcessor", "UniMoeError", "__version__"} <= set(dir(unimoe))
+    done = subprocess.run([sys.executable, "-m", "unimoe", "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout == f"unimoe {unimoe.__version__}\n"
+
+
 def test_models_load_no_optional_package() -> None:
     """What the extras install is imported by whoever needs it, not by the model.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion import unimoe_processor
 from unimoe.conversion.export_unimoe import export_unimoe
-from unimoe.conversion.import_unimoe import import_unimoe, plan_import, run_import
+from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import, run_import
 from unimoe.conversion.key_rules import KeyMap
 from unimoe.conversion.llava_keys import vision_prefix
 from unimoe.conversion.unimoe_keys import rules_for
@@ -113,12 +114,19 @@ def test_the_command_reports_and_keeps_an_adapter(tmp_path: Path, capsys: pytest
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     assert sorted(path.name for path in (tmp_path / "kept-lora").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
     # Routers have no adapter: the original does not load theirs.
     assert not [name for name in load_file(tmp_path / "kept-lora" / "adapter_model.safetensors") if ".gate." in name]
+    for folder in ("kept", "kept-lora"):
+        assert 'PeftModel.from_pretrained(model, "kept-lora")' in (tmp_path / folder / "README.md").read_text()
+    assert "PeftModel" not in (tmp_path / "merged" / "README.md").read_text()
+    assert cli.main(["convert", "export-unimoe", str(tmp_path / "merged"), "--out", str(tmp_path / "whole")]) == 0
+    assert "LoRA" not in capsys.readouterr().out
     assert cli.main(["convert", "export-unimoe", str(tmp_path / "kept"), "--out", str(tmp_path / "back")]) == 0
+    assert "LoRA was left in kept-lora by --keep-lora and is not in these files" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["base", "clip", "whisper"]
 
 
@@ -152,13 +160,12 @@ def test_only_what_the_original_computes_is_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("audio", AUDIOS)
-def test_with_a_tokenizer_the_folder_is_complete(tmp_path: Path, audio: Any) -> None:
-    folders = released(tmp_path, audio).folders
+def add_tokenizer(folders: UniMoeFolders, pieces: int = 96) -> dict[str, int]:
+    """Put a tokenizer and the encoders' preprocessors into released folders; returns ids of words."""
     words = {
         word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "USER:", "ASSISTANT:", "What", "is", "this", "?"])
     }
-    tokenizer = Tokenizer(models.WordLevel(words | {f"w{i}": i for i in range(9, 96)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(words | {f"w{i}": i for i in range(9, pieces)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
@@ -168,8 +175,17 @@ def test_with_a_tokenizer_the_folder_is_complete(tmp_path: Path, audio: Any) -> 
     (folders.clip / "preprocessor_config.json").write_text(json.dumps({**pictures, **crop, "image_std": [0.5] * 3}))
     if folders.whisper is not None:
         (folders.whisper / "preprocessor_config.json").write_text(json.dumps({"feature_size": 80, "chunk_length": 1}))
-    receipt = import_unimoe(folders, tmp_path / "out")
+    return words
+
+
+@pytest.mark.parametrize("audio", AUDIOS)
+def test_with_a_tokenizer_the_folder_is_complete(tmp_path: Path, audio: Any) -> None:
+    folders = released(tmp_path, audio).folders
+    words = add_tokenizer(folders)
+    plan = plan_import(folders)
+    receipt = run_import(plan, tmp_path / "out")
     assert not receipt.notes
+    assert not plan.warnings
 
     processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     model = UniMoeForCausalLM.from_pretrained(tmp_path / "out")
@@ -256,3 +272,101 @@ def test_a_sentencepiece_model_is_not_read_without_sentencepiece(
     monkeypatch.setattr(unimoe_processor, "find_spec", lambda name: None)
     with pytest.raises(ConversionError, match=r"needs sentencepiece and protobuf: pip install 'unimoe\[convert\]'"):
         unimoe_processor.load_tokenizer(tmp_path)
+
+
+def test_the_originals_tokenizer_goes_through_both_ways(tmp_path: Path) -> None:
+    folders = released(tmp_path).folders
+    add_tokenizer(folders)
+    for name, content in (("tokenizer.model", "the pieces"), ("special_tokens_map.json", '{"unk_token": "<unk>"}')):
+        (folders.base / name).write_text(content)
+    originals = {path.name: path.read_bytes() for path in folders.base.glob("*token*")}
+    assert len(originals) == 4
+    import_unimoe(folders, tmp_path / "out")
+    lines = export_unimoe(tmp_path / "out", tmp_path / "back")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "back" / "base").glob("*token*")} == originals
+    assert not any(line.startswith("note") for line in lines)
+
+
+def test_a_model_that_lost_the_originals_tokenizer_says_so_and_takes_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = released(tmp_path).folders
+    add_tokenizer(folders)
+    import_unimoe(folders, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "original_tokenizer")
+    export = ["convert", "export-unimoe", str(tmp_path / "out"), "--out"]
+    assert cli.main([*export, str(tmp_path / "plain")]) == 0
+    assert "Export again with --tokenizer BASE" in capsys.readouterr().out
+    assert cli.main([*export, str(tmp_path / "no"), "--tokenizer", str(folders.base)]) == 2
+    assert "tokenizer.model is missing" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+    (folders.base / "tokenizer.model").write_text("the pieces")
+    assert cli.main([*export, str(tmp_path / "given"), "--tokenizer", str(folders.base)]) == 0
+    assert (tmp_path / "given" / "base" / "tokenizer.model").read_text() == "the pieces"
+
+
+def test_the_originals_config_makes_no_noise(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folders = released(tmp_path, finetuned=False).folders
+    add_tokenizer(folders)
+    config = json.loads((folders.base / "config.json").read_text())
+    fields = {"model_type": "llava", "rope_scaling": None}  # so some were released
+    (folders.base / "config.json").write_text(json.dumps(config | fields))
+    recwarn.clear()
+    capfd.readouterr()
+    plan_import(folders)
+    assert not [warning for warning in recwarn if "rope_scaling" in str(warning.message)]
+    assert "You are using a model of type" not in capfd.readouterr().err
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folders = released(tmp_path).folders
+    add_tokenizer(folders, pieces=97)
+    with pytest.raises(ConversionError, match="has 97 pieces, but the model embeds 96"):
+        plan_import(folders)
+
+
+def test_without_a_tokenizer_command_and_card_say_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = released(tmp_path)
+    assert cli.main(arguments(source.folders, tmp_path / "out")) == 0
+    shown = capsys.readouterr().out
+    assert "no tokenizer and no processor" in shown[shown.index("Saved in") :]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoProcessor" not in card
+    assert "convert again" in card
+    assert "do_sample=False" in card
+
+
+def test_options_without_use_are_refused_or_named(tmp_path: Path) -> None:
+    source = released(tmp_path, finetuned=False)
+    with pytest.raises(ConversionError, match="no file has LoRA to be kept"):
+        plan_import(source.folders, keep_lora=True)
+    plan = plan_import(dataclasses.replace(source.folders, beats=tmp_path / "BEATs.pt"))
+    assert plan.notes[-1].startswith("--beats was not used: this is the variant speech_dp")
+
+
+def test_the_q_formers_fields_may_stand_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = released(tmp_path, "beats").folders
+    fields = json.dumps(json.loads(folders.qformer_config.read_text()))
+    command = arguments(dataclasses.replace(folders, qformer_config=None), tmp_path / "out")
+    assert cli.main([*command, "--qformer-config", fields]) == 0
+    assert cli.main([*command, "--qformer-config", fields[:-1]]) == 2
+    assert "is not a JSON object" in capsys.readouterr().err
+
+
+def test_without_a_network_the_folder_stays_and_the_error_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = released(tmp_path, finetuned=False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_nothing")
+    assert cli.main([*arguments(source.folders, tmp_path / "out"), "--push-to-hub", "someone/model"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"unimoe: {tmp_path / 'out'} is complete but could not be uploaded")
+    assert f"hf upload someone/model {tmp_path / 'out'}" in error
+    assert (tmp_path / "out" / "config.json").is_file()

@@ -54,6 +54,10 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
     "no gates": (lambda s: (s.folders.finetuned / "mlp_gates.bin").unlink(), r"mlp_gates\.bin is missing"),
     "no adapter": (lambda s: (s.folders.finetuned / "adapter_model.bin").unlink(), r"adapter_model\.bin is missing"),
     "no weights": (lambda s: (s.folders.base / "pytorch_model.bin").unlink(), r"base holds no model\.safetensors"),
+    "no configuration of an encoder": (
+        lambda s: (s.folders.whisper / "config.json").unlink(),
+        r"whisper.config\.json is missing",
+    ),
     "no configuration": (lambda s: (s.folders.base / "config.json").unlink(), r"base.config\.json is missing"),
     "unknown tensor": (
         lambda s: _base(s, lambda t: t.update({"model.layers.0.extra": torch.ones(2)})),
@@ -90,6 +94,10 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
             _e2(s, "mlp_gates.bin", lambda t: t.pop("model.layers.0.mlp.gate.weight")),
         ),
         r"Missing: model\.layers\.0\.mlp\.gate\.weight",
+    ),
+    "fine-tuned on another base": (
+        lambda s: _e2(s, "mlp_gates.bin", lambda t: t.update({"model.layers.1.mlp.gate.weight": torch.ones(4, 32)})),
+        r"Layers 1 have a router but no experts.*Give the --base that belongs to --finetuned",
     ),
     "wrong shape": (
         lambda s: _base(s, lambda t: t.update({"lm_head.weight": torch.ones(95, 32)})),

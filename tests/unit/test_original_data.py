@@ -197,11 +197,38 @@ def test_unknown_rules_are_named() -> None:
         (record("<audio>", "A", voice=[["s.wav"]]), "'voice' holds"),
         (record("<image>", "A", image=["a.png", ""]), "'image' holds ''"),
         (record("<image>", "A", voice="s.wav"), r"1 <image> for 0 under 'image'"),
+        (record("<audio>", "A", audio=["s.wav"]), r"no 'voice'; did you mean 'voice' where it says 'audio'\?"),
+        (record("<image><audio>", "A", image="a.png", Audio="s.wav"), "did you mean 'voice' where it says 'Audio'"),
+        (record("<image>", "A", imgae="a.png"), "did you mean 'image' where it says 'imgae'"),
+        (record("<image>", "A", image=""), "'image' is empty, but the text has <image>"),
+        (record("<video>", "A", video=[]), "'video' is empty, but the text has <video>"),
     ],
 )
 def test_malformed_records_are_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"^here.*{message}"):
         convert(given, "here")
+
+
+def test_other_fields_and_empty_ones_are_no_misspelt_media() -> None:
+    for given in (record("What is <audio>?", "A", model="x", image=None), record("Hi", "A", audio="unused", image="")):
+        assert convert(given, "here")["modality"] == "text"
+
+
+def test_voices_may_be_sounds(folder: Path) -> None:
+    file = written(folder, record("<image><audio>", "A", image="media/a.png", voice="media/s.wav"), name="theirs")
+    clip = {"role": "user", "content": [{"type": "audio", "path": "media/s.wav"}, {"type": "text", "text": "What?"}]}
+    ours = {"messages": [clip, {"role": "assistant", "content": "A"}]}
+    other = written(folder, ours, {**ours, "modality": "speech"}, name="ours")
+
+    def modalities(**options: Any) -> list[str]:
+        return [sample["modality"] for sample in ConversationDataset([file, other], **options).samples]
+
+    assert modalities() == ["image+speech", "speech", "speech"]
+    assert modalities(voice_as="sound") == ["image+sound", "sound", "speech"]
+    with pytest.raises(DataError, match="voice_as is 'music'"):
+        modalities(voice_as="music")
+    pytest.importorskip("datasets")
+    assert [sample["modality"] for sample in stream_conversations([file], voice_as="sound")] == ["image+sound"]
 
 
 def test_absolute_paths_are_found_below_the_media_root(folder: Path) -> None:
@@ -264,7 +291,7 @@ def test_streams_are_the_same_samples(folder: Path) -> None:
 
 def test_streaming_without_datasets_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'unimoe\[eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'unimoe\[data\]'"):
         stream_conversations([folder / "data.json"])
 
 

@@ -11,9 +11,17 @@ import unimoe
 from unimoe import conversion
 
 ROOT = Path(unimoe.__file__).parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "starter_corpus/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "docs/prompts_and_data.md",
+    "starter_corpus/README.md",
+)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python\n(.+?)^```", README, re.MULTILINE | re.DOTALL)
+PROMPTS = (ROOT / "docs/prompts_and_data.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.+?)^```", README + PROMPTS, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -123,6 +123,12 @@ def stage(**overrides: Any) -> dict[str, Any]:
         (fields(moe={}, stages=[{"name": "one", "kind": "moe"}]), r"no stage of kind 'experts' before it"),
         (fields(moe={"router_init": "ones"}), r"router_init is 'ones'"),
         (fields(moe={"num_experts": 1, "num_experts_per_tok": 2}), r"num_experts_per_tok is 2"),
+        (
+            fields(moe={"routing": {"num_layers": 3}}),
+            r"moe.routing names \['num_layers'\]; it may set capacity_policy",
+        ),
+        (fields(moe={"routing": {"router_type": "dynamc"}}), r"moe.routing: .*router_type.*dynamc"),
+        (fields(moe={"routing": {"num_shared_experts": "two"}}), r"moe.routing: .*num_shared_experts.*two"),
         (fields(cache="c", stages=[{"name": "one", "train": ["towers"]}]), r"one.* trains the towers"),
         ([1, 2], r"a YAML mapping"),
         (fields(out=5), r"^out is 5; it must be text"),
@@ -196,7 +202,22 @@ def test_a_model_that_is_not_there_is_named_in_one_line(tmp_path: Path, capsys: 
     assert main(["train", str(recipe)]) == 2
     message = capsys.readouterr().err.strip()
     assert str(tmp_path / "start_model") in message
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
     assert len(message.splitlines()) == 1
+
+
+def test_data_that_are_not_there_are_named_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(EXAMPLE.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "start_model").mkdir()
+    (tmp_path / "start_model" / "config.json").write_text("{}")
+    assert main(["train", str(recipe)]) == 2
+    shown = capsys.readouterr()
+    assert f"{tmp_path / 'train.jsonl'} are not there" in shown.err
+    assert f"not there yet: {tmp_path / 'train.jsonl'}\n" in shown.out
+    assert not (tmp_path / "training").exists()
 
 
 def test_a_saved_recipe_means_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +236,11 @@ def test_a_saved_recipe_means_the_same_from_anywhere(tmp_path: Path, monkeypatch
 
 
 def test_the_command_prints_its_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", str(EXAMPLE), "--plan", "--set", "mixture.steps=5"]) == 0
+    options = ["--set", "mixture.steps=5", "--set", "connectors.gradient_accumulation_steps=4"]
+    assert main(["train", str(EXAMPLE), "--plan", *options]) == 0
     printed = capsys.readouterr().out
     assert "one expert each for image, speech, sound, video_text" in printed
     assert "mixture: assembles the experts, then trains router, connectors and LoRA (rank 8)" in printed
     assert "5 steps of 32 samples" in printed
+    assert "steps of 128 samples" in printed
+    assert "not there yet: " in printed

@@ -89,6 +89,14 @@ def test_command_writes_what_upcycling_in_memory_makes(
     assert "max |Δlogit|" in printed
 
 
+def test_the_routing_may_be_dynamic(source: Path, tmp_path: Path) -> None:
+    fields = {"router_type": "dynamic", "router_top_p": 0.7}
+    (tmp_path / "routing.json").write_text(json.dumps(fields))
+    assert run_cli(source, "--out", tmp_path / "out", "--routing", tmp_path / "routing.json") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert config.items() >= fields.items()
+
+
 def test_result_is_a_complete_folder(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "sparse"
     assert run_cli(source, "--out", out) == 0

@@ -4,9 +4,9 @@ A map of the files. Upcycling a dense model: `sparsity` (what it is to become), 
 (folder to folder), `group_presets` (groups of experts by name), `expert_init` and `router_init` with `prompted_rows`
 (how experts and routers start), `compare`, `receipt`.
 
-Composing a dense model of parts: `compose` (start here), `composition` (parts and choices, and the configuration they
-make), `composed_part` (how a part's tensors are found), `language_part`, `vision_part`, `image_projector`, `speech_part`,
-`sound_part`, `new_connectors` (what nobody has trained), `composed_processor`, `composition_receipt`.
+Composing a dense model of parts: `compose` (start here), `composition` (parts, choices and the configuration that they
+make), `composed_part` (how a part's tensors are found), `language_part`, `vision_part`, `image_projector`,
+`speech_part`, `sound_part`, `new_connectors` (what nobody has trained), `composed_processor`, `composition_receipt`.
 
 Assembling tuned dense models: `assemble`, `expert_ffns` (where experts come from), `assembly_receipt`.
 
@@ -26,6 +26,7 @@ The same model in other files: `layouts`, `expert_shards` (loading by rank).
 
 For all of them: `io` (files, tensor by tensor), `read_back` (what was written, compared), `sources` (dense models to
 start from), `llama_family` (those of other classes), `fused_layouts` and `tensor_parts` (those that fuse tensors),
-`multimodal_layouts` and `picture_processor` (those that see), `meta_model` and `parameters` (names, shapes, counts),
-`encoder_folders`, `licences`, `file_digests`, `saved_receipt`, `model_card`, `hub` (the folder that loads without us). `description` is what the command inspect shows.
+`multimodal_layouts` and `picture_processor` (those that see), `encoder_folders`, `meta_model` and `parameters` (names,
+shapes, counts), `file_digests`, `licences`, `saved_receipt`, `model_card`, `hub` (the folder that loads without us).
+`description` is what the command inspect shows.
 """

@@ -148,7 +148,7 @@ def plan_composition(ingredients: Ingredients, options: ComposeOptions | None = 
         pictures = opened.vision.pictures if opened.vision else picture_processor_of(source.folder, image_size)
     own = own_processor(source)
     aspect = options.image_aspect_ratio or (own.image_aspect_ratio if own is not None else "square")
-    audio = audio_features(config, opened.audio_settings(own), options.window_seconds)
+    audio = audio_features(config, opened.audio_settings(own, options.window_seconds))
     return CompositionPlan(
         parts=tuple(parts),
         config=config,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..errors import ConversionError
+from ..errors import ConversionError, UniMoeError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..processing.chat_templates_unimoe import (
     BUNNY_SEPARATORS,
@@ -19,8 +19,7 @@ from ..processing.chat_unimoe import CHAT_TOKENS, prepare_tokenizer
 from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
-from .meta_model import meta_model
-from .picture_processor import image_settings
+from .meta_model import BUILDING_ERRORS, first_line, meta_model
 from .sources import Source
 from .unimoe_processor import read_tokenizer
 from .vision_part import picture_size
@@ -94,19 +93,11 @@ def own_processor(source: Source) -> UniMoeProcessor | None:
     return UniMoeProcessor.from_pretrained(source.folder)
 
 
-def source_pictures(source: Source) -> bool:
-    """Whether a source that sees brings the settings of its image processor."""
-    return image_settings(source.folder) is not None
-
-
-def audio_features(
-    config: UniMoeConfig, features: dict[str, Any], window_seconds: float | None
-) -> UniMoeFeatureExtractor | None:
+def audio_features(config: UniMoeConfig, features: dict[str, Any]) -> UniMoeFeatureExtractor | None:
     """What makes windows of features for the branches that a configuration has; None without any.
 
     Args:
-        features: of Whisper's spectrogram, see `whisper_features`.
-        window_seconds: of a model that has no Whisper, whose windows are that long (default: 30).
+        features: settings of Whisper's spectrogram and `window_seconds`, see `OpenedParts.audio_settings`.
 
     Raises:
         ConversionError: the window is impossible.
@@ -114,7 +105,7 @@ def audio_features(
     speech, sound = config.speech_connector is not None, config.sound_connector is not None
     if not speech and not sound:
         return None
-    settings = {"window_seconds": float(window_seconds or 30), **features}
+    settings = dict(features)
     if config.audio_config is not None:
         settings["sound_mel_bins"] = getattr(config.audio_config, "num_mel_bins", 128)
     kind = "mel" if config.audio_config is None else "fbank"
@@ -154,9 +145,21 @@ def build_composed_processor(
 
 @torch.no_grad()
 def image_features(config: UniMoeConfig, size: tuple[int, int]) -> int:
-    """Features of a picture of so many pixels, as the model itself makes them, without memory."""
-    pixels = torch.zeros(1, 3, *size, device="meta")
-    return int(meta_model(config).eval().model.encode_image(pixels).shape[1])
+    """Features of a picture of so many pixels, as the model itself makes them, without memory.
+
+    Raises:
+        ConversionError, ConfigurationError: the tower does not take such pictures, or its states cannot be pooled so.
+    """
+    model, pixels = meta_model(config).eval().model, torch.zeros(1, 3, *size, device="meta")
+    try:
+        return int(model.encode_image(pixels).shape[1])
+    except UniMoeError:
+        raise
+    except BUILDING_ERRORS as error:
+        raise ConversionError(
+            f"The vision tower does not take pictures of {size[0]} x {size[1]} pixels ({first_line(error)}). Give another "
+            "--image-size, or leave it out."
+        ) from error
 
 
 def composed_generation(source: Source, config: UniMoeConfig, chat: Chat) -> GenerationConfig:

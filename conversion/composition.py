@@ -126,13 +126,25 @@ class OpenedParts:
     replaced: tuple[str, ...]
     unused_projector: bool = False
 
-    def audio_settings(self, processor: Any) -> dict[str, Any]:
-        """Settings of the feature extractor: of the new speech tower, or of a dense model of ours that has one."""
+    def audio_settings(self, processor: Any, window_seconds: int | None) -> dict[str, Any]:
+        """Settings of the feature extractor: of the new speech tower, or of the processor of a dense model of ours.
+
+        Raises:
+            ConversionError: another window is wanted than that of a speech tower that stays.
+        """
         if self.speech is not None:
             return self.speech.features
         old = getattr(processor, "feature_extractor", None)
         names = ("feature_size", "sampling_rate", "window_seconds", "n_fft", "hop_length")
-        return {} if old is None else {name: getattr(old, name) for name in names}
+        settings = {"window_seconds": 30.0} if old is None else {name: getattr(old, name) for name in names}
+        if window_seconds is None:
+            return settings
+        if self.source.config.speech_config is not None and window_seconds != settings["window_seconds"]:
+            raise ConversionError(
+                f"--window-seconds is {window_seconds}, but the language model's speech tower stays, and its windows are of "
+                f"{settings['window_seconds']:g} s. Leave it out, or give the --speech-tower anew."
+            )
+        return {**settings, "window_seconds": float(window_seconds)}
 
 
 def open_parts(source: Source, ingredients: Ingredients, options: ComposeOptions) -> OpenedParts:
@@ -143,6 +155,7 @@ def open_parts(source: Source, ingredients: Ingredients, options: ComposeOptions
     """
     replaced: list[str] = []
     vision = speech = sound = None
+    _require_parts(source, ingredients, options)
     if ingredients.vision_tower is not None:
         vision = open_vision_tower(ingredients.vision_tower, options.vision_feature_layer, options.image_size)
         replaced += [VISION_TOWER, PROJECTOR, "model.video_connector."]
@@ -204,9 +217,28 @@ def composed_config(
         fields["sound_connector"] = connector(width, kind, num_tokens=options.sound_tokens, **inner)
     if options.vision_token_grid is not None:
         fields["vision_token_grid"] = options.vision_token_grid
+    if options.vision_feature_layer is not None:
+        fields["vision_feature_layer"] = options.vision_feature_layer
     fields["video_pooling"] = options.video_pooling or fields["video_pooling"]
     fields |= {f"{name}_token_id": number for name, number in placeholder_ids.items()}
     return UniMoeConfig(text_config=text, **fields, video_num_frames=options.video_frames)
+
+
+def _require_parts(source: Source, ingredients: Ingredients, options: ComposeOptions) -> None:
+    """Refuse choices about pictures or audio that nothing takes."""
+    sees = ingredients.vision_tower is not None or source.config.vision_config is not None
+    hears = any(part is not None for part in (ingredients.speech_tower, ingredients.beats)) or any(
+        config is not None for config in (source.config.speech_config, source.config.audio_config)
+    )
+    for name, flag, takes, towers in (
+        ("vision_feature_layer", "vision-feature-layer", sees, "--vision-tower"),
+        ("vision_token_grid", "image-grid", sees, "--vision-tower"),
+        ("image_size", "image-size", sees, "--vision-tower"),
+        ("video_pooling", "video-pooling", sees, "--vision-tower"),
+        ("window_seconds", "window-seconds", hears, "--speech-tower or --beats"),
+    ):
+        if getattr(options, name) is not None and not takes:
+            raise ConversionError(f"--{flag} is {getattr(options, name)}, but no part takes it: add {towers}.")
 
 
 def _speech(tower: SpeechTower, options: ComposeOptions, connector: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from .composed_part import ComposedPart, Made
 from .llama_family import HEAD
 from .sources import Source
+from .tensor_parts import PartsView
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
 # Matrix products are fast on rows in multiples of it.
@@ -33,10 +34,11 @@ def language_part(source: Source, rows: int, replaced: Iterable[str], seed: int)
     tensors = {}
     for ours, key in kept.items():
         shape, read = tuple(source.checkpoint.tensors[key].shape), partial(source.checkpoint.read, key)
-        tensors[ours] = Made(shape, (read,), (key,))
+        stored = source.checkpoint.parts[key].stored if isinstance(source.checkpoint, PartsView) else key
+        tensors[ours] = Made(shape, (read,), (stored,))
         if ours in (EMBEDDING, HEAD) and rows > shape[0]:
             new = partial(_new_rows, read, rows - shape[0], seed)
-            tensors[ours] = Made((rows, shape[1]), (read, new), (key,))
+            tensors[ours] = Made((rows, shape[1]), (read, new), (stored,))
     dropped = {key: "another part takes its place" for ours, key in source.keys.items() if ours not in kept}
     text = source.config.text_config
     facts = f"{text.num_hidden_layers} layers of width {text.hidden_size}, {text.vocab_size:,} words"

@@ -159,6 +159,18 @@ def test_a_llava_brings_tower_and_projection(parts: Path, tmp_path: Path) -> Non
     assert model.config.text_config.vocab_size == llava.config.text_config.vocab_size
 
 
+def test_choices_about_a_llava_act(parts: Path, tmp_path: Path) -> None:
+    options = {"vision_feature_layer": -1, "vision_token_grid": 1, "image_aspect_ratio": "pad", "dtype": torch.float16}
+    model = compose(tmp_path / "dense", parts, "llava", image_projector="new", options=options)
+    assert (model.config.vision_feature_layer, model.dtype) == (-1, torch.float16)
+    processor = UniMoeProcessor.from_pretrained(tmp_path / "dense")
+    assert (processor.image_tokens, processor.image_aspect_ratio) == (1, "pad")
+    receipt = json.loads((tmp_path / "dense" / "receipt.json").read_text())
+    assert receipt["targets"]["model.image_connector.layers.0.weight"]["made_of"] == ["new: drawn, seed 0"]
+    with pytest.raises(ConversionError, match="does not take pictures of 20 x 20"):
+        plan_composition(Ingredients(str(parts / "llava")), ComposeOptions(image_size=20))
+
+
 def test_a_projector_trained_apart_is_taken(parts: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"0.weight": (32, 32), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
@@ -194,8 +206,9 @@ _LINEAR = {"weight": (32, 32), "bias": (32,)}
 def test_parts_are_added_one_after_another(parts: Path, everything: Path, tmp_path: Path) -> None:
     compose(tmp_path / "sees", parts, vision_tower="clip")
     compose(tmp_path / "hears", tmp_path, "sees", speech_tower=str(parts / "whisper"))
-    options = {"sound_connector": "qformer"}
-    model = compose(tmp_path / "all", tmp_path, "hears", options=options, **beats_of(parts))
+    with pytest.raises(ConversionError, match=r"windows are of 2 s\. Leave it out"):
+        compose(tmp_path / "no", tmp_path, "hears", options={"window_seconds": 1}, **beats_of(parts))
+    model = compose(tmp_path / "all", tmp_path, "hears", **beats_of(parts))
     once = Checkpoint(everything)
     assert set(once.tensors) == set(Checkpoint(tmp_path / "all").tensors)
     state = model.state_dict()
@@ -247,7 +260,8 @@ def test_the_receipt_says_what_came_from_where(everything: Path, parts: Path) ->
     assert receipt["features"] == {"image": 4, "video": 4, "speech": 4, "sound": 3}
     card = (everything / "README.md").read_text()
     assert "| vision tower | `clip` | clip_vision_model, states -2 of width 32 | apache-2.0 |" in card
-    assert str(parts) not in "".join(path.read_text() for path in everything.glob("*.json"))
+    texts = [path.read_text() for path in (*everything.glob("*.json"), everything / "README.md")]
+    assert not any(str(parts) in text for text in texts)
 
 
 def test_the_command_prints_a_plan_and_a_receipt(
@@ -356,6 +370,8 @@ def test_wrong_parts_are_refused(parts: Path, tmp_path: Path) -> None:
         ({"beats": tmp_path / "notes.bin"}, {}, "is empty"),
         ({"beats": tmp_path / "head.bin"}, {}, "is no BEATs checkpoint"),
         ({}, {"sound_connector": "mlp"}, "--sound-connector needs a tower"),
+        ({}, {"image_size": 16}, "no part takes it: add --vision-tower"),
+        ({}, {"window_seconds": 2}, "no part takes it: add --speech-tower or --beats"),
         ({"qformer_weights": tmp_path / "head.bin"}, {}, "There is no Q-Former"),
         ({**beats, "qformer_weights": tmp_path / "head.bin"}, {}, "does not hold"),
         ({}, {"chat_template": "alpaca"}, "use one of chatml, vicuna, llama, phi3"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_parts
 import torch
 from hub_stand_in import running_hub
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,3 +117,30 @@ def test_licences_are_carried_over(card: str, files: list[str], expected: dict[s
     for name in files:
         (tmp_path / name).write_text("...")
     assert open_source(str(tmp_path)).license_metadata == expected
+
+
+COMPOSE = """
+from unimoe import cli
+
+command = ["convert", "compose", "--language-model", "someone/dense", "--vision-tower", "someone/tower"]
+assert cli.main([*command, "--out", "composed"]) == 0
+"""
+
+
+def test_parts_come_from_the_hub_pickled_ones_too(tmp_path: Path) -> None:
+    tiny_parts.language_model(tmp_path / "dense")
+    tower = tiny_parts.vision_tower("siglip", tmp_path / "tower")
+    (tmp_path / "tower" / "model.safetensors").unlink()
+    torch.save(tower.state_dict(), tmp_path / "tower" / "pytorch_model.bin")
+    work = tmp_path / "work"
+    work.mkdir()
+    with running_hub(tmp_path / "home") as hub:
+        for name in ("dense", "tower"):
+            hub.repositories[f"someone/{name}"] = {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+        done = subprocess.run(
+            [sys.executable, "-c", COMPOSE], env=hub.environment, cwd=work, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    card = (tmp_path / "work" / "composed" / "README.md").read_text()
+    assert 'base_model: ["someone/dense", "someone/tower"]' in card
+    assert "[someone/tower](https://huggingface.co/someone/tower)" in card

@@ -97,9 +97,11 @@ def verify(checkpoint: Path) -> None:
         )
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Delete all but the newest complete checkpoints."""
+def rotate(folder: Path, keep: int, spared: Path | None = None) -> None:
+    """Delete all but the newest complete checkpoints, and the spared one."""
     for checkpoint in complete_checkpoints(folder)[:-keep]:
+        if spared is not None and checkpoint.name == spared.name:
+            continue
         # Without its mark first, so that a kill in between leaves no half of a complete checkpoint.
         (checkpoint / COMPLETE_FILE).unlink()
         shutil.rmtree(checkpoint)

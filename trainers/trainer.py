@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..errors import CheckpointError, DataError, RecipeError
@@ -16,7 +17,7 @@ from ..modeling_unimoe.configuration_unimoe_text import LOSS_COEFFICIENTS
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..roles import role_of
 from .bad_samples import BadSamples
-from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal
+from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal, verify
 from .data import ConversationDataset
 from .non_finite import FiniteGuard
 from .objective import LossParts, columns_to_keep, training_loss
@@ -304,10 +305,14 @@ class UniMoeTrainer(Trainer):
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
+        folder = Path(self._get_output_dir(trial))
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(folder / written.name)
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial))
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))  # the best one's place is only known now
             seal(written, folder / written.name)
-            rotate(folder, self.args.save_total_limit or 1 << 30)
+            best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            rotate(folder, self.args.save_total_limit or 1 << 30, spared=best and Path(best))
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -323,8 +328,18 @@ class UniMoeTrainer(Trainer):
         if self._is_plain or not trained_file.is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        self._load_trained(trained_file, model or self.model)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint or "")
+        verify(best)
+        super()._load_best_model()
+        if not self._is_plain:
+            self._load_trained(best / TRAINED_FILE, self.model)
+
+    def _load_trained(self, trained_file: Path, model: nn.Module) -> None:
         trained = load_file(trained_file)
-        target = _trained_tensors(model or self.model)
+        target = _trained_tensors(model)
         if set(trained) != set(target):
             different = sorted(set(trained) ^ set(target))[:5]
             raise CheckpointError(

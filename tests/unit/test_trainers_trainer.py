@@ -30,7 +30,7 @@ from unimoe.trainers.trainable import set_trainable
 from unimoe.trainers.trainer import TRAINED_FILE, UniMoeTrainer
 
 ROLES = ["router", "experts", "connectors", "attention"]
-OWN_OPTIONS = ("learning_rates", "modality_weights", "max_skipped_steps")
+OWN_OPTIONS = ("learning_rates", "modality_weights", "max_skipped_steps", "eval_dataset")
 ONLY_TEXT = {"text": 1, "image": 0, "speech": 0, "sound": 0}
 
 
@@ -124,6 +124,29 @@ def test_a_resumed_run_is_bit_equal(bench: Bench, tmp_path: Path, make: Callable
     assert losses(resumed) == losses(whole)
     got = weights(resumed.model)
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+
+
+@pytest.mark.parametrize("make", [plain, with_lora])
+def test_the_best_model_is_loaded_whole_at_the_end(bench: Bench, tmp_path: Path, make: Callable[[Bench], Any]) -> None:
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "save_total_limit": 1, "eval_dataset": bench.dataset}
+    trainer = bench.trainer(tmp_path, make(bench), 4, **options)
+    at_step: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keep(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        at_step[state.global_step] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    # The second evaluation is the best one; the checkpoints after it are newer, and only one is kept beside it.
+    scores = itertools.chain([3.0, 1.0, 2.0, 2.5], itertools.repeat(2.5))
+    trainer.evaluate = lambda *a, **k: {"eval_loss": next(scores)}
+    watcher = type("Watch", (TrainerCallback,), {"on_step_end": lambda self, *a, **k: keep(*a, **k)})()
+    trainer.add_callback(watcher)
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert Path(trainer.state.best_model_checkpoint) == tmp_path / "checkpoint-2"
+    wrong = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, at_step[2][n])]
+    assert wrong == []
+    assert any(not torch.equal(at_step[2][n], at_step[4][n]) for n in at_step[2] if role_of(n) == "experts")
 
 
 def test_a_checkpoint_of_a_plain_model_is_a_model_folder(bench: Bench, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ Environment:
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -197,6 +198,25 @@ def compare(
             f"{int(wrong.sum())} of {wrong.numel()} values differ; worst at {worst}: {result[worst].item():.9g} instead "
             f"of {golden[worst].item():.9g} (allowed difference {allowed[worst].item():.3g})"
         )
+
+
+def changeable_copy(case: Path, to: Path) -> Path:
+    """A copy of a case's folder that can be written to: golden data are usually read-only, and copies inherit that."""
+    shutil.copytree(case, to, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    for folder in (to, *(path for path in to.rglob("*") if path.is_dir())):
+        folder.chmod(0o755)
+    return to
+
+
+def with_one_change(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """The tensor with one value that is clearly another one."""
+    changed = tensor.clone().flatten()
+    index = int(torch.randint(changed.numel(), (), generator=torch.Generator().manual_seed(seed)))
+    if changed.is_floating_point():
+        changed[index] += 1e-3 * float(changed.abs().max()) or 1.0  # gradients of idle experts are all zero
+    else:
+        changed[index] = ~changed[index] if changed.dtype == torch.bool else changed[index] + 1
+    return changed.view_as(tensor)
 
 
 @lru_cache(maxsize=256)

@@ -1,14 +1,20 @@
 """Uni-MoE's encoders and connectors against golden data: BEATs, Q-Former, Whisper with its query decoder, CLIP, video."""
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden import GoldenCase, GoldenMismatchError, discover, leave_for_lack_of_data
+from golden import (
+    GoldenCase,
+    GoldenMismatchError,
+    changeable_copy,
+    discover,
+    leave_for_lack_of_data,
+    with_one_change,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, WhisperConfig
@@ -125,14 +131,11 @@ def test_one_changed_golden_value_is_noticed(check: str, tensor: str, tmp_path: 
     if not cases:
         leave_for_lack_of_data()
     run: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
-    shutil.copytree(cases[0].path, tmp_path, dirs_exist_ok=True)
+    changeable_copy(cases[0].path, tmp_path)
     run(GoldenCase(tmp_path, ledger=None))
 
     stored = load_file(tmp_path / "io.safetensors")
-    changed = stored[tensor].flatten()
-    index = int(torch.randint(changed.numel(), (), generator=torch.Generator().manual_seed(len(tensor))))
-    changed[index] = ~changed[index] if changed.dtype == torch.bool else changed[index] + 1e-3 * changed.abs().max()
-    stored[tensor] = changed.view_as(stored[tensor])
+    stored[tensor] = with_one_change(stored[tensor], len(tensor))
     save_file(stored, tmp_path / "io.safetensors")
     with pytest.raises(GoldenMismatchError, match=re.escape(tensor)):
         run(GoldenCase(tmp_path, ledger=None))

@@ -1,14 +1,20 @@
 """Uni-MoE's whole model against golden data: experts, routing, merging, logits, loss, gradients, greedy answers."""
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden import GoldenCase, GoldenMismatchError, discover, leave_for_lack_of_data
+from golden import (
+    GoldenCase,
+    GoldenMismatchError,
+    changeable_copy,
+    discover,
+    leave_for_lack_of_data,
+    with_one_change,
+)
 from safetensors.torch import load_file, save_file
 from unimoe_case import (
     check_greedy,
@@ -102,15 +108,9 @@ def test_one_changed_golden_value_is_noticed(check: str, tensor: str, tmp_path: 
     cases = discover(tensor, *requirements.args, **requirements.kwargs)
     if not cases:
         leave_for_lack_of_data()
-    shutil.copytree(cases[0].path, tmp_path, dirs_exist_ok=True)
+    changeable_copy(cases[0].path, tmp_path)
     stored = load_file(tmp_path / "io.safetensors")
-    changed = stored[tensor].clone().flatten()
-    index = int(torch.randint(changed.numel(), (), generator=torch.Generator().manual_seed(len(tensor))))
-    if changed.is_floating_point():
-        changed[index] += 1e-3 * changed.abs().max()
-    else:
-        changed[index] = ~changed[index] if changed.dtype == torch.bool else changed[index] + 1
-    stored[tensor] = changed.view_as(stored[tensor])
+    stored[tensor] = with_one_change(stored[tensor], len(tensor))
     save_file(stored, tmp_path / "io.safetensors")
     run: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
     with pytest.raises(GoldenMismatchError, match=re.escape(tensor)):

@@ -114,7 +114,13 @@ def original_batch(
         learned = [label != -100 for label in labels[row].tolist()]
         sample = expand(ids[row].tolist()[:kept], learned[:kept], KINDS, runs, f"row {row}")
         answers = sample.pop("assistant_masks")
-        sample["labels"] = [i if answer else -100 for i, answer in zip(sample["input_ids"], answers, strict=True)]
+        # The labels that are stored, which need not be the ids: only their places are ours.
+        stored = (
+            label
+            for token, label in zip(ids[row].tolist()[:kept], labels[row].tolist(), strict=False)
+            if label != -100 and token not in KINDS
+        )
+        sample["labels"] = [next(stored) if answer else -100 for answer in answers]
         samples.append(sample)
         lengths.append(len(sample["input_ids"]) + ids.shape[1] - kept)
     batch = {name: torch.tensor(values) for name, values in pad(samples, 0, "right", None, max(lengths)).items()}
@@ -229,9 +235,8 @@ def prompt_of(case: GoldenCase, run: str) -> tuple[int, int]:
     if case.has(f"{run}.input_ids"):
         prompt = case.input(f"{run}.input_ids")[0]
         return next(i for i, ids in enumerate(rows) if torch.equal(ids[: len(prompt)], prompt)), len(prompt)
-    kinds = {kind: placeholder for placeholder, kind in KINDS.items() if kind != "audio"}
-    wanted = {placeholder for kind, placeholder in kinds.items() if kind in run}
-    row = next(i for i, ids in enumerate(rows.tolist()) if set(ids) & set(kinds.values()) == wanted)
+    wanted = {placeholder for placeholder, kind in KINDS.items() if kind in run.replace("speech", "audio")}
+    row = next(i for i, ids in enumerate(rows.tolist()) if set(ids) & set(KINDS) == wanted)
     return row, int((case.input("batch.labels")[row] != -100).int().argmax())
 
 

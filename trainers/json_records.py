@@ -96,7 +96,7 @@ class _Window:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self.text, self.position)
-            except json.JSONDecodeError:
+            except json.JSONDecodeError:  # not ValueError: more text does not mend a number that is too long
                 if len(self.text) - self.position > _MAX_RECORD or not self.grow():
                     raise
                 continue
@@ -134,8 +134,8 @@ def _list_records(file: Path, window: _Window) -> Iterator[Record]:
         window.take("]")
         if window.peek():
             raise json.JSONDecodeError("text after the list's end", "", 0)
-    except (json.JSONDecodeError, RecursionError) as error:
-        yield Record(max(1, number), place, None, getattr(error, "msg", "nested too deeply"), window.total)
+    except (ValueError, RecursionError) as error:
+        yield Record(max(1, number), place, None, _reason(error), window.total)
 
 
 def _line_records(file: Path, window: _Window) -> Iterator[Record]:
@@ -145,6 +145,13 @@ def _line_records(file: Path, window: _Window) -> Iterator[Record]:
             continue
         try:
             yield Record(number, f"{file}:{number}", json.loads(line), position=window.total)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
-            yield Record(number, f"{file}:{number}", None, reason, window.total)
+        except (ValueError, RecursionError) as error:
+            yield Record(number, f"{file}:{number}", None, _reason(error), window.total)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        raise error  # it is of the file, not of the record
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"

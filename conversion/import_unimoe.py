@@ -7,21 +7,31 @@ The original casts everything to float16 before it adds LoRA to the weights. Her
 """
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, WhisperConfig
 
-from ..errors import ConversionError
+from ..errors import ConversionError, UniMoeError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from ..processing.processing_unimoe import UniMoeProcessor
 from .hub import complete_bundle, push_folder, save_config
 from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, read_json, write_checkpoint
+from .io import (
+    DEFAULT_SHARD_BYTES,
+    Checkpoint,
+    OutputTensor,
+    finished_folder,
+    read_json,
+    refuse_damaged,
+    write_checkpoint,
+)
 from .model_card import model_card
 from .parameters import count_parameters, total_and_active
 from .receipt import RECEIPT_FILE
@@ -127,9 +137,10 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
     encoders = _add_encoders(gathered, variant, folders)
     tokenizer = load_tokenizer(folders.base, folders.finetuned)
     ids = placeholder_ids(tokenizer) if tokenizer is not None else None
-    config = our_config(original, variant, encoders, gathered.shapes, ids)
-    config.dtype = dtype or gathered.base_dtype
-    expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
+    with _named_config(_config_file(folders)):
+        config = our_config(original, variant, encoders, gathered.shapes, ids)
+        config.dtype = dtype or gathered.base_dtype
+        expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
     key_map = KeyMap(rules_for(variant.audio, vision_prefix(expected), variant.layout))
     targets = _account(gathered, key_map, expected)
     if keep_lora:
@@ -156,6 +167,8 @@ def run_import(
     with ExitStack() as stack:
         folder = stack.enter_context(finished_folder(out))
         beside = stack.enter_context(finished_folder(adapter)) if adapter is not None else None
+        for file in plan.gathered.files:
+            refuse_damaged(file)
         started = time.monotonic()
         shards = write_checkpoint(
             folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
@@ -231,18 +244,35 @@ def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) 
             raise ConversionError("This is a speech model, and its Whisper folder was not given: add --whisper DIR.")
         add_encoder(gathered, "whisper", Checkpoint(folders.whisper))
         _require_type(folders.whisper, "whisper")
-        return Encoders(vision, whisper=_nameless(WhisperConfig.from_pretrained(folders.whisper)))
+        with _named_config(folders.whisper / "config.json"):
+            return Encoders(vision, whisper=_nameless(WhisperConfig.from_pretrained(folders.whisper)))
     if folders.beats is None:
         raise ConversionError("This is the audio model, and its BEATs file was not given: add --beats FILE.pt.")
     beats = BeatsFile(folders.beats)
     add_encoder(gathered, "beats", beats)
     qformer = None if folders.qformer_config is None else read_json(folders.qformer_config)
-    return Encoders(vision, beats=UniMoeBeatsConfig.from_original(beats.cfg), qformer=qformer)
+    with _named_config(folders.beats):
+        return Encoders(vision, beats=UniMoeBeatsConfig.from_original(beats.cfg), qformer=qformer)
 
 
 def _vision_config(folder: Path) -> CLIPVisionConfig:
     _require_type(folder, "clip", "clip_vision_model")
-    return _nameless(CLIPVisionConfig.from_pretrained(folder))
+    with _named_config(folder / "config.json"):
+        return _nameless(CLIPVisionConfig.from_pretrained(folder))
+
+
+@contextmanager
+def _named_config(path: Path) -> Iterator[None]:
+    """Turns what configuration classes raise on impossible values into an error that names the file."""
+    try:
+        yield
+    except UniMoeError:
+        raise
+    except (StrictDataclassError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConversionError(
+            f"{path} describes no model that can be built ({reason}). Fetch the file again."
+        ) from error
 
 
 def _nameless(config: Any) -> Any:

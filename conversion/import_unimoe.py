@@ -268,7 +268,15 @@ def _named_config(path: Path) -> Iterator[None]:
         yield
     except UniMoeError:
         raise
-    except (StrictDataclassError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise ConversionError(
             f"{path} describes no model that can be built ({reason}). Fetch the file again."

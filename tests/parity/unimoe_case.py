@@ -148,8 +148,9 @@ def _runs(
     ):
         if placeholder in ids and bool(case.input(f"{prefix}{kind}_mask")[row]):
             name = {"image": "pixel_values", "video": "pixel_values_videos"}[kind]
-            media.setdefault(name, []).append(case.input(f"{prefix}{kind}s")[row : row + 1])
-            runs[kind].append([(token, patches, list(KINDS.values()).index(kind) + 1)])
+            media.setdefault(name, []).append(of_row(case.input(f"{prefix}{kind}s"), row, kind))
+            count = len(media[name][-1])
+            runs[kind].append([(token, count * patches, list(KINDS.values()).index(kind) + 1)])
     for windows, features in _clips(case, prefix, row, ids.count(AUDIO)):
         for name, value in features.items():
             media.setdefault(name, []).append(value)
@@ -158,6 +159,12 @@ def _runs(
         token = config.audio_token_id if speaks else config.sound_token_id
         runs["audio"].append([(token, windows * connector.num_tokens, 3 if speaks else 4)])
     return runs
+
+
+def of_row(stored: torch.Tensor, row: int, kind: str) -> torch.Tensor:
+    """A row's images or video, with a dimension that counts them; all of a row's images stand for one placeholder."""
+    several = kind == "image" and stored.dim() == 5
+    return stored[row] if several else stored[row : row + 1]
 
 
 def _clips(

@@ -5,6 +5,7 @@ huggingface_hub follows its own timeouts and retries, and against a network that
 again by this process.
 """
 
+import queue
 import ssl
 import threading
 import urllib.error
@@ -34,7 +35,7 @@ def hub_snapshot(hub_id: str, patterns: Sequence[str] = MODEL_FILES, *, local_on
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     offline = local_only or bool(constants.HF_HUB_OFFLINE)
-    silence = "" if offline else _silence(constants.ENDPOINT, hub_id)
+    silence = "" if offline else _why_silent(constants.ENDPOINT, hub_id)
     try:
         folder = snapshot_download(
             hub_id,
@@ -52,28 +53,31 @@ def hub_snapshot(hub_id: str, patterns: Sequence[str] = MODEL_FILES, *, local_on
     return Path(folder)
 
 
-def _silence(endpoint: str, hub_id: str) -> str:
+def _why_silent(endpoint: str, hub_id: str) -> str:
     """Why `endpoint` answers nothing at all before the deadline; an empty text if it does answer."""
     if endpoint not in _silent_endpoints:
-        outcome = ["no answer"]
+        outcome: queue.SimpleQueue[str] = queue.SimpleQueue()
         # A thread, because name resolution takes no timeout; a daemon, so that nobody waits for it at exit.
         asking = threading.Thread(target=_ask, args=(f"{endpoint}/api/models/{hub_id}", outcome), daemon=True)
         asking.start()
-        asking.join(_DEADLINE_SECONDS)
-        if not outcome[-1]:
+        try:
+            why = outcome.get(timeout=_DEADLINE_SECONDS)
+        except queue.Empty:
+            why = "no answer"
+        if not why:
             return ""
-        _silent_endpoints[endpoint] = outcome[-1]
+        _silent_endpoints[endpoint] = why
     return _silent_endpoints[endpoint]
 
 
-def _ask(url: str, outcome: list[str]) -> None:
-    """Append what went wrong to `outcome`, or an empty text when the server answered, with whatever status."""
+def _ask(url: str, outcome: "queue.SimpleQueue[str]") -> None:
+    """Put what went wrong into `outcome`, or an empty text when the server answered, with whatever status."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_DEADLINE_SECONDS).close()
-        outcome.append("")
+        outcome.put("")
     except urllib.error.HTTPError:
-        outcome.append("")
+        outcome.put("")
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         # Certificates are the Hub client's own affair (it may know others): somebody is there.
-        outcome.append("" if isinstance(reason, ssl.SSLError) else str(reason))
+        outcome.put("" if isinstance(reason, ssl.SSLError) else str(reason))

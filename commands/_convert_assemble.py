@@ -1,9 +1,9 @@
 """`unimoe convert assemble`: tuned dense models become the experts of one sparse model."""
 
 import argparse
-from pathlib import Path
 
 from ..errors import ConversionError
+from ._convert_options import add_dtype, add_out, add_sparsity, chosen_dtype, parse_layers
 
 _EPILOG = """\
 examples:
@@ -39,29 +39,23 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="NAME=SOURCE",
         help="a model like BASE, or a .safetensors or .bin file with FFN weights only; repeat it, once per expert",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
-    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (default: 2)")
-    parser.add_argument(
-        "--layers", default="odd", help="sparse layers, counted from 0: odd, even, all or 1,3,5 (default: odd)"
-    )
+    add_out(parser)
+    add_sparsity(parser)
     parser.add_argument(
         "--router-init",
         choices=("normal", "zeros"),
         default="normal",
         help="normal: random rows; zeros: all tokens start on the first K experts (default: normal)",
     )
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="store weights so (default: as in BASE)")
+    add_dtype(parser, "BASE")
     parser.add_argument("--seed", type=int, default=0, help="of the router's rows (default: 0)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, assemble, print the receipt."""
-    import torch
-
     from ..conversion.assemble import plan_assembly, run_assembly
     from ..conversion.sources import open_source
-    from .convert import parse_layers
 
     experts = [parse_expert(text) for text in args.expert]
     base = open_source(args.base)
@@ -72,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         num_experts_per_tok=args.top_k,
         router_init=args.router_init,
         seed=args.seed,
-        dtype={None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype],
+        dtype=chosen_dtype(args),
     )
     print("Plan", *plan.lines(), sep="\n  ", flush=True)
     receipt = run_assembly(plan, args.out)

@@ -2,7 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from ._convert_options import add_dtype, add_out, chosen_dtype
 
 _EPILOG = """\
 examples:
@@ -38,8 +39,8 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "--qformer-config", type=Path, metavar="JSON", help="of a Q-Former that is not BLIP-2's; for the audio variant"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="store weights so (default: as in BASE)")
+    add_out(parser)
+    add_dtype(parser, "BASE")
     parser.add_argument("--keep-lora", action="store_true", help="leave LoRA as a PEFT adapter in OUT-lora")
     parser.add_argument(
         "--push-to-hub", metavar="REPO", help="upload OUT to this model repository, OUT-lora to REPO-lora"
@@ -59,8 +60,6 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
-    import torch
-
     from ..conversion.import_unimoe import UniMoeFolders, plan_import, push_import, run_import
 
     folders = UniMoeFolders(
@@ -72,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
         experts=args.experts,
         qformer_config=args.qformer_config,
     )
-    dtypes: dict[str | None, Any] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    plan = plan_import(folders, dtype=dtypes.get(args.dtype), keep_lora=args.keep_lora)
+    plan = plan_import(folders, dtype=chosen_dtype(args), keep_lora=args.keep_lora)
     print("Plan", *plan.lines(), sep="\n  ", flush=True)
     receipt = run_import(plan, args.out)
     print("Receipt", *receipt.lines(), sep="\n  ")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UniMoeError
+from ..hub_access import MODEL_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,7 @@ examples:
   echo "Hello!" | unimoe chat quickstart-out/model
 """
 _MEDIA_KINDS = ("image", "audio", "video")
-# What a chat needs of a model on the Hub, and which of its JSON files must be objects where they exist.
-_HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+# JSON files that must be objects where they exist.
 _JSON_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -172,7 +172,7 @@ def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Ans
 
     place = _usable_device(device)
     with transformers_bars(shown=False):
-        folder = resolve_folder(name, _HUB_PATTERNS)
+        folder = resolve_folder(name, MODEL_FILES)
         _check_files(folder)
         processor, model = _load(folder, place)
 

@@ -11,7 +11,7 @@ EXIT_PROBLEMS = 1
 _DESCRIPTION = """\
 Read every record of a data file and decode every image, video and audio clip that it names. For each kind of problem the
 first case is shown, with the number of all. The file is JSON lines or a JSON list, of conversations in the form that
-`unimoe train` takes or in that of Uni-MoE's own data (conversations, image, video, voice)."""
+`unimoe train` takes or in LLaVA's, which the data of Uni-MoE and MoIIE have (conversations, image, video, voice)."""
 _EPILOG = """\
 examples:
   unimoe check-data train.jsonl                        media are relative to the file's folder
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def report_lines(file: str, report: "DataReport") -> list[str]:
     """The report for a reader."""
-    form = " in Uni-MoE's form" if report.original else ""
+    form = " in LLaVA's form" if report.original else ""
     media = ", ".join(f"{count:,} {kind}" for kind, count in report.media.items())
     lines = [f"{file}: {report.records:,} records{form}; media: {media}"]
     for finding in report.problems:

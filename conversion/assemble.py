@@ -4,7 +4,6 @@ Expert e of every sparse layer is the FFN of the e-th source; everything else is
 section 3.3, between its second and third stage). `trainers.assembly` does the same in memory inside a curriculum.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .assembly_receipt import AssemblyReceipt, AssemblySource, AssemblyTarget
 from .expert_ffns import Expert, ExpertSource, open_experts
+from .file_digests import file_digests
 from .hub import complete_bundle
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
-from .model_card import model_card
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, finished_folder, write_checkpoint
+from .model_card import model_card, receipt_section
 from .parameters import count_parameters, total_and_active
-from .receipt import RECEIPT_FILE
+from .read_back import verify_written
+from .router_init import initial_router_rows
+from .saved_receipt import RECEIPT_FILE
 from .sources import Source
-from .stream_upcycle import in_model_order, kept_tensors, verify_written, write_beside_weights
-from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX, RouterInit, Sparsity, initial_router_rows, sparse_config
+from .sparsity import RouterInit, Sparsity, sparse_config
+from .stream_upcycle import in_model_order, kept_tensors, write_beside_weights
+from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class AssemblyPlan:
         return sum(output.num_bytes for output in self.outputs)
 
     @property
+    def written_dtype(self) -> torch.dtype:
+        """Of most tensors, whatever the experts were stored in."""
+        return self.dtype or self.base.dtype
+
+    @property
     def sources(self) -> list[tuple[ExpertSource, list[int]]]:
         """Every source once, with the ids of the experts that are made of it."""
         ids: dict[int, tuple[ExpertSource, list[int]]] = {}
@@ -55,11 +62,12 @@ class AssemblyPlan:
 
     def notes(self) -> list[str]:
         """What the reader should know beyond tensors."""
-        notes, width = [], _main_dtype(self)
+        notes = []
         for source, _ in self.sources:
             dtypes = {source.checkpoint.tensors[name].dtype for name in source.tensors.values()}
-            if other := sorted(_name(dtype) for dtype in dtypes - {width}):
-                notes.append(f"{source.public_name} holds {', '.join(other)}, written as {_name(width)}")
+            if other := sorted(dtype_name(dtype) for dtype in dtypes - {self.written_dtype}):
+                written = dtype_name(self.written_dtype)
+                notes.append(f"{source.public_name} holds {', '.join(other)}, written as {written}")
         return notes
 
     def lines(self) -> list[str]:
@@ -68,12 +76,12 @@ class AssemblyPlan:
         before = total_and_active(count_parameters(self.base.config))
         after = total_and_active(count_parameters(self.config))
         return [
-            f"base        {self.base.name}: {_name(self.base.dtype)}",
+            f"base        {self.base.name}: {dtype_name(self.base.dtype)}",
             *(f"expert {i:<4} {expert.name}: {expert.source.public_name}" for i, expert in enumerate(self.experts)),
             f"sparse      {len(text.sparse_layers)} of {text.num_hidden_layers} layers {text.sparse_layers}: "
             f"{text.num_experts_per_tok} experts per token, router {self.sparsity.router_init}",
             f"parameters  {before.total:,} -> {after.total:,} ({after.active:,} active per token)",
-            f"writes      {self.num_bytes / 1e6:,.1f} MB, {_name(_main_dtype(self))}",
+            f"writes      {self.num_bytes / 1e6:,.1f} MB, {dtype_name(self.written_dtype)}",
             *(f"note        {note}" for note in self.notes()),
         ]
 
@@ -139,7 +147,7 @@ def run_assembly(
             Then nothing is left behind.
     """
     with finished_folder(out) as folder:
-        sources = _digested_sources(plan, progress)
+        sources = _source_records(plan, file_digests(_read_files(plan), progress))
         started, digests = time.monotonic(), dict[str, str]()
         shards = write_checkpoint(
             folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
@@ -155,7 +163,7 @@ def run_assembly(
             experts_per_token=plan.sparsity.num_experts_per_tok,
             router_init=plan.sparsity.router_init,
             seed=plan.sparsity.seed,
-            dtype=_name(_main_dtype(plan)),
+            dtype=dtype_name(plan.written_dtype),
             parameters_before=before.total,
             parameters_after=after.total,
             parameters_active=after.active,
@@ -203,21 +211,18 @@ def _sparse_layer(
     ]
 
 
-def _digested_sources(plan: AssemblyPlan, progress: bool) -> list[AssemblySource]:
-    """The receipt's sources; every file is read once for its digest."""
+def _read_files(plan: AssemblyPlan) -> list[Path]:
+    checkpoints = [plan.base.checkpoint, *(source.checkpoint for source, _ in plan.sources)]
+    return [file for checkpoint in checkpoints for file in checkpoint.files]
+
+
+def _source_records(plan: AssemblyPlan, digests: dict[Path, str]) -> list[AssemblySource]:
+    """The receipt's sources, the base first."""
+
+    def files(checkpoint: Checkpoint) -> dict[str, str]:
+        return {file.name: digests[file.resolve()] for file in checkpoint.files}
+
     base, sparse = plan.base, set(plan.sparsity.sparse_layers)
-    checkpoints = [base.checkpoint, *(source.checkpoint for source, _ in plan.sources)]
-    files = {file.resolve(): "" for checkpoint in checkpoints for file in checkpoint.files}
-    size = sum(file.stat().st_size for file in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="Digests", disable=not progress) as bar:
-        for path in files:
-            with open(path, "rb") as file:
-                files[path] = hashlib.file_digest(file, "sha256").hexdigest()
-            bar.update(path.stat().st_size)
-
-    def digests(checkpoint: Checkpoint) -> dict[str, str]:
-        return {file.name: files[file.resolve()] for file in checkpoint.files}
-
     kept = {output.name for output in plan.outputs}
     replaced = {name: "an FFN whose layer has experts now" for ours, name in base.keys.items() if ours not in kept}
     records = [
@@ -225,7 +230,7 @@ def _digested_sources(plan: AssemblyPlan, progress: bool) -> list[AssemblySource
             "base",
             base.public_name,
             [],
-            digests(base.checkpoint),
+            files(base.checkpoint),
             len(base.keys) - len(replaced),
             {**base.dropped, **replaced},
         )
@@ -236,12 +241,12 @@ def _digested_sources(plan: AssemblyPlan, progress: bool) -> list[AssemblySource
         }
         taken = len(source.tensors) - len(unused)
         dropped = {**source.others, **unused}
-        records.append(AssemblySource("expert", source.public_name, ids, digests(source.checkpoint), taken, dropped))
+        records.append(AssemblySource("expert", source.public_name, ids, files(source.checkpoint), taken, dropped))
     return records
 
 
 def _target(output: OutputTensor, made_of: list[str], digest: str) -> AssemblyTarget:
-    return AssemblyTarget(list(output.shape), _name(output.dtype), made_of, digest)
+    return AssemblyTarget(list(output.shape), dtype_name(output.dtype), made_of, digest)
 
 
 def _card(plan: AssemblyPlan, name: str, receipt: AssemblyReceipt) -> str:
@@ -249,15 +254,7 @@ def _card(plan: AssemblyPlan, name: str, receipt: AssemblyReceipt) -> str:
         name,
         plan.config,
         count_parameters(plan.config),
-        license=plan.base.license,
+        license=plan.base.license_metadata,
         base_models=[plan.base.name] if plan.base.is_hub_id else None,
-        sections={"Assembly receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
+        sections={"Assembly receipt": receipt_section(receipt.lines())},
     )
-
-
-def _main_dtype(plan: AssemblyPlan) -> torch.dtype:
-    return plan.dtype or plan.base.dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

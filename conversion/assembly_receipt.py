@@ -1,11 +1,9 @@
 """The receipt of an assembly: which files went in, and what every tensor of the sparse model was made of."""
 
-import dataclasses
-import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+
+from .saved_receipt import SavedReceipt
 
 
 @dataclass
@@ -37,26 +35,21 @@ class AssemblyTarget:
     sha256: str
 
 
-@dataclass
-class AssemblyReceipt:
+@dataclass(kw_only=True)
+class AssemblyReceipt(SavedReceipt):
     """What an assembly did."""
 
-    out: str
     experts: list[str]
     sparse_layers: list[int]
     experts_per_token: int
     router_init: str
     seed: int
-    dtype: str
     parameters_before: int
     parameters_after: int
-    parameters_active: int
     sources: list[AssemblySource]
     targets: dict[str, AssemblyTarget]
     notes: list[str]
     tensors_read_back: int
-    bytes_written: int
-    seconds_writing: float
 
     def lines(self) -> list[str]:
         """The receipt for a reader."""
@@ -67,7 +60,6 @@ class AssemblyReceipt:
             lines += [f"            {digest[:16]}… {file}" for file, digest in source.files.items()]
             reasons = Counter(source.dropped.values()).most_common()
             lines += [f"            {count} left: {reason}" for reason, count in reasons]
-        rate = self.bytes_written / max(self.seconds_writing, 1e-3) / 1e6
         return [
             *lines,
             *(f"note        {note}" for note in self.notes),
@@ -76,12 +68,5 @@ class AssemblyReceipt:
             f"router {self.router_init}, seed {self.seed}",
             f"parameters  {self.parameters_before:,} -> {self.parameters_after:,} "
             f"({self.parameters_active:,} active per token)",
-            f"written     {len(self.targets)} tensors, {self.bytes_written / 1e6:,.1f} MB {self.dtype} in "
-            f"{self.seconds_writing:.1f} s ({rate:,.0f} MB/s); {self.tensors_read_back} read back, bit-equal",
+            f"written     {len(self.targets)} tensors, {self.written()}; {self.tensors_read_back} read back, bit-equal",
         ]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..modeling_unimoe.configuration_unimoe_text import MODALITIES, UniMoeTextConfig
+from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
 from .io import Checkpoint, read_json
 from .model_card import modalities_of
 from .parameters import ParameterCount, count_parameters, total_and_active
@@ -84,7 +84,7 @@ def describe_model(name: str) -> ModelDescription:
         num_shared_experts=text.num_shared_experts,
         max_choices_per_token=text.max_choices_per_token,
         groups={g.name: {"experts": list(g.experts), "modalities": list(g.modalities)} for g in text.router_groups},
-        routing=_routing(text),
+        routing=_routing(config),
         parameters=parameters,
         total=total_and_active(parameters),
         weights=_weights(folder, config),
@@ -92,8 +92,9 @@ def describe_model(name: str) -> ModelDescription:
     )
 
 
-def _routing(text: UniMoeTextConfig) -> dict[str, Any]:
+def _routing(config: UniMoeConfig) -> dict[str, Any]:
     """The fields that matter for this type of router."""
+    text = config.text_config
     routing: dict[str, Any] = {"type": text.router_type}
     if text.router_type == "dynamic":
         routing |= {"top_p": text.router_top_p, "near_max_band": text.router_near_max_band, "pick": text.router_pick}
@@ -108,11 +109,23 @@ def _routing(text: UniMoeTextConfig) -> dict[str, Any]:
     for coefficient in ("router_modality_loss_coef", "router_divergence_loss_coef"):
         if getattr(text, coefficient):
             routing[coefficient] = getattr(text, coefficient)
-    return routing | {
+    routing |= {
         "router_jitter_noise": text.router_jitter_noise,
         "router_aux_loss_coef": text.router_aux_loss_coef,
         "router_z_loss_coef": text.router_z_loss_coef,
     }
+    if text.router_group_aux_loss_coefs:
+        coefs = zip(text.router_groups, text.aux_loss_coefs, strict=True)
+        routing["router_aux_loss_coef"] = {group.name: coef for group, coef in coefs}
+    # What differs from the plain router is told, the rest goes without saying.
+    unusual = {
+        "router_jitter_reaches_experts": False,
+        "router_aux_loss_layers": "each",
+        "router_bias_update_rate": 0,
+        "router_losses_as_released": False,
+    }
+    routing |= {field: getattr(text, field) for field, usual in unusual.items() if getattr(text, field) != usual}
+    return routing | ({"route_run_end_as_text": True} if config.route_run_end_as_text else {})
 
 
 def _towers(config: UniMoeConfig) -> dict[str, str]:

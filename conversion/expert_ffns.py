@@ -138,9 +138,10 @@ def _require_same_architecture(source: Source, who: str, base: UniMoeTextConfig)
 
 def _require_complete(source: ExpertSource, who: str, base: UniMoeTextConfig, layers: Sequence[int]) -> None:
     """Raises ConversionError unless all FFNs fit the base, and every layer in question has its three."""
-    wide, tall = (base.intermediate_size, base.hidden_size), (base.hidden_size, base.intermediate_size)
+    shapes = dict.fromkeys(FFN_PROJECTIONS, (base.intermediate_size, base.hidden_size))
+    shapes["down_proj"] = (base.hidden_size, base.intermediate_size)
     for (layer, projection), name in source.tensors.items():
-        info, expected = source.checkpoint.tensors[name], tall if projection == "down_proj" else wide
+        info, expected = source.checkpoint.tensors[name], shapes[projection]
         if layer >= base.num_hidden_layers:
             raise ConversionError(
                 f"{who}: {source.public_name} holds {name}, but the base's layers are 0 to {base.num_hidden_layers - 1}."

@@ -17,14 +17,15 @@ import torch
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .llava_keys import PROJECTOR
 from .unimoe_config import MODALITY_EXPERTS
 from .unimoe_experts import EXPERT_FILES, FINETUNED_FILE
-from .unimoe_keys import ALIGNER, PROJECTOR
-from .unimoe_originals import Originals
+from .unimoe_keys import ALIGNER, EXPERTS, GATES
+from .unimoe_originals import UniMoeOriginals
+from .upcycle import FFN_PROJECTIONS
 
 # In the names of routers and experts, and of nothing else.
 DEEPSPEED_MOE = ".mlp.deepspeed_moe."
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _RANK = 1
 
 
@@ -58,18 +59,18 @@ def eight_expert_fields(text: UniMoeTextConfig) -> dict[str, Any]:
     }
 
 
-def absent_pairs(originals: Originals) -> dict[str, torch.Tensor]:
+def absent_pairs(originals: UniMoeOriginals) -> dict[str, torch.Tensor]:
     """Zeros for the low-rank pairs of dense layers, which the base's shards hold: the original draws absent ones."""
     pairs: dict[str, torch.Tensor] = {}
     for name in originals.names("model.layers."):
         projection = name.removesuffix(".weight")
-        if projection.endswith(tuple(f".mlp.{p}" for p in _PROJECTIONS)):
-            info = originals.checkpoint.tensors[originals.targets[name]]
+        if projection.endswith(tuple(f".mlp.{p}" for p in FFN_PROJECTIONS)):
+            info = originals.checkpoint.tensors[originals.ours(name)]
             pairs |= _zero_pair(projection + "_lora_", info.shape, info.dtype)
     return pairs
 
 
-def write_eight_experts(folder: Path, originals: Originals, fields: dict[str, Any]) -> list[str]:
+def write_eight_experts(folder: Path, originals: UniMoeOriginals, fields: dict[str, Any]) -> list[str]:
     """Write both folders; `fields` is config.json. Returns what was written, for a reader."""
     experts, finetuned = folder / "experts", folder / "finetuned"
     experts.mkdir()
@@ -79,7 +80,7 @@ def write_eight_experts(folder: Path, originals: Originals, fields: dict[str, An
     count = originals.config.text_config.num_experts
     for expert in range(count):
         torch.save(_expert(originals, expert), finetuned / FINETUNED_FILE.format(expert=expert))
-    gates = [name for name in originals.targets if DEEPSPEED_MOE + "gate." in name]
+    gates = [name for name in originals.sources if GATES["deepspeed"] in name]
     torch.save(originals.read_all(gates), finetuned / "mlp_gates.bin")
     projector = originals.read_all(originals.names(PROJECTOR))
     torch.save({f"base_model.model.{n}": t for n, t in projector.items()}, finetuned / "non_lora_trainables.bin")
@@ -100,11 +101,11 @@ def _sparse_pattern(text: UniMoeTextConfig) -> dict[str, Any]:
     )
 
 
-def _expert(originals: Originals, expert: int) -> dict[str, torch.Tensor]:
+def _expert(originals: UniMoeOriginals, expert: int) -> dict[str, torch.Tensor]:
     """One expert of every layer, in the slot that a process with a single expert has, and pairs of zeros."""
-    slot = f"{DEEPSPEED_MOE}experts.deepspeed_experts."
+    slot = f".mlp.{EXPERTS['deepspeed']}."
     content: dict[str, torch.Tensor] = {}
-    for name in (name for name in originals.targets if f"{slot}{expert}." in name):
+    for name in (name for name in originals.sources if f"{slot}{expert}." in name):
         weight = originals.read(name)
         local = name.replace(f"{slot}{expert}.", f"{slot}0.")
         content[local] = weight
@@ -112,12 +113,12 @@ def _expert(originals: Originals, expert: int) -> dict[str, torch.Tensor]:
     return content
 
 
-def _write_empty_adapter(folder: Path, originals: Originals) -> None:
+def _write_empty_adapter(folder: Path, originals: UniMoeOriginals) -> None:
     layers = [name for name in originals.names("model.layers.") if name.endswith(".self_attn.q_proj.weight")]
     modules = [name.removesuffix(".weight") for name in layers]
     tensors: dict[str, torch.Tensor] = {}
     for name, module in zip(layers, modules, strict=True):
-        info = originals.checkpoint.tensors[originals.targets[name]]
+        info = originals.checkpoint.tensors[originals.ours(name)]
         tensors |= _zero_pair(f"base_model.model.{module}.lora_", info.shape, info.dtype)
     torch.save(tensors, folder / "adapter_model.bin")
     config = {

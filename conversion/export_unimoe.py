@@ -24,20 +24,21 @@ from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from .export_eight_experts import DEEPSPEED_MOE, absent_pairs, eight_expert_fields, write_eight_experts
-from .io import DEFAULT_SHARD_BYTES, PICKLE, PICKLE_INDEX, Checkpoint, finished_folder, read_json
-from .unimoe_config import original_config
-from .unimoe_keys import (
-    ALIGNER,
-    AUDIO_TOWER,
-    PROJECTOR,
-    VISION_TOWER,
-    AudioKind,
-    KeyMap,
-    Layout,
-    rules_for,
-    vision_prefix,
+from .io import (
+    DEFAULT_SHARD_BYTES,
+    PICKLE,
+    PICKLE_INDEX,
+    Checkpoint,
+    finished_folder,
+    read_json,
+    shard_names,
+    split_into_shards,
 )
-from .unimoe_originals import Originals
+from .key_rules import KeyMap
+from .llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
+from .unimoe_config import original_config
+from .unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, Layout, rules_for
+from .unimoe_originals import UniMoeOriginals
 
 BEATS_FILE = "BEATs.pt"
 _QUERY_EMBEDDINGS = ALIGNER + "decoder.audio_decoder.embed_tokens.weight"
@@ -74,13 +75,15 @@ def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHAR
     layout = layout_for(config.text_config)
     checkpoint = Checkpoint(model)
     key_map = KeyMap(rules_for(audio, vision_prefix(checkpoint.tensors), layout))
-    fields = original_config(config, "clip", "whisper" if audio == "whisper" else BEATS_FILE)
+    processor = _processor_settings(model)
+    aspect = processor.get("image_aspect_ratio", "square")
+    fields = original_config(config, "clip", "whisper" if audio == "whisper" else BEATS_FILE, aspect)
     if layout == "deepspeed":
         fields |= eight_expert_fields(config.text_config)
     with finished_folder(out) as folder:
         base = folder / "base"
         base.mkdir()
-        originals = Originals(checkpoint, key_map, config)
+        originals = UniMoeOriginals(checkpoint, key_map, config)
         pairs = absent_pairs(originals) if layout == "deepspeed" else {}
         written = _write_base(base, originals, pairs, max_shard_bytes)
         if layout == "deepspeed":
@@ -89,7 +92,7 @@ def export_unimoe(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHAR
         for path in model.glob("tokenizer*"):
             shutil.copyfile(path, base / path.name)
         written += _write_encoders(folder, originals)
-        _write_preprocessors(folder, model)
+        _write_preprocessors(folder, processor)
     return written
 
 
@@ -151,22 +154,20 @@ def _require_plain_sizes(text: UniMoeTextConfig) -> None:
         )
 
 
-def _write_base(folder: Path, originals: Originals, pairs: dict[str, torch.Tensor], max_shard_bytes: int) -> list[str]:
+def _write_base(
+    folder: Path, originals: UniMoeOriginals, pairs: dict[str, torch.Tensor], max_shard_bytes: int
+) -> list[str]:
     checkpoint = originals.checkpoint
-    elsewhere = {*originals.names(VISION_TOWER, AUDIO_TOWER), *(n for n in originals.targets if DEEPSPEED_MOE in n)}
-    names = [name for name in originals.targets if name not in elsewhere]
-    shards: list[list[str]] = [[]]
-    filled = 0
-    pieces = Counter(originals.targets[name] for name in names)
-    for name in names:
-        ours = originals.targets[name]
-        size = checkpoint.tensors[ours].num_bytes // pieces[ours]
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    files = [PICKLE] if len(shards) == 1 else [_shard(i, len(shards)) for i in range(len(shards))]
+    elsewhere = {*originals.names(VISION_TOWER, AUDIO_TOWER), *(n for n in originals.sources if DEEPSPEED_MOE in n)}
+    names = [name for name in originals.sources if name not in elsewhere]
+    pieces = Counter(originals.ours(name) for name in names)
+
+    def num_bytes(name: str) -> int:
+        ours = originals.ours(name)
+        return checkpoint.tensors[ours].num_bytes // pieces[ours]
+
+    shards = split_into_shards(names, num_bytes, max_shard_bytes)
+    files = shard_names(PICKLE, len(shards))
     for file, members in zip(files, shards, strict=True):
         torch.save(originals.read_all(members) | (pairs if file == files[-1] else {}), folder / file)
     if len(shards) > 1:
@@ -178,7 +179,7 @@ def _write_base(folder: Path, originals: Originals, pairs: dict[str, torch.Tenso
     return [f"base: {len(names)} tensors in {len(files)} file(s), mm_projector.bin, mm_audio_aligner.bin"]
 
 
-def _aligner(originals: Originals) -> dict[str, torch.Tensor]:
+def _aligner(originals: UniMoeOriginals) -> dict[str, torch.Tensor]:
     """Queries first, which one of the original's loaders takes by position; then everything that it loads strictly."""
     aligner = originals.read_all([*originals.names("model.query_tokens"), *originals.names(ALIGNER)])
     whisper = originals.config.speech_config
@@ -188,7 +189,7 @@ def _aligner(originals: Originals) -> dict[str, torch.Tensor]:
     return aligner
 
 
-def _write_encoders(folder: Path, originals: Originals) -> list[str]:
+def _write_encoders(folder: Path, originals: UniMoeOriginals) -> list[str]:
     config = originals.config
     vision = {n.removeprefix(VISION_TOWER): originals.read(n) for n in originals.names(VISION_TOWER)}
     _write_hf(folder / "clip", config.vision_config, vision)
@@ -207,9 +208,12 @@ def _write_hf(folder: Path, config: Any, tensors: dict[str, torch.Tensor]) -> No
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_preprocessors(folder: Path, model: Path) -> None:
+def _processor_settings(model: Path) -> dict[str, Any]:
     path = model / "processor_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
+
+
+def _write_preprocessors(folder: Path, settings: Mapping[str, Any]) -> None:
     if settings.get("image_processor"):
         _write_json(folder / "clip" / "preprocessor_config.json", settings["image_processor"])
     extractor = settings.get("feature_extractor")
@@ -220,10 +224,6 @@ def _write_preprocessors(folder: Path, model: Path) -> None:
         _write_json(
             folder / "whisper" / "preprocessor_config.json", whisper | {"chunk_length": extractor["window_seconds"]}
         )
-
-
-def _shard(index: int, count: int) -> str:
-    return f"pytorch_model-{index + 1:05d}-of-{count:05d}.bin"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

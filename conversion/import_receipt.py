@@ -1,11 +1,9 @@
 """The receipt of an import: what became of every tensor that was there, and what every tensor of ours is made of."""
 
-import dataclasses
-import json
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+
+from .saved_receipt import SavedReceipt
 
 
 @dataclass
@@ -29,8 +27,8 @@ class TargetRecord:
     sha256: str
 
 
-@dataclass
-class ImportReceipt:
+@dataclass(kw_only=True)
+class ImportReceipt(SavedReceipt):
     """What an import did.
 
     Args:
@@ -43,16 +41,11 @@ class ImportReceipt:
 
     variant: str
     evidence: list[str]
-    out: str
-    dtype: str
     parameters: int
-    parameters_active: int
     sources: dict[str, dict[str, SourceRecord]]
     targets: dict[str, TargetRecord]
     notes: list[str] = field(default_factory=list)
     adapter: str | None = None
-    bytes_written: int = 0
-    seconds_writing: float = 0.0
 
     def lines(self) -> list[str]:
         """The receipt for a reader."""
@@ -63,18 +56,9 @@ class ImportReceipt:
         reasons = Counter(r.note for records in self.sources.values() for r in records.values() if r.fate == "dropped")
         lines += [f"dropped     {count}: {reason}" for reason, count in reasons.most_common()]
         merged = sum(record.lora_merged for record in self.targets.values())
-        lines.append(
-            f"produced    {len(self.targets)} tensors, all that the model has; LoRA merged into {merged} weights"
-        )
+        lora = f"; LoRA merged into {merged} weights" if merged else ""
+        lines.append(f"produced    {len(self.targets)} tensors, all that the model has{lora}")
         if self.adapter is not None:
             lines.append(f"adapter     {self.adapter}")
         lines.append(f"parameters  {self.parameters:,} ({self.parameters_active:,} active per token)")
-        rate = self.bytes_written / max(self.seconds_writing, 1e-3) / 1e6
-        written = f"{self.bytes_written / 1e6:,.1f} MB {self.dtype} in {self.seconds_writing:.1f} s ({rate:,.0f} MB/s)"
-        return [*lines, f"written     {written}", *(f"note        {note}" for note in self.notes)]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return [*lines, f"written     {self.written()}", *(f"note        {note}" for note in self.notes)]

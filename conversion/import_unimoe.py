@@ -6,45 +6,30 @@ knows, or one that is missing, ends it. `run_import` writes into a hidden folder
 The original casts everything to float16 before it adds LoRA to the weights. Here sums are float32 and rounded once.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, WhisperConfig
 
-from ..errors import ConversionError, UniMoeError
-from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
-from ..processing.processing_unimoe import UniMoeProcessor
-from .hub import complete_bundle, push_folder, save_config
-from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
-from .io import (
-    DEFAULT_SHARD_BYTES,
-    Checkpoint,
-    OutputTensor,
-    finished_folder,
-    read_json,
-    refuse_damaged,
-    write_checkpoint,
-)
-from .model_card import model_card
-from .parameters import count_parameters, total_and_active
-from .receipt import RECEIPT_FILE
+from .encoder_folders import named_config, nameless, require_type
+from .import_plan import ImportPlan, WriteBeside, account, push_import, write_import
+from .import_receipt import ImportReceipt
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, read_json
+from .key_rules import KeyMap, Target
+from .llava_keys import vision_prefix
 from .sources import expected_tensors
 from .unimoe_adapter import require_one_lora_each, write_adapter
 from .unimoe_config import Encoders, our_config
 from .unimoe_experts import add_absent_pairs, add_experts, integrate_pairs
 from .unimoe_files import BeatsFile, Gathered, add_encoder, gather, lay_over, reader
-from .unimoe_keys import KeyMap, Target, rules_for, vision_prefix
+from .unimoe_keys import rules_for
 from .unimoe_processor import build_processor, generation_config, load_tokenizer, placeholder_ids
 from .unimoe_variant import Variant, layout_of, recognise
 
-_SHOWN = 8
 # The base of the 8-expert variant ships its configuration under this name, beside that of the 4-expert model.
 _EIGHT_EXPERT_CONFIG = "8config.json"
 
@@ -73,54 +58,37 @@ class UniMoeFolders:
 
 
 @dataclass(frozen=True)
-class ImportPlan:
-    """What will be written, and from what."""
+class UniMoePlan(ImportPlan):
+    """What will be written; with `keep_lora`, LoRA goes into an adapter beside the model."""
 
-    variant: Variant
-    config: UniMoeConfig
     gathered: Gathered
-    targets: dict[str, Target]
-    outputs: tuple[OutputTensor, ...]
-    dtype: torch.dtype
-    processor: UniMoeProcessor | None
-    keep_lora: bool
-    notes: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The plan for a reader."""
-        total = total_and_active(count_parameters(self.config))
-        size = sum(output.num_bytes for output in self.outputs)
-        return [
-            f"variant     {self.variant.name}",
-            *(f"            {line}" for line in self.variant.evidence),
-            f"parameters  {total.total:,} ({total.active:,} active per token)",
-            f"writes      {size / 1e6:,.1f} MB, {_name(self.dtype)}",
-        ]
+    keep_lora: bool = False
 
 
 def import_unimoe(
-    folders: UniMoeFolders, out: Path, *, push_to_hub: str | None = None, **options: Any
+    folders: UniMoeFolders,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_lora: bool = False,
+    push_to_hub: str | None = None,
 ) -> ImportReceipt:
-    """Convert a released model; `options` are those of `plan_import`.
+    """Convert a released model.
+
+    Args:
+        dtype, keep_lora: see `plan_import`.
+        push_to_hub: also upload the result to this model repository.
 
     Raises:
         ConversionError: see `plan_import`; nothing is written then.
     """
-    receipt = run_import(plan_import(folders, **options), out)
+    receipt = run_import(plan_import(folders, dtype=dtype, keep_lora=keep_lora), out)
     if push_to_hub is not None:
         push_import(receipt, out, push_to_hub)
     return receipt
 
 
-def push_import(receipt: ImportReceipt, out: Path, repository: str) -> list[str]:
-    """Upload a converted model, and its adapter, if it has one, to `REPOSITORY-lora`; returns the addresses."""
-    addresses = [push_folder(out, repository)]
-    if receipt.adapter is not None:
-        addresses.append(push_folder(out.with_name(receipt.adapter), f"{repository}-lora"))
-    return addresses
-
-
-def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, keep_lora: bool = False) -> ImportPlan:
+def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, keep_lora: bool = False) -> UniMoePlan:
     """Recognise the model and account for every tensor. Only headers and configurations are read.
 
     Args:
@@ -132,12 +100,12 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
             or of the wrong shape.
     """
     original = read_json(_config_file(folders))
-    gathered, notes = _gather(folders, original)
+    gathered, pairs_absent = _gather(folders, original)
     variant = recognise(gathered.shapes, original)
     encoders = _add_encoders(gathered, variant, folders)
     tokenizer = load_tokenizer(folders.base, folders.finetuned)
     ids = placeholder_ids(tokenizer) if tokenizer is not None else None
-    with _named_config(_config_file(folders)):
+    with named_config(_config_file(folders)):
         config = our_config(original, variant, encoders, gathered.shapes, ids)
         config.dtype = dtype or gathered.base_dtype
         expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
@@ -149,43 +117,48 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
     outputs = tuple(
         OutputTensor(name, config.dtype, shape, targets[name].pieces(read)) for name, shape in expected.items()
     )
-    processor = None if tokenizer is None else build_processor(config, tokenizer, folders.clip, folders.whisper)
-    notes += _notes(original, processor is not None)
-    return ImportPlan(variant, config, gathered, targets, outputs, config.dtype, processor, keep_lora, notes)
+    processor = None
+    if tokenizer is not None:
+        aspect = original.get("image_aspect_ratio", "square")
+        processor = build_processor(config, tokenizer, folders.clip, folders.whisper, aspect)
+    notes = _notes(original, variant, pairs_absent, has_processor=processor is not None)
+    origin = (
+        f"Converted from the released Uni-MoE model, variant *{variant.name}* (arXiv 2405.11273). The terms of its "
+        "authors, of the language model and of the encoders hold."
+    )
+    return UniMoePlan(
+        variant=variant,
+        config=config,
+        gathered=gathered,
+        targets=targets,
+        outputs=outputs,
+        dtype=config.dtype,
+        processor=processor,
+        generation=generation_config(config),
+        origin=origin,
+        notes=notes,
+        keep_lora=keep_lora,
+    )
 
 
 def run_import(
-    plan: ImportPlan, out: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, progress: bool = True
+    plan: UniMoePlan, out: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, progress: bool = True
 ) -> ImportReceipt:
     """Write the model as a complete Hugging Face folder, and with `keep_lora` the adapter beside it (`OUT-lora`).
 
     Raises:
         ConversionError: a folder is not empty, or a file turned out to be damaged. Then nothing is left behind.
     """
-    adapter = out.with_name(out.name + "-lora") if plan.keep_lora and plan.gathered.loras else None
-    digests: dict[str, str] = {}
-    with ExitStack() as stack:
-        folder = stack.enter_context(finished_folder(out))
-        beside = stack.enter_context(finished_folder(adapter)) if adapter is not None else None
-        for file in plan.gathered.files:
-            refuse_damaged(file)
-        started = time.monotonic()
-        shards = write_checkpoint(
-            folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
+    loras = plan.gathered.loras
+    beside: tuple[Path, WriteBeside] | None = None
+    if plan.keep_lora and loras:
+        layout = plan.variant.layout
+        beside = (
+            out.with_name(out.name + "-lora"),
+            lambda folder: write_adapter(folder, plan.config, loras, out.name, layout),
         )
-        seconds = time.monotonic() - started
-        if beside is not None:
-            write_adapter(beside, plan.config, plan.gathered.loras, out.name, plan.variant.layout)
-        receipt = _receipt(plan, out.name, digests)
-        receipt.adapter = adapter.name if adapter is not None else None
-        receipt.bytes_written, receipt.seconds_writing = sum(p.stat().st_size for p in shards), round(seconds, 2)
-        if plan.processor is not None:
-            plan.processor.save_pretrained(folder)
-        generation_config(plan.config).save_pretrained(folder)
-        save_config(plan.config, folder)
-        receipt.save(folder / RECEIPT_FILE)
-        complete_bundle(folder, _card(plan, out.name, receipt))
-    return receipt
+    merged = () if plan.keep_lora else loras
+    return write_import(plan, out, max_shard_bytes=max_shard_bytes, progress=progress, merged=merged, beside=beside)
 
 
 def _config_file(folders: UniMoeFolders) -> Path:
@@ -201,11 +174,10 @@ def _config_file(folders: UniMoeFolders) -> Path:
     return folder / "config.json"
 
 
-def _gather(folders: UniMoeFolders, original: dict[str, Any]) -> tuple[Gathered, list[str]]:
-    """All decoder and connector files, in the original's order, and what the reader should know of them."""
+def _gather(folders: UniMoeFolders, original: dict[str, Any]) -> tuple[Gathered, bool]:
+    """All decoder and connector files, in the original's order; and whether low-rank pairs were in none of them."""
     gathered = gather(folders.base)
     layout = layout_of(gathered.live, original)
-    notes: list[str] = []
     if layout == "plain" and folders.experts is not None:
         raise ConversionError(
             "Expert files (--experts) belong to the 8-expert variant, but neither the tensors nor config.json (no "
@@ -218,22 +190,14 @@ def _gather(folders: UniMoeFolders, original: dict[str, Any]) -> tuple[Gathered,
                 "its experts lie in a folder of their own: add --experts DIR."
             )
         add_experts(gathered, folders.experts, folders.finetuned, original)
-        notes.append(
-            "routing takes the best experts; the original draws every token's second one, in evaluation too "
-            "(router_pick: sample_always does as well)"
-        )
-        if any(original.get(name) for name in ("aux_balance_loss", "aux_multimodal_loss", "aux_kl_loss")):
-            notes.append(
-                "losses of the routers are means over layers and samples, where the original takes sums "
-                "(router_losses_as_released: true does as well)"
-            )
+    pairs_absent = False
     if folders.finetuned is not None:
-        if layout == "deepspeed" and add_absent_pairs(gathered, folders.finetuned, original):
-            notes.append("low-rank pairs of dense layers are in no file, and random in the original: taken as zero")
+        if layout == "deepspeed":
+            pairs_absent = add_absent_pairs(gathered, folders.finetuned, original)
         lay_over(gathered, folders.finetuned, layout)
     if layout == "deepspeed":
         integrate_pairs(gathered, original)
-    return gathered, notes
+    return gathered, pairs_absent
 
 
 def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) -> Encoders:
@@ -243,156 +207,52 @@ def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) 
         if folders.whisper is None:
             raise ConversionError("This is a speech model, and its Whisper folder was not given: add --whisper DIR.")
         add_encoder(gathered, "whisper", Checkpoint(folders.whisper))
-        _require_type(folders.whisper, "whisper")
-        with _named_config(folders.whisper / "config.json"):
-            return Encoders(vision, whisper=_nameless(WhisperConfig.from_pretrained(folders.whisper)))
+        require_type(folders.whisper, "whisper")
+        with named_config(folders.whisper / "config.json"):
+            return Encoders(vision, whisper=nameless(WhisperConfig.from_pretrained(folders.whisper)))
     if folders.beats is None:
         raise ConversionError("This is the audio model, and its BEATs file was not given: add --beats FILE.pt.")
     beats = BeatsFile(folders.beats)
     add_encoder(gathered, "beats", beats)
     qformer = None if folders.qformer_config is None else read_json(folders.qformer_config)
-    with _named_config(folders.beats):
+    with named_config(folders.beats):
         return Encoders(vision, beats=UniMoeBeatsConfig.from_original(beats.cfg), qformer=qformer)
 
 
 def _vision_config(folder: Path) -> CLIPVisionConfig:
-    _require_type(folder, "clip", "clip_vision_model")
-    with _named_config(folder / "config.json"):
-        return _nameless(CLIPVisionConfig.from_pretrained(folder))
-
-
-@contextmanager
-def _named_config(path: Path) -> Iterator[None]:
-    """Turns what configuration classes raise on impossible values into an error that names the file."""
-    try:
-        yield
-    except UniMoeError:
-        raise
-    except (
-        StrictDataclassError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(
-            f"{path} describes no model that can be built ({reason}). Fetch the file again."
-        ) from error
-
-
-def _nameless(config: Any) -> Any:
-    """Without where the encoder came from, which is nobody's business in a published folder."""
-    config._name_or_path = ""
-    return config
-
-
-def _require_type(folder: Path, *allowed: str) -> None:
-    path = folder / "config.json"
-    found = read_json(path).get("model_type")
-    if found not in allowed:
-        raise ConversionError(f"{path} describes a {found!r} model; {' or '.join(map(repr, allowed))} is needed.")
+    require_type(folder, "clip", "clip_vision_model")
+    with named_config(folder / "config.json"):
+        return nameless(CLIPVisionConfig.from_pretrained(folder))
 
 
 def _account(gathered: Gathered, key_map: KeyMap, expected: dict[str, tuple[int, ...]]) -> dict[str, Target]:
-    """Say what becomes of every tensor, and require that all of ours are made and nothing is left over."""
+    """As `account`; factors of LoRA share the fate of the weights that they change."""
     mapped = key_map.map(gathered.live)
-    for original, reason in mapped.dropped.items():
-        gathered.live[original].drop(reason)
     for target in mapped.targets.values():
         if target.name in expected:
             for original in target.sources:
-                gathered.live[original].consume(target.name)
                 for factor in (factor for lora in gathered.loras.get(original, ()) for factor in lora.tensors):
                     factor.consume(target.name)
-    unexpected = [f"{t.file}: {t.name}" for t in gathered.tensors if t.fate == "unexpected"]
-    missing = [f"{name} (of {_listed(key_map.originals(name))})" for name in expected if name not in mapped.targets]
-    problems = [f"{len(unexpected)} unexpected tensor(s): {_listed(unexpected)}"] if unexpected else []
-    if missing:
-        problems.append(f"{len(missing)} tensor(s) of ours cannot be made: {_listed(missing)}")
-    problems += [problem for target in mapped.targets.values() if (problem := _misfit(target, gathered, expected))]
-    if problems:
-        shown = "; ".join(problems[:_SHOWN]).rstrip(".")
-        raise ConversionError(
-            f"{shown}. Nothing was written. Base, fine-tuned model and encoders must be complete and belong together."
-        )
-    return mapped.targets
+    return account(gathered, key_map, expected)
 
 
-def _misfit(target: Target, gathered: Gathered, expected: dict[str, tuple[int, ...]]) -> str | None:
-    """Why the tensors of a target do not make it, or None when they do."""
-    try:
-        shape = target.shape(gathered.shapes)
-    except ConversionError as error:
-        return str(error)
-    wanted = expected.get(target.name, shape)
-    if shape == wanted:
-        return None
-    return (
-        f"{_listed(target.sources)} make {target.name} of shape {list(shape)}, but the configuration asks for "
-        f"{list(wanted)}"
-    )
-
-
-def _receipt(plan: ImportPlan, out: str, digests: dict[str, str]) -> ImportReceipt:
-    sources: dict[str, dict[str, SourceRecord]] = {}
-    for tensor in plan.gathered.tensors:
-        record = SourceRecord(list(tensor.info.shape), _name(tensor.info.dtype), tensor.fate, tensor.note)
-        sources.setdefault(tensor.file, {})[tensor.name] = record
-    merged = () if plan.keep_lora else plan.gathered.loras
-    targets = {}
-    for output in plan.outputs:
-        made_of = list(plan.targets[output.name].sources)
-        count = sum(original in merged for original in made_of)
-        targets[output.name] = TargetRecord(
-            list(output.shape), _name(output.dtype), made_of, count, digests[output.name]
-        )
-    total = total_and_active(count_parameters(plan.config))
-    return ImportReceipt(
-        variant=plan.variant.name,
-        evidence=list(plan.variant.evidence),
-        out=out,
-        dtype=_name(plan.dtype),
-        parameters=total.total,
-        parameters_active=total.active,
-        sources=sources,
-        targets=targets,
-        notes=plan.notes,
-    )
-
-
-def _notes(original: dict[str, Any], has_processor: bool) -> list[str]:
+def _notes(original: dict[str, Any], variant: Variant, pairs_absent: bool, *, has_processor: bool) -> list[str]:
+    """What the reader should know beyond tensors."""
     notes = []
+    if variant.layout == "deepspeed":
+        notes.append(
+            "routing takes the best experts; the original draws every token's second one, in evaluation too "
+            "(router_pick: sample_always does as well)"
+        )
+        if any(original.get(name) for name in ("aux_balance_loss", "aux_multimodal_loss", "aux_kl_loss")):
+            notes.append(
+                "losses of the routers are means over layers and samples, where the original takes sums "
+                "(router_losses_as_released: true does as well)"
+            )
+    if pairs_absent:
+        notes.append("low-rank pairs of dense layers are in no file, and random in the original: taken as zero")
     if not has_processor:
         notes.append("no processor: neither base nor fine-tuned folder holds tokenizer.model or tokenizer.json")
-    if original.get("image_aspect_ratio", "square") != "square":
-        notes.append(
-            f"image_aspect_ratio is {original['image_aspect_ratio']!r}: pad pictures to a square before the processor"
-        )
     if original.get("mm_use_im_patch_token", True):
         notes.append("left out: the untrained <im_patch> row that the original's loader adds, since no prompt uses it")
     return notes
-
-
-def _card(plan: ImportPlan, name: str, receipt: ImportReceipt) -> str:
-    source = (
-        f"Converted from the released Uni-MoE model, variant *{plan.variant.name}* (arXiv 2405.11273). The terms of its "
-        "authors, of the language model and of the encoders hold."
-    )
-    return model_card(
-        name,
-        plan.config,
-        count_parameters(plan.config),
-        sections={"Origin": source, "Conversion receipt": "```\n" + "\n".join(receipt.lines()) + "\n```"},
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _listed(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

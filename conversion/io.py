@@ -14,11 +14,11 @@ import pickle
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -44,9 +44,12 @@ SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.j
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 DEFAULT_SHARD_BYTES = 4 << 30
+_BLOCK = 1 << 20  # values that are written at once
 _LFS_POINTER = b"version https://git-lfs"
 # What torch.load raises on pickles that are damaged, too old to be mapped, or hold code.
 UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,15 @@ class Checkpoint:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most floating point bytes; float32 where there are none."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            if info.dtype.is_floating_point:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of its own memory, on the CPU."""
@@ -160,15 +172,8 @@ class Checkpoint:
     def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
         """The content of a .bin file, mapped rather than read; the last file stays open."""
         if self._pickle is None or self._pickle[0] != path:
-            refuse_truncated(path)
             self._pickle = None  # unmaps the file that was open
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except UNPICKLING_ERRORS as error:
-                raise ConversionError(
-                    f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). "
-                    "Pickles that hold code are never run; give the weights as safetensors."
-                ) from error
+            content = load_pickle(path)
             if not isinstance(content, dict) or not all(_is_plain(*item) for item in content.items()):
                 raise ConversionError(
                     f"{path} holds more than named, dense tensors of real numbers. Give the weights as safetensors."
@@ -188,6 +193,25 @@ class TensorFile(Checkpoint):
         if not self.path.is_file():
             raise ConversionError(f"{self.path} is missing. Fetch the file.")
         return self._tensors_of(self.path)
+
+
+def load_pickle(path: Path, *, mapped: bool = True) -> Any:
+    """What torch.save wrote, on the CPU; code in it is not run.
+
+    Args:
+        mapped: leave tensors in the file until they are used, which files from before torch 1.6 do not allow.
+
+    Raises:
+        ConversionError: the file is damaged, of such an old form, or holds code.
+    """
+    refuse_truncated(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UNPICKLING_ERRORS as error:
+        raise ConversionError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Pickles that hold code are never run; fetch the file again, or save its plain tensors anew."
+        ) from error
 
 
 def refuse_truncated(path: Path) -> None:
@@ -226,6 +250,11 @@ def _is_plain(name: Any, tensor: Any) -> bool:
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         return False
     return tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPE_NAMES
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """As configurations write it, "bfloat16"; a name stays one."""
+    return str(dtype).removeprefix("torch.")
 
 
 def plain_file_name(name: Any, index: Path) -> str:
@@ -295,31 +324,52 @@ def write_checkpoint(
     Raises:
         ConversionError: the pieces of a tensor do not fill it.
     """
-    shards = _split(list(outputs), max_shard_bytes)
-    names = [SAFETENSORS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    total = sum(output.num_bytes for shard in shards for output in shard)
+    shards = split_into_shards(outputs, lambda output: output.num_bytes, max_shard_bytes)
+    names = shard_names(SAFETENSORS, len(shards))
+    return write_shards(folder, dict(zip(names, shards, strict=True)), progress=progress, digests=digests)
+
+
+def write_shards(
+    folder: Path,
+    shards: Mapping[str, list[OutputTensor]],
+    *,
+    progress: bool = True,
+    digests: dict[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write files of these names and tensors, and their index unless there is one file alone.
+
+    `metadata` goes into the index; for the rest see `write_checkpoint`.
+    """
+    total = sum(output.num_bytes for shard in shards.values() for output in shard)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not progress) as bar:
-        for name, shard in zip(names, shards, strict=True):
+        for name, shard in shards.items():
             _write_shard(folder / name, shard, bar.update, digests)
     if len(shards) > 1:
-        weight_map = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        weight_map = {output.name: name for name, shard in shards.items() for output in shard}
+        index = {"metadata": {"total_size": total, **(metadata or {})}, "weight_map": weight_map}
         (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [folder / name for name in names]
+    return [folder / name for name in shards]
 
 
-def _split(outputs: list[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
-    shards: list[list[OutputTensor]] = [[]]
-    for output in outputs:
-        filled = sum(tensor.num_bytes for tensor in shards[-1])
-        if shards[-1] and filled + output.num_bytes > max_shard_bytes:
+def split_into_shards(tensors: Iterable[T], num_bytes: Callable[[T], int], max_shard_bytes: int) -> list[list[T]]:
+    """The tensors in order, cut where a shard would become too big; a tensor that is too big by itself has its own."""
+    shards: list[list[T]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = num_bytes(tensor)
+        if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
-        shards[-1].append(output)
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
     return shards
 
 
-def _shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def shard_names(whole: str, count: int) -> list[str]:
+    """File names of shards, by that of the file that holds everything: model-00001-of-00002.safetensors, ..."""
+    stem, _, suffix = whole.rpartition(".")
+    return [whole] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.{suffix}" for i in range(1, count + 1)]
 
 
 def _write_shard(
@@ -355,13 +405,15 @@ def _write_shard(
 
 def _bytes_of(output: OutputTensor) -> Iterator[memoryview]:
     for make in output.pieces:
-        tensor = make().detach().to("cpu", output.dtype).contiguous()
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ConversionError(
-                f"{output.name} holds values that are no finite numbers in {_DTYPE_NAMES[output.dtype]}: choose a dtype "
-                "of a wider range, or fetch the source again."
-            )
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        # Block by block, so that a conversion of the dtype makes no second tensor of the whole size.
+        for block in make().detach().cpu().contiguous().reshape(-1).split(_BLOCK):
+            made = block.to(output.dtype)
+            if made.is_floating_point() and not made.isfinite().all():
+                raise ConversionError(
+                    f"{output.name} holds values that are no finite numbers in {dtype_name(output.dtype)}: choose a "
+                    "dtype of a wider range, or fetch the source again."
+                )
+            yield made.view(torch.uint8).numpy().data
 
 
 @contextmanager

@@ -1,8 +1,10 @@
-"""LLaMA-family decoders (Llama, Mistral, Qwen2, Qwen3, SmolLM, ...) as our dense decoder.
+"""LLaMA-family decoders (Llama, Mistral, Qwen2, Qwen3, SmolLM, Phi-3, InternLM2, ...) as our dense decoder.
 
 A checkpoint is recognised by its structure, that is by the names and shapes of its tensors, not by its name: what is
-there decides whether q, k and v have biases or norms. What tensors cannot show (a multiplier, a layer without RoPE)
-is in the configuration; a field that changes the function in a way that our decoder lacks is refused by name.
+there decides whether q, k and v have biases or norms. Tensors that a family fuses or names otherwise are looked at
+through `fused_layouts`; shapes and names here are those that it gives. What tensors cannot show (a multiplier, a layer
+without RoPE) is in the configuration; a field that changes the function in a way that our decoder lacks is refused by
+name.
 """
 
 import re
@@ -17,8 +19,8 @@ from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-
-Shapes = Mapping[str, tuple[int, ...]]
+from .fused_layouts import Shapes, unfused_parts
+from .tensor_parts import Part
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -42,13 +44,11 @@ _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$|self_attn\.(masked_bias|bias)$"
 _OTHER_STRUCTURES = (
     (r"transformer\.h\.|gpt_neox|\.mlp\.(fc1|fc2|c_fc|dense_h_to_4h)", "it is no LLaMA-family decoder (GPT style)"),
     (r"\.(block_sparse_moe|mlp\.experts|feed_forward\.experts)\.", "it is a mixture of experts already"),
-    (r"\.self_attn\.qkv_proj\.|\.mlp\.gate_up_proj\.", "it fuses q, k, v or gate and up into one tensor (Phi-3)"),
-    (r"\.attention\.wqkv\.", "it fuses q, k and v into one interleaved tensor (InternLM2)"),
     (r"\.self_attn\.(kv_a_proj|q_a_proj|kv_b_proj)", "its attention compresses keys and values (DeepSeek)"),
     (r"(pre|post)_feedforward_layernorm|post_self_attn_layernorm|post_mlp_layernorm", "it has further norms (Gemma)"),
     (r"layernorm\.bias$|\.norm\.bias$", "its norms have biases, so they are no RMS norms"),
     (r"\.mlp\.\w+_proj\.bias$", "its feed-forward networks have biases"),
-    (r"vision|visual|image_|multi_modal", "it holds a vision part; only text decoders are read"),
+    (r"vision|visual|image_|multi_modal", "it holds a vision part, and no decoder beside it is found"),
 )
 
 # Families with LLaMA's tensor names but other arithmetic, none of it visible in names, shapes or single fields.
@@ -80,15 +80,18 @@ _NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
     "parallel_attn": (None, False),
     "attention_chunk_size": (None,),
     "use_mup": (None, False),
+    "resid_pdrop": (None, 0),
+    "embd_pdrop": (None, 0),
 }
+
+# The types of RoPE that our decoder computes.
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def why_not(shapes: Shapes) -> str | None:
-    """Why a checkpoint with these tensors is no decoder that we can read, or None when it is one."""
-    for pattern, reason in _OTHER_STRUCTURES:
-        match = next((name for name in sorted(shapes) if re.search(pattern, name)), None)
-        if match is not None:
-            return f"{reason}: it holds {match}"
+    """Why a checkpoint with these tensors, in their parts, is no decoder that we can read, or None when it is one."""
+    if reason := other_structure(shapes):
+        return reason
     if EMBEDDING not in shapes:
         return f"{EMBEDDING} is missing"
     layers = _layers(shapes)
@@ -111,18 +114,21 @@ def text_config_from(hf_config: PreTrainedConfig, shapes: Shapes | None = None) 
 
     Args:
         hf_config: the configuration as transformers reads it, e.g. `LlamaConfig`.
-        shapes: names and shapes of the checkpoint's tensors; None takes those of the class that transformers has for
-            the configuration, without allocating them.
+        shapes: names and shapes of the checkpoint's tensors as stored; None takes those of the class that transformers
+            has for the configuration, without allocating them.
 
     Raises:
         ConversionError: the source is something else; the message says what and where it shows.
     """
-    shapes = expected_shapes(hf_config) if shapes is None else shapes
-    reason = why_not(shapes) or _why_not_config(hf_config) or _why_not_shapes(hf_config, shapes)
+    stored = expected_shapes(hf_config) if shapes is None else shapes
+    reason = other_structure(stored)
+    if reason is None:
+        shapes = {name: part.shape(stored[part.stored]) for name, part in unfused_parts(stored, hf_config).items()}
+        reason = why_not(shapes) or _why_not_config(hf_config) or _why_not_shapes(hf_config, shapes)
     if reason is not None:
         raise ConversionError(
             f"This {hf_config.model_type!r} model cannot become our decoder: {reason}. "
-            "Use a dense model of the LLaMA family (Llama, Mistral, Qwen2, Qwen3, SmolLM)."
+            "Use a dense model of the LLaMA family (Llama, Mistral, Qwen2, Qwen3, SmolLM, Phi-3, InternLM2)."
         )
     names = _layers(shapes)[0]
     return UniMoeTextConfig(
@@ -175,7 +181,10 @@ def dense_from(hf_model: PreTrainedModel) -> UniMoeForCausalLM:
     """
     source = hf_model.state_dict()
     text_config = text_config_from(hf_model.config, {name: tuple(tensor.shape) for name, tensor in source.items()})
-    state = {our_key(name): tensor.detach().clone() for name, tensor in source.items() if our_key(name)}
+    parts: Mapping[str, Part] = unfused_parts({n: tuple(t.shape) for n, t in source.items()}, hf_model.config)
+    state = {
+        our_key(name): part.of(source[part.stored]).detach().clone() for name, part in parts.items() if our_key(name)
+    }
     with no_init_weights():
         model = UniMoeForCausalLM(UniMoeConfig(text_config=text_config))
     model.load_state_dict(state, assign=True)
@@ -190,6 +199,15 @@ def expected_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def other_structure(shapes: Shapes) -> str | None:
+    """The tensor that shows another architecture, and which; None where there is none."""
+    for pattern, reason in _OTHER_STRUCTURES:
+        match = next((name for name in sorted(shapes) if re.search(pattern, name)), None)
+        if match is not None:
+            return f"{reason}: it holds {match}"
+    return None
 
 
 def _layers(shapes: Shapes) -> dict[int, set[str]]:
@@ -225,6 +243,8 @@ def _why_not_config(config: PreTrainedConfig) -> str | None:
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict) or "rope_type" not in rope:
         return f"its rope_parameters are {rope!r}; one set for all layers is needed"
+    if rope["rope_type"] not in _ROPE_TYPES:
+        return f"its rope_parameters ask for rope_type={rope['rope_type']!r}; our decoder has {', '.join(_ROPE_TYPES)}"
     if rope.get("partial_rotary_factor", 1) != 1:
         return f"it rotates only a share of each head (partial_rotary_factor={rope['partial_rotary_factor']})"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -271,4 +291,4 @@ def _sliding_window(config: PreTrainedConfig) -> int | None:
     return window if not kinds or kinds[0] == "sliding_attention" else None
 
 
-__all__ = ["Shapes", "dense_from", "expected_shapes", "our_key", "text_config_from", "why_not"]
+__all__ = ["Shapes", "dense_from", "expected_shapes", "other_structure", "our_key", "text_config_from", "why_not"]

@@ -8,7 +8,7 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 
 # What transformers raises when it builds a model of impossible fields; RuntimeError is torch's for negative sizes.
-_BUILDING_ERRORS = (
+BUILDING_ERRORS = (
     StrictDataclassError,
     ValueError,
     TypeError,
@@ -33,7 +33,7 @@ def meta_model(config: UniMoeConfig) -> UniMoeForCausalLM:
             model = UniMoeForCausalLM(UniMoeConfig(**fields))
     except UniMoeError:
         raise
-    except _BUILDING_ERRORS as error:
+    except BUILDING_ERRORS as error:
         raise ConversionError(
             f"No model can be built of this config.json ({type(error).__name__}: {first_line(error)}). Correct the "
             "fields of its towers and connectors."

@@ -1,7 +1,7 @@
 """The text of a model card: metadata that the Hub reads, what is inside, how to load it, and the numbers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
@@ -44,7 +44,7 @@ def model_card(
     config: UniMoeConfig,
     parameters: Mapping[str, ParameterCount],
     *,
-    license: str | None = None,
+    license: str | Mapping[str, str] | None = None,
     base_models: list[str] | None = None,
     sections: Mapping[str, str] | None = None,
 ) -> str:
@@ -52,7 +52,7 @@ def model_card(
 
     Args:
         name: the title.
-        license: licence id of the Hub; "other" when None.
+        license: licence id of the Hub, or the fields `license`, `license_name` and `license_link`; "other" when None.
         base_models: Hub ids of the models that this one was made from.
         sections: heading -> Markdown text, put at the end: results, recipe, receipt, attribution.
     """
@@ -68,6 +68,11 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def receipt_section(receipt: Iterable[str]) -> str:
+    """The lines of a receipt as Markdown, to be read as they are."""
+    return "\n".join(["```", *receipt, "```"])
+
+
 def parameter_table(parameters: Mapping[str, ParameterCount]) -> str:
     """Parameters per role as a Markdown table."""
     rows = ["| part | parameters | active per token |", "|---|---:|---:|"]
@@ -76,11 +81,12 @@ def parameter_table(parameters: Mapping[str, ParameterCount]) -> str:
     return "\n".join([*rows, f"| **all** | **{everything.total:,}** | **{everything.active:,}** |"])
 
 
-def _metadata(modalities: list[str], license: str | None, base_models: list[str]) -> str:
+def _metadata(modalities: list[str], license: str | Mapping[str, str] | None, base_models: list[str]) -> str:
     fields: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": _pipeline_tag(modalities),
-        "license": license or "other",
+        "license": "other",
+        **({"license": license} if isinstance(license, str) else license or {}),
         "tags": ["unimoe", "mixture-of-experts", "custom_code"],
     }
     if base_models:

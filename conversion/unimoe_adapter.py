@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from .unimoe_keys import AudioKind, KeyMap, Layout, Place, rules_for
+from .key_rules import KeyMap, Place
+from .unimoe_keys import AudioKind, Layout, rules_for
 from .unimoe_lora import Lora, MergedFactor
 
 _FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")

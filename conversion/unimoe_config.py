@@ -4,13 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import CLIPVisionConfig, WhisperConfig
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from ..modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from .unimoe_keys import ALIGNER, PROJECTOR, Shape
+from .io import dtype_name
+from .key_rules import Shape
+from .llava_keys import PROJECTOR
+from .unimoe_keys import ALIGNER
 from .unimoe_variant import Variant
 
 PLACEHOLDERS = ("image", "video", "audio", "sound")
@@ -33,7 +37,7 @@ _DECODER_FIELDS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 # What the query decoder takes from its Whisper; the rest of a WhisperConfig describes the encoder and the vocabulary.
-_QUERY_DECODER_FIELDS = (
+QUERY_DECODER_FIELDS = (
     "d_model",
     "decoder_layers",
     "decoder_attention_heads",
@@ -47,7 +51,7 @@ _QUERY_DECODER_FIELDS = (
     "scale_embedding",
     "init_std",
 )
-_QFORMER_FIELDS = (
+QFORMER_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -125,11 +129,14 @@ def our_config(
     )
 
 
-def original_config(config: UniMoeConfig, vision_tower: str, audio_tower: str) -> dict[str, Any]:
+def original_config(
+    config: UniMoeConfig, vision_tower: str, audio_tower: str, image_aspect_ratio: str = "square"
+) -> dict[str, Any]:
     """The config.json that the original's classes read; `our_config` gives the same model back.
 
     Args:
         vision_tower, audio_tower: where the original shall look for the encoders.
+        image_aspect_ratio: of the model's processor.
     """
     text = config.text_config
     rope = text.rope_parameters
@@ -143,7 +150,7 @@ def original_config(config: UniMoeConfig, vision_tower: str, audio_tower: str) -
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"type": rope["rope_type"], "factor": rope["factor"]} if scaled else None,
         "pretraining_tp": 1,
-        "torch_dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "torch_dtype": dtype_name(config.dtype or torch.float32),
         "moe": True,
         "num_experts": text.num_experts,
         "num_experts_per_tok": text.num_experts_per_tok,
@@ -167,7 +174,7 @@ def original_config(config: UniMoeConfig, vision_tower: str, audio_tower: str) -
         "local_files_only": True,
         "language": "English",
         "task": "transcribe",
-        "image_aspect_ratio": "square",
+        "image_aspect_ratio": image_aspect_ratio,
     }
 
 
@@ -214,14 +221,14 @@ def _speech_connector(
 ) -> dict[str, Any]:
     whisper = encoders.whisper
     if whisper is None:
-        raise ConversionError("This is a speech model, and its Whisper folder was not given: add --whisper DIR.")
+        raise ConversionError("A speech model needs the configuration of its Whisper, but encoders.whisper is None.")
     return {
         "speech_connector": UniMoeConnectorConfig(
             type="query_decoder",
             input_size=whisper.d_model,
             output_size=hidden_size,
             num_tokens=shapes[variant.query_tokens][1],
-            decoder_config={name: getattr(whisper, name) for name in _QUERY_DECODER_FIELDS},
+            decoder_config={name: getattr(whisper, name) for name in QUERY_DECODER_FIELDS},
         )
     }
 
@@ -230,11 +237,9 @@ def _sound_connector(
     encoders: Encoders, variant: Variant, shapes: Mapping[str, Shape], hidden_size: int
 ) -> dict[str, Any]:
     if encoders.beats is None:
-        raise ConversionError("This is the audio model, and its BEATs file was not given: add --beats FILE.pt.")
+        raise ConversionError("The audio model needs the configuration of its BEATs, but encoders.beats is None.")
     given = encoders.qformer
-    qformer = (
-        _qformer_of(shapes) if given is None else {name: given[name] for name in _QFORMER_FIELDS if name in given}
-    )
+    qformer = _qformer_of(shapes) if given is None else {name: given[name] for name in QFORMER_FIELDS if name in given}
     return {
         "sound_connector": UniMoeConnectorConfig(
             type="qformer",

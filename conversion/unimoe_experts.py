@@ -7,17 +7,21 @@ W comes from the files that the experts were tuned in, A and B from the fine-tun
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ConversionError
-from .io import Checkpoint, TensorFile, TensorInfo
-from .unimoe_files import Gathered, SourceTensor, refuse_incomplete, require_finetuned, without_wrappers
-from .unimoe_keys import Shape
-from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor, add_low_rank
+from .io import TensorFile, TensorInfo
+from .key_rules import Shape
+from .source_tensors import SourceTensor
+from .unimoe_files import Gathered, refuse_incomplete, require_finetuned, without_wrappers
+from .unimoe_keys import EXPERTS
+from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor
 from .unimoe_variant import decoder_layers, eight_expert_layers
+from .upcycle import FFN_PROJECTIONS
 
 # Expert i is in the i-th of these; two files serve twice.
 EXPERT_FILES = (
@@ -33,8 +37,7 @@ EXPERT_FILES = (
 FINETUNED_FILE = "{expert}_mlp_experts.bin"
 # Maps in front of the routers, empty unless config.json has use_fm_block.
 _MODALITY_MAPS = "fm_adapter.bin"
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_FACTORS = tuple(f"{projection}_lora_{factor}" for projection in _PROJECTIONS for factor in "AB")
+_FACTORS = tuple(f"{projection}_lora_{factor}" for projection in FFN_PROJECTIONS for factor in "AB")
 _FACTOR = re.compile(r"(?P<weight>.+\.(?:gate|up|down)_proj)_lora_[AB]\.weight")
 _DENSE_MLP = re.compile(r"model\.layers\.(\d+)\.mlp\.(?:gate|up|down)_proj(?:_lora_[AB])?\.weight")
 _SLOT = re.compile(r"\.deepspeed_experts\.(\d+)\.")
@@ -58,7 +61,7 @@ def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config
     for name in _needed(num_experts):
         file = _expert_file(folder / name)
         if file.tensors:  # without any, the weights are those of the fine-tuned files
-            refuse_incomplete(file, _leaves(layers, _PROJECTIONS), _leaves_of(file))
+            refuse_incomplete(file, _leaves(layers, FFN_PROJECTIONS), _leaves_of(file))
         sources[name] = gathered.add_file("experts", file)
     for path in sorted(folder.glob("*.bin")):
         if path.name not in sources:
@@ -73,8 +76,8 @@ def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config
             file = TensorFile(finetuned / FINETUNED_FILE.format(expert=expert))
             _refuse_several_slots(file)
             refuse_incomplete(file, _leaves(layers, _FACTORS), _leaves_of(file))
-            _place(gathered, gathered.add_file("finetuned", file), expert, layers, (*_PROJECTIONS, *_FACTORS))
-        _place(gathered, sources[_file_of(expert)], expert, layers, _PROJECTIONS)
+            _place(gathered, gathered.add_file("finetuned", file), expert, layers, (*FFN_PROJECTIONS, *_FACTORS))
+        _place(gathered, sources[_file_of(expert)], expert, layers, FFN_PROJECTIONS)
 
 
 def add_absent_pairs(gathered: Gathered, finetuned: Path, config: Mapping[str, Any]) -> bool:
@@ -115,17 +118,6 @@ def integrate_pairs(gathered: Gathered, config: Mapping[str, Any]) -> None:
         name = f"{weight}.weight"
         fitting = Lora.fitting(name, gathered.live[name].info.shape, factors[0], factors[1], scale)
         gathered.loras.setdefault(name, []).append(fitting)
-
-
-def merge_pairs(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of the original, in memory, with every pair inside an MLP merged into its weight in float32."""
-    scale = _scale(config)
-    merged = {name: tensor for name, tensor in tensors.items() if _FACTOR.fullmatch(name) is None}
-    for weight in pairs_in(tensors):
-        a, b = (tensors[f"{weight}_lora_{factor}.weight"] for factor in "AB")
-        name = f"{weight}.weight"
-        merged[name] = add_low_rank(tensors[name], a, b, scale["lora_alpha"] / scale["r"])
-    return merged
 
 
 def pairs_in(names: Iterable[str]) -> list[str]:
@@ -210,15 +202,14 @@ def _place(
         if layer not in layers:
             tensor.drop(f"layer {layer} has no experts")
             continue
-        experts = f"model.layers.{layer}.mlp.deepspeed_moe.experts.deepspeed_experts"
-        gathered.put(f"{experts}.{expert}.{parts[-2]}.weight", tensor)
+        gathered.put(f"model.layers.{layer}.mlp.{EXPERTS['deepspeed']}.{expert}.{parts[-2]}.weight", tensor)
 
 
-class _Zeros(Checkpoint):
-    """Stands for a tensor that no file holds."""
+@dataclass(frozen=True)
+class _Zeros:
+    """Reads zeros in place of a tensor that no file holds."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+    shape: Shape
 
     def read(self, name: str) -> torch.Tensor:
         return torch.zeros(self.shape)

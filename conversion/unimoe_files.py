@@ -18,8 +18,10 @@ from typing import Any, Literal
 import torch
 
 from ..errors import ConversionError
-from .io import UNPICKLING_ERRORS, Checkpoint, TensorFile, TensorInfo, read_json, refuse_truncated
-from .unimoe_keys import ALIGNER, AUDIO_TOWER, PROJECTOR, VISION_TOWER, Layout, Shape
+from .io import Checkpoint, TensorFile, TensorInfo, load_pickle, read_json
+from .llava_keys import PROJECTOR, VISION_TOWER
+from .source_tensors import SourceTensor, SourceTensors
+from .unimoe_keys import ALIGNER, AUDIO_TOWER, Layout
 from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, lora_modules, read_lora_scale
 
 # Written by the saver of every variant; a folder without one of them is not complete.
@@ -65,71 +67,29 @@ _ENCODER_NAMES: dict[str, tuple[tuple[str, str | None, str], ...]] = {
 
 
 @dataclass
-class SourceTensor:
-    """One tensor of one file and what became of it; `note` is our tensor's name, or why it was dropped."""
-
-    file: str
-    name: str
-    info: TensorInfo
-    checkpoint: Checkpoint = field(repr=False)
-    fate: Literal["consumed", "dropped", "unexpected"] = "unexpected"
-    note: str = ""
-
-    def drop(self, reason: str) -> None:
-        self.fate, self.note = "dropped", reason
-
-    def consume(self, ours: str) -> None:
-        self.fate, self.note = "consumed", ours
-
-    def read(self) -> torch.Tensor:
-        return self.checkpoint.read(self.name)
-
-
-@dataclass
-class Gathered:
+class Gathered(SourceTensors):
     """Everything that was read.
 
     Args:
-        tensors: every tensor of every file.
-        live: original name -> the tensor that the original ends up with, before LoRA.
         loras: original name of a weight -> everything that is added to it.
     """
 
-    tensors: list[SourceTensor] = field(default_factory=list)
-    live: dict[str, SourceTensor] = field(default_factory=dict)
     loras: dict[str, list[Lora]] = field(default_factory=dict)
     base_dtype: torch.dtype = torch.float32
 
-    @property
-    def files(self) -> list[Path]:
-        """Every file that was opened."""
-        return sorted({tensor.info.file for tensor in self.tensors})
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        return {name: tensor.info.shape for name, tensor in self.live.items()}
-
     def read(self, original: str) -> torch.Tensor:
         """A tensor with its LoRA, if it has one, merged in float32."""
-        tensor = self.live[original].read()
+        tensor = super().read(original)
         for lora in self.loras.get(original, ()):
             tensor = lora.merged_into(tensor)
         return tensor
 
     def put(self, original: str, tensor: SourceTensor) -> None:
         """Lay a tensor over what is there; LoRA that was to change the old one goes with it."""
-        if original in self.live:
-            self.live[original].drop(f"replaced by {tensor.file}")
+        super().put(original, tensor)
         for lora in self.loras.pop(original, ()):
             for factor in lora.tensors:
                 factor.drop(f"the weight that it changes is replaced by {tensor.file}")
-        self.live[original] = tensor
-
-    def add_file(self, label: str, checkpoint: Checkpoint) -> list[SourceTensor]:
-        labels = {file: f"{label}/{file.name}" for file in checkpoint.files}
-        added = [SourceTensor(labels[info.file], name, info, checkpoint) for name, info in checkpoint.tensors.items()]
-        self.tensors += added
-        return added
 
 
 def gather(base: Path) -> Gathered:
@@ -141,7 +101,7 @@ def gather(base: Path) -> Gathered:
     gathered = Gathered()
     _require(base, ("config.json",))
     shards = Checkpoint(base)
-    gathered.base_dtype = _main_dtype(shards)
+    gathered.base_dtype = shards.main_dtype
     for tensor in gathered.add_file("base", shards):
         if tensor.name.startswith(_TOWERS):
             tensor.drop("the encoders are taken from their own folders, as the original does")
@@ -209,14 +169,7 @@ class BeatsFile(Checkpoint):
     def _read_headers(self) -> dict[str, TensorInfo]:
         if not self.path.is_file():
             raise ConversionError(f"{self.path} is missing. Give the BEATs checkpoint (.pt).")
-        refuse_truncated(self.path)
-        try:
-            mapped = zipfile.is_zipfile(self.path)
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
-        except UNPICKLING_ERRORS as error:
-            raise ConversionError(
-                f"{self.path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]})."
-            ) from error
+        content = load_pickle(self.path, mapped=zipfile.is_zipfile(self.path))
         cfg, weights = (content.get(name) if isinstance(content, dict) else None for name in ("cfg", "model"))
         if not isinstance(cfg, dict) or not isinstance(weights, dict):
             raise ConversionError(f"{self.path} is no BEATs checkpoint: it needs a 'cfg' and a 'model'.")
@@ -301,12 +254,3 @@ def _require(folder: Path, files: tuple[str, ...]) -> None:
             raise ConversionError(f"{folder / name} is missing: the folder is not complete. Fetch the file.")
         if name.endswith(".json"):
             read_json(folder / name)
-
-
-def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of most floating point values."""
-    sizes: dict[torch.dtype, int] = {}
-    for info in checkpoint.tensors.values():
-        if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ConversionError
 from .io import TensorInfo, read_json
-from .unimoe_keys import Shape
+from .key_rules import Shape
 
 LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 _ROUTER_LORA = re.compile(r".+\.mlp\.gate\.lora_[AB](?:\.default)?\.weight")

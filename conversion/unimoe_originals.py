@@ -1,43 +1,22 @@
-"""The tensors of a model of ours under the names, and in the pieces, that the original's code loads."""
-
-from collections.abc import Iterable
-
-import torch
+"""The tensors of a Uni-MoE model of ours under the names that the original's code loads."""
 
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .io import Checkpoint
-from .unimoe_keys import PROJECTOR, KeyMap, take, weight_norm_magnitude
+from .key_rules import KeyMap
+from .llava_keys import without_numbers
+from .originals import Originals
 
 
-class Originals:
-    """The original tensors of a model of ours, one at a time.
-
-    targets: original name -> the tensor of ours that it is (a part of).
-    """
+class UniMoeOriginals(Originals):
+    """As `Originals`, of a model with this configuration."""
 
     def __init__(self, checkpoint: Checkpoint, key_map: KeyMap, config: UniMoeConfig) -> None:
-        self.checkpoint, self.key_map, self.config = checkpoint, key_map, config
-        self.targets: dict[str, str] = {}
         layers = config.audio_config.num_hidden_layers if config.audio_config is not None else 1
-        for name in checkpoint.tensors:
-            for original in key_map.originals(name, config.text_config.num_experts, layers):
-                self.targets[self._spelled(original)] = name
+        super().__init__(checkpoint, key_map, config.text_config.num_experts, layers)
+        self.config = config
+        if config.image_connector.depth == 1:
+            self.sources = without_numbers(self.sources)
 
-    def names(self, *prefixes: str) -> list[str]:
-        return [name for name in self.targets if name.startswith(prefixes)]
-
-    def read(self, original: str) -> torch.Tensor:
-        place = self.key_map.place(original)
-        tensor = self.checkpoint.read(self.targets[original])
-        if place.rule.how == "weight_norm" and place.rule.part == 0:
-            return weight_norm_magnitude(tensor)
-        return take(tensor, place).clone()
-
-    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: self.read(name) for name in names}
-
-    def _spelled(self, original: str) -> str:
-        """A projector of one layer has no numbers in its names."""
-        if self.config.image_connector.depth > 1 or not original.startswith(PROJECTOR):
-            return original
-        return original.replace(PROJECTOR + "0.", PROJECTOR)
+    def ours(self, original: str) -> str:
+        """The tensor of ours that an original one is (a part of)."""
+        return self.sources[original][0]

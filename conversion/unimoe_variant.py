@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConversionError
-from .unimoe_keys import ALIGNER, PROJECTOR, AudioKind, Layout, Shape
+from .key_rules import Shape
+from .llava_keys import PROJECTOR
+from .unimoe_keys import ALIGNER, EXPERTS, GATES, AudioKind, Layout
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.input_layernorm\.weight")
-# Names below `model.layers.N.mlp.`, of the router and of what comes before an expert's number.
-_GATES: dict[Layout, str] = {"plain": "gate", "deepspeed": "deepspeed_moe.gate.wg"}
-_EXPERTS: dict[Layout, str] = {"plain": "experts", "deepspeed": "deepspeed_moe.experts.deepspeed_experts"}
 _PROJECTOR_WEIGHT = re.compile(re.escape(PROJECTOR) + r"(?:(\d+)\.)?weight")
 _DEEPSPEED = re.compile(r"\.deepspeed_moe\.|_proj_lora_[AB]\.weight$")
 _DEEPSPEED_FIELDS = ("moe_type", "ep_size", "lora_r")
@@ -86,7 +85,7 @@ def recognise(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Variant
     where = "every layer" if everywhere else f"{len(sparse)} of {len(layers)} layers ({_ranges(sparse)})"
     evidence = (
         f"audio side: {_ALIGNERS[audio]}* ({'Whisper and a query decoder' if audio == 'whisper' else 'BEATs and a Q-Former'})",
-        f"experts: {num_experts} under model.layers.*.mlp.{_EXPERTS[layout]} in {where}, {chosen} per token by config.json",
+        f"experts: {num_experts} under model.layers.*.mlp.{EXPERTS[layout]} in {where}, {chosen} per token by config.json",
         f"image projector: {depth} linear layer(s) under {PROJECTOR}*",
     )
     return Variant(name, audio, layout, len(layers), sparse, num_experts, int(chosen), depth, query_tokens, evidence)
@@ -139,7 +138,7 @@ def _layers(shapes: Mapping[str, Shape], missing: list[str]) -> tuple[int, ...]:
 
 
 def _experts(shapes: Mapping[str, Shape], layout: Layout, missing: list[str]) -> tuple[tuple[int, ...], int]:
-    gate_name, expert_name = _GATES[layout], _EXPERTS[layout]
+    gate_name, expert_name = GATES[layout], EXPERTS[layout]
     gate = re.compile(rf"model\.layers\.(\d+)\.mlp\.{re.escape(gate_name)}\.weight")
     expert = re.compile(rf"model\.layers\.(\d+)\.mlp\.{re.escape(expert_name)}\.(\d+)\.down_proj\.weight")
     gates = {int(match[1]): shapes[match[0]][0] for match in map(gate.fullmatch, shapes) if match}

@@ -5,12 +5,12 @@ weights of a token sum to one; with copies the sparse model therefore equals the
 (Sparse Upcycling, arXiv 2212.05055, section 3). With given FFNs it starts as a mixture of them (Branch-Train-MiX,
 arXiv 2403.07816, section 2.2; Uni-MoE's third stage, arXiv 2405.11273, section 3.4).
 
-The functions on single layers work on tensors, so that models in memory and checkpoints on disk share them.
+The functions on single layers work on tensors, so that models in memory and checkpoints on disk share them. Other ways
+to start experts and routers are in `expert_init` and `router_init`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -20,32 +20,12 @@ from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from .expert_init import routed_projection, shared_projection
+from .router_init import initial_router_rows
+from .sparsity import RouterInit, Sparsity, Split, sparse_config
 
-RouterInit = Literal["normal", "zeros"]
 FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LANGUAGE_PREFIX = "model.language_model."
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """What the dense decoder becomes; field names are those of `UniMoeTextConfig`.
-
-    Args:
-        router_init: "normal" draws gate rows with the configuration's `initializer_range`. "zeros" sends all tokens to
-            the same k experts with equal weights: with copied FFNs not even rounding changes, but nothing spreads
-            the tokens until training moves the router.
-        routing: further `UniMoeTextConfig` fields, e.g. {"router_aux_loss_coef": 0.01}.
-        seed: of the gate rows; layer i draws from a generator of its own.
-    """
-
-    num_experts: int
-    num_experts_per_tok: int
-    sparse_layers: tuple[int, ...]
-    expert_groups: dict[str, list[int]] | None = None
-    modality_groups: dict[str, str] | None = None
-    router_init: RouterInit = "normal"
-    routing: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
 
 
 def upcycle_model(
@@ -61,6 +41,10 @@ def upcycle_model(
     router_rows: Mapping[int, torch.Tensor] | None = None,
     routing: dict[str, Any] | None = None,
     seed: int = 0,
+    granularity: int = 1,
+    split: Split = "virtual-groups",
+    noise: float = 0.0,
+    drop_ratio: float = 0.0,
 ) -> UniMoeForCausalLM:
     """A sparse model with the weights of a dense one; nothing is shared between the two.
 
@@ -70,8 +54,9 @@ def upcycle_model(
             dense layout, for every sparse layer i; None copies the dense FFN into every expert.
         router_rows: layer -> gate rows [R, H] in the order of `UniMoeTextConfig.router_groups`, for layers whose
             router shall not be drawn; R is the number of experts when there is one group.
-        num_experts, num_experts_per_tok, sparse_layers, expert_groups, modality_groups, router_init, routing, seed:
-            see `Sparsity`.
+        num_experts, num_experts_per_tok, sparse_layers, expert_groups, modality_groups, router_init, routing, seed,
+            granularity, split, noise, drop_ratio: see `Sparsity`. With null experts in `routing`, slices, noise or a
+            drop ratio the sparse model does not start as the dense one.
 
     Raises:
         ConversionError: a layer is already sparse, or tensors are missing or have the wrong shape.
@@ -86,53 +71,28 @@ def upcycle_model(
         router_init=router_init,
         routing=dict(routing or {}),
         seed=seed,
+        granularity=granularity,
+        split=split,
+        noise=noise,
+        drop_ratio=drop_ratio,
     )
     config = sparse_config(dense.config, sparsity)
     text_config = config.text_config
-    _check_expert_ffns(expert_ffns, text_config)
+    _check_expert_ffns(expert_ffns, sparsity)
     state = {name: tensor.detach().clone() for name, tensor in dense.state_dict().items()}
     for layer in sparsity.sparse_layers:
         ffn = pop_dense_ffn(state, layer, LANGUAGE_PREFIX)
-        experts = [ffn] * num_experts if expert_ffns is None else [_given_ffn(e, layer, ffn) for e in expert_ffns]
+        if expert_ffns is None:
+            experts = [_routed_ffn(ffn, sparsity, layer, expert) for expert in range(num_experts)]
+        else:
+            experts = [_given_ffn(e, layer, ffn) for e in expert_ffns]
         rows = (router_rows or {}).get(layer)
         state |= sparse_layer_tensors(text_config, sparsity, layer, experts, rows, LANGUAGE_PREFIX)
+        if text_config.num_shared_experts:
+            shared = {name: shared_projection(tensor, name, text_config) for name, tensor in ffn.items()}
+            name = f"{LANGUAGE_PREFIX}layers.{layer}.mlp.shared_experts."
+            state |= fused_experts(name, [shared] * text_config.num_shared_experts)
     return _build(dense, config, state)
-
-
-def sparse_config(dense: UniMoeConfig, sparsity: Sparsity) -> UniMoeConfig:
-    """The configuration of the sparse model; only the decoder's part differs."""
-    fields = dense.to_dict()
-    fields["text_config"] = sparse_text_config(dense.text_config, sparsity).to_dict()
-    return UniMoeConfig(**{name: value for name, value in fields.items() if name != "model_type"})
-
-
-def sparse_text_config(dense: UniMoeTextConfig, sparsity: Sparsity) -> UniMoeTextConfig:
-    """The decoder's configuration, with `sparsity` in it. Raises ConversionError when the source is sparse already."""
-    if dense.sparse_layers:
-        raise ConversionError(
-            f"The source already has {dense.num_experts} experts in layers {dense.sparse_layers}; "
-            "upcycling starts from a dense model. Give the dense model it was made from."
-        )
-    if not sparsity.sparse_layers:
-        raise ConversionError("The list of layers to make sparse is empty: name at least one.")
-    fields = dense.to_dict() | {
-        "num_experts": sparsity.num_experts,
-        "num_experts_per_tok": sparsity.num_experts_per_tok,
-        "moe_intermediate_size": dense.intermediate_size,
-        "sparse_layers": list(sparsity.sparse_layers),
-        "expert_groups": sparsity.expert_groups,
-        "modality_groups": sparsity.modality_groups,
-        **sparsity.routing,
-    }
-    fields.pop("model_type", None)
-    config = UniMoeTextConfig(**fields)
-    for name in ("num_null_experts", "num_shared_experts"):
-        if getattr(config, name):
-            raise ConversionError(
-                f"The routing asks for {name} {getattr(config, name)}, with which the sparse model cannot start as "
-                "the dense one: upcycling makes routed experts only. Leave it out."
-            )
-    return config
 
 
 def sparse_layer_tensors(
@@ -153,33 +113,37 @@ def sparse_layer_tensors(
         `{prefix}layers.{layer}.mlp.` + "gate.weight" [R, H], "experts.gate_up_proj" [E, 2I, H] and
         "experts.down_proj" [E, H, I], in the dtype of the experts.
     """
+    if len(experts) != config.num_experts:
+        raise ConversionError(f"There are {len(experts)} FFNs for {config.num_experts} experts: give one each.")
     down = experts[0]["down_proj"]
     rows = initial_router_rows(config, sparsity, layer) if router_rows is None else router_rows
     expected = (config.num_gate_rows, config.hidden_size)
     if tuple(rows.shape) != expected:
         raise ConversionError(f"Router rows of layer {layer} have shape {tuple(rows.shape)}; {expected} is needed.")
-    intermediate = config.moe_intermediate_size
-    gate_up = down.new_empty(config.num_experts, 2 * intermediate, config.hidden_size)
-    for target, ffn in zip(gate_up, experts, strict=True):
-        target[:intermediate] = ffn["gate_proj"]
-        target[intermediate:] = ffn["up_proj"]
     mlp = f"{prefix}layers.{layer}.mlp."
     return {
         mlp + "gate.weight": rows.detach().to(down.device, down.dtype).clone(),
-        mlp + "experts.gate_up_proj": gate_up,
-        mlp + "experts.down_proj": torch.stack([ffn["down_proj"] for ffn in experts]),
+        **{mlp + name: bias.to(down.device) for name, bias in initial_biases(config).items()},
+        **fused_experts(mlp + "experts.", experts),
     }
 
 
-def initial_router_rows(config: UniMoeTextConfig, sparsity: Sparsity, layer: int) -> torch.Tensor:
-    """Gate rows [R, H] in float32; the same for the same seed and layer, whatever else is converted."""
-    shape = (config.num_gate_rows, config.hidden_size)
-    if sparsity.router_init == "zeros":
-        return torch.zeros(shape)
-    if sparsity.router_init != "normal":
-        raise ConversionError(f"router_init is {sparsity.router_init!r}; it must be 'normal' or 'zeros'.")
-    generator = torch.Generator().manual_seed(sparsity.seed * 1_000_003 + layer)
-    return torch.randn(shape, generator=generator) * config.initializer_range
+def initial_biases(config: UniMoeTextConfig) -> dict[str, torch.Tensor]:
+    """The biases of loss-free balancing below a layer's `mlp.`, float32 zeros; none without it."""
+    if not config.router_bias_update_rate:
+        return {}
+    return {"gate.choice_bias_C": torch.zeros(config.num_gate_rows - config.num_shared_experts)}
+
+
+def fused_experts(prefix: str, experts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """`prefix` + "gate_up_proj" [E, 2I, H] (gate rows first) and "down_proj" [E, H, I] of E FFNs of the same width."""
+    first = experts[0]["gate_proj"]
+    inner = first.shape[0]
+    gate_up = first.new_empty(len(experts), 2 * inner, first.shape[1])
+    for target, ffn in zip(gate_up, experts, strict=True):
+        target[:inner] = ffn["gate_proj"]
+        target[inner:] = ffn["up_proj"]
+    return {prefix + "gate_up_proj": gate_up, prefix + "down_proj": torch.stack([ffn["down_proj"] for ffn in experts])}
 
 
 def pop_dense_ffn(state: dict[str, torch.Tensor], layer: int, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -187,11 +151,21 @@ def pop_dense_ffn(state: dict[str, torch.Tensor], layer: int, prefix: str = "") 
     return {name: state.pop(f"{prefix}layers.{layer}.mlp.{name}.weight") for name in FFN_PROJECTIONS}
 
 
-def _check_expert_ffns(expert_ffns: Sequence[Mapping[str, torch.Tensor]] | None, config: UniMoeTextConfig) -> None:
-    if expert_ffns is not None and len(expert_ffns) != config.num_experts:
+def _routed_ffn(
+    ffn: Mapping[str, torch.Tensor], sparsity: Sparsity, layer: int, expert: int
+) -> dict[str, torch.Tensor]:
+    return {name: routed_projection(tensor, name, sparsity, layer, expert) for name, tensor in ffn.items()}
+
+
+def _check_expert_ffns(expert_ffns: Sequence[Mapping[str, torch.Tensor]] | None, sparsity: Sparsity) -> None:
+    if expert_ffns is None:
+        return
+    if len(expert_ffns) != sparsity.num_experts:
         raise ConversionError(
-            f"expert_ffns holds {len(expert_ffns)} experts but num_experts is {config.num_experts}: give one each."
+            f"expert_ffns holds {len(expert_ffns)} experts but num_experts is {sparsity.num_experts}: give one each."
         )
+    if sparsity.granularity > 1 or sparsity.noise or sparsity.drop_ratio:
+        raise ConversionError("expert_ffns are taken as they are: leave granularity, noise and drop_ratio out.")
 
 
 def _given_ffn(

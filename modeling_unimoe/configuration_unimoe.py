@@ -20,6 +20,7 @@ from .validation_unimoe import (
     MAX_LABELS,
     MAX_LAYERS,
     MAX_QUERIES,
+    MAX_VISION_SCALE,
     require_range,
     require_sizes,
     warn_of_misspellings,
@@ -114,8 +115,12 @@ class UniMoeConfig(PreTrainedConfig):
         vision_feature_layer: index into the vision tower's hidden states.
         vision_feature_select_strategy: "patch" drops the first (class) token, "full" keeps it.
         vision_token_grid: average-pool the tower's square map to N x N positions before the connector; None keeps it.
+        vision_scales: S2: the vision tower sees the picture at these multiples of its own size, cut into tiles, and the
+            states of all scales lie side by side (`multiscale_unimoe.py`). Pictures come at the largest scale; a
+            connector's input_size is the tower's width times the number of scales.
         video_pooling: "mean" averages the frames after the connector (Uni-MoE), "none" keeps every frame's tokens.
         video_num_frames: frames that the processor samples per video.
+        route_run_end_as_text: the last feature of each run of one medium is routed as text, as MoIIE's code does.
         freeze_towers: towers start with `requires_grad=False`; a frozen tower runs without grad and in eval mode.
     """
 
@@ -146,8 +151,10 @@ class UniMoeConfig(PreTrainedConfig):
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["patch", "full"] = "patch"
     vision_token_grid: int | None = None
+    vision_scales: list[int] | None = None
     video_pooling: Literal["mean", "none"] = "mean"
     video_num_frames: int = 8
+    route_run_end_as_text: bool = False
     freeze_towers: bool = True
     tie_word_embeddings: bool = False
 
@@ -224,6 +231,30 @@ class UniMoeConfig(PreTrainedConfig):
         if type(layers) is int:
             # The hidden states are the embeddings and what each layer makes of them.
             require_range("UniMoeConfig", "vision_feature_layer", self.vision_feature_layer, -layers - 1, layers)
+        if self.vision_scales is not None:
+            self._check_scales()
+
+    def _check_scales(self) -> None:
+        if not self.vision_scales or sorted(set(self.vision_scales)) != self.vision_scales:
+            raise ConfigurationError(
+                f"UniMoeConfig.vision_scales is {self.vision_scales}; give different multiples of the tower's size in "
+                "ascending order, e.g. [1, 2, 3], or None."
+            )
+        for scale in self.vision_scales:
+            require_range("UniMoeConfig", "vision_scales", scale, 1, MAX_VISION_SCALE)
+        width, size = (getattr(self.vision_config, name, None) for name in ("hidden_size", "image_size"))
+        if type(width) is not int or type(size) is not int:
+            raise ConfigurationError(
+                f"UniMoeConfig.vision_scales is {self.vision_scales}, but vision_config has no one hidden_size and "
+                "image_size to scale: set it to None."
+            )
+        for name in ("image_connector", "video_connector"):
+            connector = getattr(self, name)
+            if connector is not None and connector.input_size != width * len(self.vision_scales):
+                raise ConfigurationError(
+                    f"UniMoeConfig.{name}.input_size is {connector.input_size}; with vision_scales "
+                    f"{self.vision_scales} it must be {width * len(self.vision_scales)} ({width} per scale)."
+                )
 
     def _check_tokens(self) -> None:
         needed = {

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .errors_unimoe import ConfigurationError
+from .routing_validation_unimoe import LOSS_COEFFICIENTS, MODALITIES, require_routing
 from .validation_unimoe import (
-    MAX_EXPERTS,
     MAX_HEADS,
     MAX_HIDDEN_SIZE,
     MAX_INTERMEDIATE_SIZE,
@@ -23,17 +23,6 @@ from .validation_unimoe import (
     require_sizes,
     warn_of_misspellings,
 )
-
-# The position of a name in this tuple is its id in `mm_token_type_ids`.
-# "speech" is audio that went through the speech tower, "sound" audio that went through the sound branch.
-MODALITIES = ("text", "image", "video", "speech", "sound")
-# Losses of the routers, by their names in outputs and logs -> the field that weights each.
-LOSS_COEFFICIENTS = {
-    "aux_loss": "router_aux_loss_coef",
-    "z_loss": "router_z_loss_coef",
-    "modality_loss": "router_modality_loss_coef",
-    "divergence_loss": "router_divergence_loss_coef",
-}
 
 _LARGEST = {
     "vocab_size": MAX_VOCAB_SIZE,
@@ -78,6 +67,7 @@ class UniMoeTextConfig(PreTrainedConfig):
         router_scoring: how logits become weights, over the experts of the token's group.
         norm_topk_prob: divide the chosen weights by their sum.
         router_jitter_noise: relative size of the multiplicative uniform noise on the router's input, training only.
+        router_jitter_reaches_experts: the experts read the noisy states too (MoIIE).
         router_type: "top_k" gives every token `num_experts_per_tok` choices (`routing_unimoe.py`). "dynamic" lets the
             router's certainty decide (`routing_dynamic_unimoe.py`): DCMoE and UniMoE-Audio. It has one group, softmax
             scores and normalised weights.
@@ -98,9 +88,16 @@ class UniMoeTextConfig(PreTrainedConfig):
         min_expert_capacity: what an expert keeps however small the batch.
         capacity_policy: who stays, the highest logits ("probs") or the first tokens ("position"). As in the original,
             "position" limits shared experts too.
-        router_aux_loss_coef: weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6).
+        router_aux_loss_coef: weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6), which is
+            a sum over the groups, each over its own tokens and experts.
+        router_group_aux_loss_coefs: group name -> its own weight; groups that are not named keep router_aux_loss_coef.
+        router_aux_loss_layers: over what the load is even: in "each" layer, or in the sum of all, "joint" (MoIIE).
         router_aux_loss_counts: "top_k" only. Which choices are load: "all" of a token, or the "first" (GShard, Uni-MoE).
-        router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
+        router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5), over a token's own gate rows.
+        router_bias_update_rate: "top_k" only. Above 0, loss-free balancing (arXiv 2408.15664): every gate row has a bias
+            that joins the scores when experts are chosen, not when they are weighed. The trainer moves it by this
+            much after each optimizer step, up where a row got less than its group's mean load, down where more. The
+            biases are saved with the model, so the rate must stay as long as they are to count.
         modality_experts: modality name -> ids of the experts that its tokens shall prefer.
         router_modality_loss_coef: weight of the loss that draws tokens to the `modality_experts` of their modality.
         router_divergence_loss_coef: weight of the loss that drives the experts' use by different modalities apart.
@@ -176,6 +173,7 @@ class UniMoeTextConfig(PreTrainedConfig):
     router_scoring: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = True
     router_jitter_noise: float | int = 0.0
+    router_jitter_reaches_experts: bool = False
     router_type: Literal["top_k", "dynamic"] = "top_k"
     num_null_experts: int = 0
     num_shared_experts: int = 0
@@ -188,8 +186,11 @@ class UniMoeTextConfig(PreTrainedConfig):
     min_expert_capacity: int = 8
     capacity_policy: Literal["probs", "position"] = "probs"
     router_aux_loss_coef: float | int = 0.0
+    router_group_aux_loss_coefs: dict[str, float | int] | None = None
     router_aux_loss_counts: Literal["all", "first"] = "all"
+    router_aux_loss_layers: Literal["each", "joint"] = "each"
     router_z_loss_coef: float | int = 0.0
+    router_bias_update_rate: float | int = 0.0
     modality_experts: dict[str, list[int]] | None = None
     router_modality_loss_coef: float | int = 0.0
     router_divergence_loss_coef: float | int = 0.0
@@ -213,7 +214,7 @@ class UniMoeTextConfig(PreTrainedConfig):
             # Gate rows follow the order of the groups, and a saved configuration comes back sorted by name.
             self.expert_groups = dict(sorted(self.expert_groups.items()))
         self._check_sizes()
-        self._check_routing()
+        require_routing(self)
         warn_of_misspellings(self, kwargs)
         super().__post_init__(**kwargs)
         require_rope("UniMoeTextConfig", self.rope_parameters)  # complete only now, with `rope_theta` and the like
@@ -235,6 +236,12 @@ class UniMoeTextConfig(PreTrainedConfig):
             return [0] * len(MODALITIES)
         names = list(self.expert_groups)
         return [names.index(self._group_of(modality)) for modality in MODALITIES]
+
+    @property
+    def aux_loss_coefs(self) -> list[float]:
+        """Weight of every group's load-balancing loss, in gate-row order."""
+        own = self.router_group_aux_loss_coefs or {}
+        return [float(own.get(group.name, self.router_aux_loss_coef)) for group in self.router_groups]
 
     @property
     def num_gate_rows(self) -> int:
@@ -290,105 +297,6 @@ class UniMoeTextConfig(PreTrainedConfig):
             require_range(owner, "pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
         for field in ("initializer_range", "rms_norm_eps", "attention_dropout"):
             require_range(owner, field, getattr(self, field), 0, 1)
-
-    def _check_routing(self) -> None:
-        owner = "UniMoeTextConfig"
-        for field in ("num_experts", "num_null_experts", "num_shared_experts"):
-            require_range(owner, field, getattr(self, field), 0, MAX_EXPERTS)
-        if not 0 <= self.router_jitter_noise < 1:
-            raise ConfigurationError(
-                f"{owner}.router_jitter_noise is {self.router_jitter_noise!r}; it must be >= 0 and below 1."
-            )
-        for field in ("router_near_max_band", *LOSS_COEFFICIENTS.values()):
-            if not math.isfinite(getattr(self, field)) or getattr(self, field) < 0:
-                raise ConfigurationError(f"{owner}.{field} is {getattr(self, field)!r}; it must be finite and >= 0.")
-        wrong = [i for i in self.sparse_layers if not 0 <= i < self.num_hidden_layers]
-        if wrong or len(set(self.sparse_layers)) != len(self.sparse_layers):
-            raise ConfigurationError(
-                f"{owner}.sparse_layers is {self.sparse_layers}; it must list different layers between 0 and "
-                f"{self.num_hidden_layers - 1}."
-            )
-        if not self.num_experts:
-            if self.sparse_layers:
-                raise ConfigurationError(f"{owner}.sparse_layers is {self.sparse_layers} but num_experts is 0.")
-            return
-        for name, experts in (self.expert_groups or {}).items():
-            self._check_group(name, experts)
-        self._check_modality_groups()
-        smallest = min(len(group.experts) for group in self.router_groups) + self.num_null_experts
-        if not 1 <= self.num_experts_per_tok <= smallest:
-            null = ", null experts included" if self.num_null_experts else ""
-            raise ConfigurationError(
-                f"{owner}.num_experts_per_tok is {self.num_experts_per_tok}; it must be between 1 and {smallest}, "
-                f"the number of experts in the smallest group{null}."
-            )
-        unused = set(range(self.num_experts)) - {i for group in self.router_groups for i in group.experts}
-        if unused:
-            raise ConfigurationError(f"{owner}.expert_groups names no group for experts {sorted(unused)}: add them.")
-        self._check_dynamic_routing()
-        self._check_modality_losses()
-
-    def _check_modality_groups(self) -> None:
-        owner, names = "UniMoeTextConfig", sorted(self.expert_groups or {"all": []})
-        for modality, group in (self.modality_groups or {}).items():
-            if modality not in MODALITIES:
-                raise ConfigurationError(
-                    f"{owner}.modality_groups names {modality!r}, which is no modality: use {MODALITIES}."
-                )
-            if group not in names:
-                raise ConfigurationError(
-                    f"{owner}.modality_groups sends {modality!r} to {group!r}, which is not in expert_groups "
-                    f"({names}). Give every modality of {MODALITIES} a group that exists."
-                )
-
-    def _check_dynamic_routing(self) -> None:
-        owner = "UniMoeTextConfig"
-        require_range(owner, "router_top_p", self.router_top_p, 0, 1)
-        require_range(owner, "min_expert_capacity", self.min_expert_capacity, 1, 1 << 31)
-        factor = self.expert_capacity_factor
-        if factor is not None and not (math.isfinite(factor) and factor > 0):
-            raise ConfigurationError(
-                f"{owner}.expert_capacity_factor is {factor!r}; it must be finite and > 0, or None to drop no token."
-            )
-        needed: dict[str, Any] = {"router_top_p": 0, "expert_capacity_factor": None}
-        wanted = "'dynamic'"
-        if self.router_type == "dynamic":
-            needed = {"expert_groups": None, "router_scoring": "softmax", "norm_topk_prob": True}
-            needed |= {"router_aux_loss_counts": "all", "router_losses_as_released": False}
-            wanted = "'top_k'"
-        for field, value in needed.items():
-            if getattr(self, field) != value:
-                raise ConfigurationError(
-                    f"{owner}.{field} is {getattr(self, field)!r}, which is not combined with router_type "
-                    f"{self.router_type!r}: set it to {value!r}, or router_type to {wanted}."
-                )
-
-    def _check_modality_losses(self) -> None:
-        owner = "UniMoeTextConfig"
-        for name, experts in (self.modality_experts or {}).items():
-            if name not in MODALITIES or not experts or not set(experts) <= set(range(self.num_experts)):
-                raise ConfigurationError(
-                    f"{owner}.modality_experts[{name!r}] is {experts}; it must map one of {MODALITIES} to experts between "
-                    f"0 and {self.num_experts - 1}."
-                )
-        if self.router_modality_loss_coef and not self.modality_experts:
-            raise ConfigurationError(
-                f"{owner}.router_modality_loss_coef is {self.router_modality_loss_coef} but modality_experts is "
-                f"{self.modality_experts}: name the experts of at least one modality."
-            )
-        for field in ("router_modality_loss_coef", "router_divergence_loss_coef", "router_losses_as_released"):
-            if getattr(self, field) and self.expert_groups is not None:
-                raise ConfigurationError(
-                    f"{owner}.{field} is {getattr(self, field)!r} together with expert_groups: modalities whose experts "
-                    "are set apart need no such loss. Set one of the two to its default."
-                )
-
-    def _check_group(self, name: str, experts: list[int]) -> None:
-        if not experts or len(set(experts)) != len(experts) or not set(experts) <= set(range(self.num_experts)):
-            raise ConfigurationError(
-                f"UniMoeTextConfig.expert_groups[{name!r}] is {experts}; it must list different experts between 0 "
-                f"and {self.num_experts - 1}."
-            )
 
 
 __all__ = ["LOSS_COEFFICIENTS", "MODALITIES", "RouterGroup", "UniMoeTextConfig"]

@@ -14,7 +14,7 @@ One audio item goes through both branches, unless its "encoder" names one of the
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ from .configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import build_connector
 from .errors_unimoe import ConfigurationError, ModalityError, UniMoeError
+from .idle_branches_unimoe import must_run, without_value, zero_medium
 from .modeling_unimoe_beats import UniMoeBeatsModel
+from .multiscale_unimoe import encode_scales
 
 # Inputs that belong to media rather than to token positions, by modality.
 MEDIA_INPUTS = {
@@ -56,6 +58,7 @@ class MediaEncoderMixin:
     """Towers and connectors of a `UniMoeModel`, and everything that runs through them."""
 
     config: UniMoeConfig
+    training: bool
 
     def build_encoders(self, config: UniMoeConfig) -> None:
         """Create the towers and connectors that the configuration names; the others are None."""
@@ -93,10 +96,12 @@ class MediaEncoderMixin:
             raise ModalityError(
                 f"Pixels of images or frames have shape {list(pixel_values.shape)}; give [n, {channels}, height, width]."
             )
+        scales = self.config.vision_scales
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
-            outputs = tower(pixel_values.to(tower.dtype), output_hidden_states=True, return_dict=True)
-            states = outputs.hidden_states[self.config.vision_feature_layer]
-            return self._pool_grid(states)
+            if scales is None:
+                return self._pool_grid(self._tower_states(pixel_values))
+            states = encode_scales(self._patch_states, pixel_values, scales, tower.config.image_size)
+            return self._pool_patches(states)
 
     def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """States [n, F, P, C] of the vision tower for videos [n, F, 3, H, W]."""
@@ -172,17 +177,44 @@ class MediaEncoderMixin:
             sound_encoder_states = self.encode_sound(audio_features, audio_padding_mask)
         return _connect(self.sound_connector, sound_encoder_states)
 
-    def media_features(self, **media: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Connected features by modality, for the media that are there."""
+    def media_features(self, **media: torch.Tensor | None) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Connected features by modality, for the media that are there.
+
+        Also, in training, a scalar 0 through which the branches of the other modalities are part of the graph.
+        """
         media = {name: value for name, value in media.items() if value is not None}
         given = {m: {k: media[k] for k in names if k in media} for m, names in MEDIA_INPUTS.items()}
         self._share_speech_states(given)
-        get = {"image": self.get_image_features, "video": self.get_video_features}
-        features = {}
+        features, idle = {}, []
+        joins = self.training and torch.is_grad_enabled()
+        # Always in this order, and every branch once: ranks that share out weights wait for each other in each.
         for modality, inputs in given.items():
             if inputs:
-                features[modality] = get.get(modality, self.get_audio_features)(**inputs).pooler_output
-        return features
+                features[modality] = self._branch(modality)(**inputs).pooler_output
+            elif joins:
+                idle += self._idle_branch(modality)
+        return features, torch.stack(idle).sum() if idle else None
+
+    def _branch(self, modality: str) -> Callable[..., BaseModelOutputWithPooling]:
+        get = {"image": self.get_image_features, "video": self.get_video_features}
+        return get.get(modality, self.get_audio_features)
+
+    def _idle_branch(self, modality: str) -> list[torch.Tensor]:
+        """See `idle_branches_unimoe`."""
+        tower, connector = {
+            "image": (self.vision_tower, self.image_connector),
+            "video": (self.vision_tower, self.video_connector or self.image_connector),
+            "speech": (self.speech_tower, self.speech_connector),
+            "sound": (self.audio_tower or self.speech_tower, self.sound_connector),
+        }[modality]
+        if connector is None or not (must_run(connector) or must_run(tower)):
+            return []
+        config = self.config.connectors[modality]
+        reference = next(connector.parameters())
+        if must_run(tower):
+            medium = zero_medium(modality, tower.config, max(self.config.vision_scales or [1]), reference.device)
+            return [without_value(self._branch(modality)(**{MEDIA_INPUTS[modality][0]: medium}).pooler_output)]
+        return [without_value(connector(reference.new_zeros(1, 1, config.input_size)))]
 
     def _share_speech_states(self, given: dict[str, dict[str, torch.Tensor]]) -> None:
         """Where both audio branches read the speech tower and got the same windows, run it once."""
@@ -204,19 +236,31 @@ class MediaEncoderMixin:
             )
         return tower
 
+    def _tower_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[n, C, h, w] maps, or [n, P, C] patches after a class token, if the tower has one."""
+        outputs = self.vision_tower(
+            pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True
+        )
+        return outputs.hidden_states[self.config.vision_feature_layer]
+
+    def _patch_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[n, P, C] of all patches, without class token."""
+        return self._without_class_token(self._tower_states(pixel_values))
+
+    def _without_class_token(self, states: torch.Tensor) -> torch.Tensor:
+        if states.dim() == 4:
+            return states.flatten(2).transpose(1, 2)
+        return states[:, 1:] if self.config.vision_feature_select_strategy == "patch" else states
+
     def _pool_grid(self, states: torch.Tensor) -> torch.Tensor:
         """[n, C, h, w] maps or [n, P, C] patches -> [n, positions, C]."""
-        if states.dim() == 4:
-            maps = states
-        else:
-            if self.config.vision_feature_select_strategy == "patch":
-                states = states[:, 1:]
-            if self.config.vision_token_grid is None:
-                return states
-            maps = _square_map(states, self.config)
-        if self.config.vision_token_grid is not None:
-            maps = nn.functional.adaptive_avg_pool2d(maps, self.config.vision_token_grid)
-        return maps.flatten(2).transpose(1, 2)
+        if states.dim() == 4 and self.config.vision_token_grid is not None:
+            return _pooled(states, self.config.vision_token_grid)
+        return self._pool_patches(self._without_class_token(states))
+
+    def _pool_patches(self, states: torch.Tensor) -> torch.Tensor:
+        grid = self.config.vision_token_grid
+        return states if grid is None else _pooled(_square_map(states, self.config), grid)
 
 
 def check_text_inputs(
@@ -290,6 +334,11 @@ def place_features(
         feature = feature.to(inputs_embeds.device, inputs_embeds.dtype)
         inputs_embeds = inputs_embeds.masked_scatter(masks[modality].unsqueeze(-1), feature)
     return inputs_embeds
+
+
+def _pooled(maps: torch.Tensor, grid: int) -> torch.Tensor:
+    """[n, C, h, w] -> [n, grid * grid, C]."""
+    return nn.functional.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
 
 
 def _square_map(states: torch.Tensor, config: UniMoeConfig) -> torch.Tensor:

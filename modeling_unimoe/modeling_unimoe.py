@@ -7,62 +7,29 @@ Every input may be given raw (`pixel_values`, ...) or as the states of its froze
 which `encode_image` and its siblings return; training from cached states skips the towers.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_torchvision_available, logging
 
+from .checkpoint_layouts_unimoe import FusedCheckpointMixin
 from .configuration_unimoe import AUTO_MAP, UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import init_connector_weights
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin, begins_text, check_text_inputs, place_features
+from .generation_unimoe import repeat_media, restarts_at_longer_rope
 from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
+from .outputs_unimoe import UniMoeCausalLMOutputWithPast, UniMoeModelOutputWithPast
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class UniMoeModelOutputWithPast(ModelOutput):
-    """Output of `UniMoeModel`; `mm_token_type_ids` is the modality id of every position, [B, S]."""
-
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    mm_token_type_ids: torch.Tensor | None = None
-
-
-@dataclass
-class UniMoeCausalLMOutputWithPast(ModelOutput):
-    """Output of `UniMoeForCausalLM`.
-
-    loss: ce_loss plus the routers' losses, each times its coefficient in the configuration (scalars, float32).
-    ce_loss, aux_loss, z_loss, modality_loss, divergence_loss: its parts, unweighted; see `losses_unimoe.py`. The last two
-    are None unless they are part of it.
-    logits: [B, S, vocab]; router_logits: one [B * S, gate rows] tensor per sparse layer.
-    """
-
-    loss: torch.Tensor | None = None
-    ce_loss: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    z_loss: torch.Tensor | None = None
-    modality_loss: torch.Tensor | None = None
-    divergence_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-
-
-class UniMoePreTrainedModel(PreTrainedModel):
+class UniMoePreTrainedModel(FusedCheckpointMixin, PreTrainedModel):
     config: UniMoeConfig
     base_model_prefix = "model"
     input_modalities: Any = ("image", "video", "audio", "text")
@@ -134,6 +101,17 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
                 ids = ids.masked_fill(input_ids == token_id, MODALITIES.index(modality))
         return ids
 
+    def routing_ids(self, modality_ids: torch.Tensor) -> torch.Tensor:
+        """The modality as which every position is routed, [B, S]: its own, unless `route_run_end_as_text`."""
+        if not self.config.route_run_end_as_text:
+            return modality_ids
+        following = nn.functional.pad(modality_ids[:, 1:], (0, 1), value=-1)
+        return modality_ids.masked_fill(modality_ids != following, MODALITIES.index("text"))
+
+    def token_groups(self, modality_ids: torch.Tensor) -> torch.Tensor | None:
+        """Index of every position's routing group, [B, S]; None with one group."""
+        return self.language_model.token_groups(modality_ids, self.routing_ids(modality_ids))
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -164,7 +142,7 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
                 included, where a text begins), or mm_token_type_ids that are missing or do not fit.
         """
         check_text_inputs(input_ids, inputs_embeds, mm_token_type_ids)
-        features = self.media_features(
+        features, idle_branches = self.media_features(
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
             speech_features=speech_features,
@@ -187,7 +165,7 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            mm_token_type_ids=mm_token_type_ids,
+            mm_token_type_ids=None if mm_token_type_ids is None else self.routing_ids(mm_token_type_ids),
             use_cache=use_cache,
             **kwargs,
         )
@@ -198,6 +176,7 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
             attentions=outputs.attentions,
             router_logits=outputs.get("router_logits"),
             mm_token_type_ids=mm_token_type_ids,
+            idle_branches=idle_branches,
         )
 
     def _embed(self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor) -> torch.Tensor:
@@ -301,6 +280,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if return_router_logits else None,
+            idle_branches=outputs.idle_branches,
             **losses,
         )
 
@@ -318,19 +298,29 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         learned = (targets != -100).sum().to(ce_loss.device)
         # Where nothing is learned the mean is 0 / 0: NaN.
         ce_loss = torch.where(learned > 0, ce_loss, 0.0)
+        loss = ce_loss if outputs.idle_branches is None else ce_loss + outputs.idle_branches.to(ce_loss.device)
         if not outputs.router_logits:
-            return {"loss": ce_loss, "ce_loss": ce_loss}
+            return {"loss": loss, "ce_loss": ce_loss}
         modality_ids = torch.zeros_like(labels) if outputs.mm_token_type_ids is None else outputs.mm_token_type_ids
-        groups = self.model.language_model.token_groups(outputs.last_hidden_state, outputs.mm_token_type_ids)
+        groups = self.model.token_groups(modality_ids)
         share = _share_of_batch(learned, kwargs.get("num_items_in_batch"))
-        terms = balance_terms(outputs.router_logits, config, modality_ids, groups, attention_mask, share)
-        return {"loss": ce_loss + terms.weighted, "ce_loss": ce_loss, **terms.losses}
+        terms = balance_terms(outputs.router_logits, config, modality_ids, groups, attention_mask)
+        return {
+            "loss": loss + terms.weighted * share,
+            "ce_loss": ce_loss,
+            "group_aux_losses": terms.aux_loss_G,
+            **terms.losses,
+        }
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Media go in once, with the prompt; every generated token is text."""
         self._warn_of_long_context(input_ids, kwargs.get("inputs_embeds") if is_first_iteration else None)
+        if restarts_at_longer_rope(self.config.text_config, input_ids.shape[1], kwargs.get("past_key_values")):
+            kwargs |= {"past_key_values": None, "next_sequence_length": None}
+            is_first_iteration = True
+            is_first_iteration = True
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         inputs.pop("mm_token_type_ids", None)
         if not is_first_iteration and kwargs.get("use_cache", True):
@@ -362,7 +352,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             modality_ids = self.model.modality_ids(input_ids)
             for modality, names in MEDIA_INPUTS.items():
                 for name in (n for n in names if media.get(n) is not None):
-                    media[name] = _repeat_media(media[name], modality_ids == MODALITIES.index(modality), expand_size)
+                    media[name] = repeat_media(media[name], modality_ids == MODALITIES.index(modality), expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -378,13 +368,6 @@ def _input_modalities(config: UniMoeConfig) -> tuple[str, ...]:
     sees = (config.image_connector is not None or config.video_connector is not None) and is_torchvision_available()
     hears = config.speech_connector is not None or config.sound_connector is not None
     return (("image", "video") if sees else ()) + (("audio",) if hears else ()) + ("text",)
-
-
-def _repeat_media(media: torch.Tensor, mask_BS: torch.Tensor, expand_size: int) -> torch.Tensor:
-    places_B = mask_BS.sum(dim=1)
-    tokens_per_item = int(places_B.sum()) // len(media)
-    counts = (places_B // max(tokens_per_item, 1)).tolist()
-    return torch.cat([sample for sample in media.split(counts) for _ in range(expand_size)])
 
 
 def _share_of_batch(learned: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:

@@ -19,7 +19,6 @@ from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -27,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_unimoe_text import UniMoeTextConfig
+from .rotary_unimoe import UniMoeRotaryEmbedding, apply_rotary_pos_emb
 from .routing_dynamic_unimoe import UniMoeDynamicRouter
 from .routing_unimoe import UniMoeRouter
 
@@ -43,50 +43,6 @@ class UniMoeRMSNorm(nn.Module):
         x_float = x.float()
         x_float = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x_float.to(x.dtype)
-
-
-class UniMoeRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary position embeddings, any of transformers' RoPE variants."""
-
-    inv_freq: torch.Tensor
-
-    def __init__(self, config: UniMoeTextConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = rope_init(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: UniMoeTextConfig, **_: Any) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies [head_dim / 2] of plain RoPE and its attention scaling, 1."""
-        positions = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** positions, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary_pos_emb(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate [B, heads, S, head_dim] queries and keys by [B, S, head_dim] cosines and sines."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
 
 
 def eager_attention_forward(
@@ -233,6 +189,8 @@ class UniMoeSparseBlock(nn.Module):
         token_mask_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
+        if self.gate.jitter_reaches_experts:
+            x_TH = self.gate.jittered(x_TH)
         token_group_T, token_mask_T = (None if t is None else t.reshape(-1) for t in (token_group_BS, token_mask_BS))
         _, weights_TK, index_TK = self.gate(x_TH, token_group_T, token_mask_T)
         slots = [index_TK.shape[1] - self.num_shared_experts, self.num_shared_experts]
@@ -287,6 +245,7 @@ class UniMoeTextPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = {"choice_bias_C"}
     _can_record_outputs = {
         "router_logits": OutputRecorder(UniMoeRouter, index=0),
         "hidden_states": UniMoeDecoderLayer,
@@ -303,6 +262,8 @@ class UniMoeTextPreTrainedModel(PreTrainedModel):
         elif isinstance(module, UniMoeRouter):
             init.normal_(module.weight, mean=0.0, std=std)
             module.reset_row_tables()
+            if module.bias_update_rate:
+                init.zeros_(module.choice_bias_C)
         elif isinstance(module, UniMoeTextModel):
             init.copy_(module.group_of_modality, torch.tensor(module.config.group_of_modality))
 
@@ -390,7 +351,8 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
 
     def token_mask(self, x_BSH: torch.Tensor, attention_mask: Any) -> torch.Tensor | None:
         """True for tokens, false for padding, [B, S]; None when the router does not ask or the mask does not say."""
-        if self.config.router_type != "dynamic" or getattr(attention_mask, "ndim", 0) != 2:
+        asks = self.config.router_type == "dynamic" or self.config.router_bias_update_rate
+        if not asks or getattr(attention_mask, "ndim", 0) != 2:
             return None
         return attention_mask[:, -x_BSH.shape[1] :].bool()  # what the cache holds comes first
 

@@ -1,7 +1,8 @@
 """The dynamic-capacity router: how many experts a token uses depends on how sure the router is of it.
 
-It is the router of DCMoE (Qwen2-VL) and UniMoE-Audio (Qwen2.5-VL); what it yields is described in `routing_unimoe.py`.
-The gate has rows for the routed, then the null, then the shared experts. A token
+It is the router of DCMoE (Qwen2-VL) and UniMoE-Audio (Qwen2.5-VL, arXiv 2510.13344): top-p routing whose choices are
+picked by SparseMixer-v2 (arXiv 2409.12136). What it yields is described in `routing_unimoe.py`. The gate has rows for
+the routed, then the null, then the shared experts. A token
 
 1. takes its best choices, null experts among them, until their probabilities reach `router_top_p`;
 2. weighs each choice by its probability within the band of near-maximal logits among those still left, and divides
@@ -92,9 +93,9 @@ class UniMoeDynamicRouter(UniMoeRouter):
         logits_TC = logits_TR[:, : logits_TR.shape[1] - self.num_shared_experts]
         num_choices_T = count_choices(logits_TC, self.top_p, self.max_choices)
         rows_TK, pick_weights_TK = pick_rows(logits_TC, self.max_choices, self.near_max_band, sample=self.draws)
-        taken_TK = _first(self.max_choices, num_choices_T)
-        taken_TC = torch.zeros_like(logits_TC, dtype=torch.bool).scatter(1, rows_TK, taken_TK)
-        weights_TC = torch.zeros_like(logits_TC).scatter(1, rows_TK, pick_weights_TK * taken_TK)
+        taken_TK = _taken_columns(rows_TK, num_choices_T)
+        taken_TC = _at_rows(rows_TK, taken_TK, logits_TC)
+        weights_TC = _at_rows(rows_TK, pick_weights_TK * taken_TK, logits_TC)
         if token_mask_T is not None:
             taken_TC = taken_TC & token_mask_T[:, None]
         chosen_TR = F.pad(taken_TC, (0, self.num_shared_experts), value=True)
@@ -135,7 +136,7 @@ def count_choices(logits_TC: torch.Tensor, top_p: float, max_choices: int) -> to
     """How many of its best rows each token takes, int64 [T]: enough for a sum of probabilities of top_p; 0 takes all.
 
     Args:
-        max_choices: how many it may be.
+        max_choices: at most, and what "all" means.
     """
     if not top_p:
         return torch.full(logits_TC.shape[:1], max_choices, device=logits_TC.device)
@@ -184,8 +185,7 @@ def chosen_rows(
     logits_TC = logits_TR[:, : logits_TR.shape[1] - config.num_shared_experts].detach().float()
     rows_TK, _ = pick_rows(logits_TC, config.max_choices_per_token, config.router_near_max_band)
     num_choices_T = count_choices(logits_TC, config.router_top_p, config.max_choices_per_token)
-    taken_TK = _first(config.max_choices_per_token, num_choices_T)
-    taken_TC = torch.zeros_like(logits_TC, dtype=torch.bool).scatter(1, rows_TK, taken_TK)
+    taken_TC = _at_rows(rows_TK, _taken_columns(rows_TK, num_choices_T), logits_TC)
     return taken_TC if token_mask_T is None else taken_TC & token_mask_T.bool()[:, None]
 
 
@@ -201,7 +201,8 @@ def _near_max(left_TC: torch.Tensor, band: float) -> torch.Tensor:
 def _sampled_weight(probabilities_TC: torch.Tensor, row_T1: torch.Tensor) -> torch.Tensor:
     """Weight of a sampled pick: the gradient is that of its probability, as if nothing had been scaled.
 
-    A pick that is not the best counts a third three times out of four.
+    A pick that is not the best counts a third three times out of four: the nodes and weights of Heun's third-order method
+    (SparseMixer-v2, arXiv 2409.12136).
     """
     weight_T1 = probabilities_TC.gather(1, row_T1)
     with torch.no_grad():
@@ -211,6 +212,11 @@ def _sampled_weight(probabilities_TC: torch.Tensor, row_T1: torch.Tensor) -> tor
     return weight_T1 + (scaled_T1 - weight_T1.detach())
 
 
-def _first(num_columns: int, count_T: torch.Tensor) -> torch.Tensor:
-    """Bool [T, num_columns], true in the first count_T columns of each row."""
-    return torch.arange(num_columns, device=count_T.device) < count_T[:, None]
+def _taken_columns(rows_TK: torch.Tensor, num_choices_T: torch.Tensor) -> torch.Tensor:
+    """Bool [T, K]: a token takes its first `num_choices_T` columns."""
+    return torch.arange(rows_TK.shape[1], device=rows_TK.device) < num_choices_T[:, None]
+
+
+def _at_rows(rows_TK: torch.Tensor, values_TK: torch.Tensor, logits_TC: torch.Tensor) -> torch.Tensor:
+    """The values at their rows, [T, C] as the logits; 0 or false elsewhere."""
+    return torch.zeros_like(logits_TC, dtype=values_TK.dtype).scatter(1, rows_TK, values_TK)

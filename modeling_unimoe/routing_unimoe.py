@@ -29,10 +29,16 @@ from .configuration_unimoe_text import UniMoeTextConfig
 
 
 class UniMoeRouter(nn.Module):
-    """The gate of one sparse layer."""
+    """The gate of one sparse layer.
+
+    Attributes:
+        choice_bias_C: float32 biases of the rows that can be chosen; absent without `router_bias_update_rate`.
+        load_C: how often training tokens chose each of these rows since the last update; None when none did.
+    """
 
     row_group_R: torch.Tensor
     row_expert_R: torch.Tensor
+    choice_bias_C: torch.Tensor
 
     def __init__(self, config: UniMoeTextConfig) -> None:
         super().__init__()
@@ -40,6 +46,7 @@ class UniMoeRouter(nn.Module):
         self.scoring = config.router_scoring
         self.normalize = config.norm_topk_prob
         self.jitter_noise = config.router_jitter_noise
+        self.jitter_reaches_experts = config.router_jitter_reaches_experts
         self.pick = config.router_pick
         self.in_float32 = config.router_in_float32
         self.groups = config.router_groups
@@ -51,6 +58,12 @@ class UniMoeRouter(nn.Module):
         self.register_buffer("row_group_R", torch.empty(num_rows, dtype=torch.long), persistent=False)
         self.register_buffer("row_expert_R", torch.empty(num_rows, dtype=torch.long), persistent=False)
         self.reset_row_tables()
+        self.bias_update_rate = config.router_bias_update_rate
+        # No buffer: parallel wrappers would overwrite the counts of other ranks with those of the first.
+        self.load_C: torch.Tensor | None = None
+        if self.bias_update_rate:
+            num_choosable = num_rows - config.num_shared_experts
+            self.register_buffer("choice_bias_C", torch.zeros(num_choosable, dtype=torch.float32))
 
     def reset_row_tables(self) -> None:
         """Fill the two lookup tables from the groups; they are not saved, so loading calls this again.
@@ -78,7 +91,7 @@ class UniMoeRouter(nn.Module):
         Args:
             x_TH: hidden states, any float dtype.
             token_group_T: index of each token's group, int64; may be None when there is one group.
-            token_mask_T: true for tokens, false for padding. This router treats all alike.
+            token_mask_T: true for tokens, false for padding, which is routed but is no load; None means no padding.
 
         Returns:
             router_logits_TR (dtype of x, or float32 with `router_in_float32`; never with the noise of draws),
@@ -89,6 +102,8 @@ class UniMoeRouter(nn.Module):
         scores_TR = own_logits_TR.softmax(dim=-1) if self.scoring == "softmax" else own_logits_TR.sigmoid()
         first_shared = scores_TR.shape[1] - self.num_shared_experts
         row_TK = self._choices(own_logits_TR[:, :first_shared], scores_TR[:, :first_shared])
+        if self.bias_update_rate and self.training:
+            self._count(row_TK, token_mask_T)
         scores_TK = scores_TR.gather(1, row_TK)
         index_TK = self.row_expert_R[row_TK]
         if self.num_shared_experts:
@@ -115,11 +130,45 @@ class UniMoeRouter(nn.Module):
     def _choices(self, logits_TC: torch.Tensor, scores_TC: torch.Tensor) -> torch.Tensor:
         """Rows that each token chooses, [T, K], the best one first; the others may be drawn."""
         if not self.draws or self.top_k == 1:
-            return scores_TC.topk(self.top_k, dim=-1).indices
+            return self._choice_scores(logits_TC, scores_TC).topk(self.top_k, dim=-1).indices
         logits_TC = logits_TC.detach()
         first_T1 = logits_TC.argmax(dim=-1, keepdim=True)
         noisy_TC = (logits_TC + self.choice_noise(logits_TC)).scatter(1, first_T1, float("-inf"))
         return torch.cat((first_T1, noisy_TC.topk(self.top_k - 1, dim=-1).indices), dim=-1)
+
+    def _choice_scores(self, logits_TC: torch.Tensor, scores_TC: torch.Tensor) -> torch.Tensor:
+        """What the choice goes by, without gradient."""
+        scores_TC = scores_TC.detach()
+        if self.bias_update_rate:
+            scores_TC = scores_TC + self.choice_bias_C
+        if len(self.groups) > 1:
+            # A score of 0, or a biased one, would let rows of other groups in.
+            scores_TC = scores_TC.masked_fill(logits_TC == float("-inf"), float("-inf"))
+        return scores_TC
+
+    @torch.no_grad()
+    def _count(self, row_TK: torch.Tensor, token_mask_T: torch.Tensor | None) -> None:
+        counted_TK = torch.ones_like(row_TK, dtype=torch.float32)
+        if token_mask_T is not None:
+            counted_TK = counted_TK * token_mask_T[:, None]
+        load_C = torch.zeros_like(self.choice_bias_C, dtype=torch.float32)
+        load_C.index_add_(0, row_TK.flatten(), counted_TK.flatten())
+        self.load_C = load_C if self.load_C is None else self.load_C + load_C
+
+    @torch.no_grad()
+    def update_choice_bias(self, load_C: torch.Tensor) -> None:
+        """Move every bias by the rate: up where its row got less than its group's mean load, down where more.
+
+        Args:
+            load_C: how often each row was chosen, by the tokens of all ranks and all batches of the step.
+        """
+        if self.choice_bias_C.dtype != torch.float32:  # the whole model was cast; the small steps would vanish
+            self.choice_bias_C = self.choice_bias_C.float()
+        group_C = self.row_group_R[: len(load_C)]
+        for index in range(len(self.groups)):
+            own_C = group_C == index
+            error_C = load_C[own_C].mean() - load_C[own_C]
+            self.choice_bias_C[own_C] += self.bias_update_rate * error_C.sign()
 
     def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
         if not self.in_float32:
@@ -128,6 +177,10 @@ class UniMoeRouter(nn.Module):
             return F.linear(self._jittered(x_TH.float()), self.weight.float())
 
     def _jittered(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return x_TH if self.jitter_reaches_experts else self.jittered(x_TH)
+
+    def jittered(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The states with their noise, in training."""
         if not self.training or self.jitter_noise == 0:
             return x_TH
         return x_TH * torch.empty_like(x_TH).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)

@@ -25,6 +25,7 @@ MAX_VOCAB_SIZE = 1 << 24
 MAX_HEADS = 4096
 MAX_POSITIONS = 1 << 31
 MAX_QUERIES = 1 << 16
+MAX_VISION_SCALE = 16
 MAX_LABELS = 1 << 16
 # Placeholders need no row of the embedding table, so their ids may follow the vocabulary; no tokenizer goes further.
 MAX_IDS_BEYOND_VOCABULARY = 1 << 16

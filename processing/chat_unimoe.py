@@ -1,4 +1,4 @@
-"""From messages to token ids: templates, and a tokenisation that user text cannot trick.
+"""From messages to token ids: a tokenisation that user text cannot trick.
 
 Text written by a user must never turn into a control token: not `<image>` (it would claim features of another medium),
 not `<|im_end|>` (it would forge a turn). So control tokens inside message texts are replaced by marks before the
@@ -28,58 +28,6 @@ _MAX_TEMPLATE_CHARACTERS = 200_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKS = [chr(c) for c in range(0xF0000, 0xF0100)]  # private-use characters; one that no text contains is taken
 
-_CONTENT_MACRO = """\
-{%- macro show(content, after_media) -%}
-{%- if content is string -%}{{- content -}}{%- else -%}{%- for item in content -%}
-{%- if item['type'] == 'text' -%}{{- item['text'] -}}
-{%- elif item['type'] in ('image', 'video', 'audio') -%}
-{{- '<' + item['type'] + '>' + (item['after'] if item['after'] is defined else after_media) -}}
-{%- endif -%}{%- endfor -%}{%- endif -%}
-{%- endmacro -%}
-"""
-
-DEFAULT_CHAT_TEMPLATE = (
-    _CONTENT_MACRO
-    + """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- show(message['content'], '') + '<|im_end|>' -}}{%- endgeneration -%}
-{%- else -%}{{- show(message['content'], '') + '<|im_end|>' -}}
-{%- endif -%}
-{{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
-)
-"""ChatML: `<|im_start|>role\\n...<|im_end|>\\n`, media where they stand in the content."""
-
-VICUNA_CHAT_TEMPLATE = (
-    _CONTENT_MACRO
-    + """\
-{%- if bos_token is defined and bos_token -%}{{- bos_token -}}{%- endif -%}
-{%- if messages[0]['role'] == 'system' -%}{{- show(messages[0]['content'], '\\n') -}}
-{%- else -%}{{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, \
-detailed, and polite answers to the user's questions." -}}
-{%- endif -%}
-{{- ' ' -}}
-{%- for message in messages -%}
-{%- if message['role'] in ('user', 'assistant') and not message['content'] -%}
-{{- 'USER:' if message['role'] == 'user' else 'ASSISTANT:' -}}
-{%- elif message['role'] == 'user' -%}{{- 'USER: ' + show(message['content'], '\\n') + ' ' -}}
-{%- elif message['role'] == 'assistant' -%}{{- 'ASSISTANT:' -}}
-{%- generation -%}{{- ' ' + show(message['content'], '\\n') + '</s>' -}}{%- endgeneration -%}
-{%- elif not loop.first -%}{{- raise_exception('a system message must come first; other roles are user, assistant') -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
-)
-"""Uni-MoE's prompt (template "v1" of its code): system text, `USER: ... ASSISTANT: answer</s>`, media before a newline.
-
-As in its code an empty message is an open one: its role and a colon, nothing after them.
-"""
-
 
 @dataclass
 class MediaItem:
@@ -106,10 +54,25 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_tokens: bool = Tr
     Grow the model's embedding table afterwards if the tokenizer outgrew it.
     """
     wanted = MEDIA_TOKENS + (CHAT_TOKENS if chat_tokens else ())
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in wanted if token not in vocabulary]
+    known = tokenizer.get_added_vocab()  # not the vocabulary: what merges made up cannot be found in a text as a whole
+    missing = [token for token in wanted if token not in known]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
     return missing
+
+
+def placeholder_id(tokenizer: PreTrainedTokenizerBase, token: str, tokens_needed: int) -> int | None:
+    """The id of a media token; None where the tokenizer lacks it.
+
+    Raises:
+        PlaceholderError: it is lacking, but needed.
+    """
+    number: Any = tokenizer.convert_tokens_to_ids(token)
+    is_known = number is not None and number != tokenizer.unk_token_id
+    if is_known and number in tokenizer.encode(token, add_special_tokens=False):
+        return number
+    if tokens_needed:
+        raise PlaceholderError(f"The tokenizer has no token {token}: call prepare_tokenizer(tokenizer) first.")
+    return None
 
 
 def read_messages(messages: Any, limits: MediaLimits, where: str = "") -> tuple[list[dict[str, Any]], list[MediaItem]]:

@@ -1,16 +1,19 @@
 """Model inputs of images, videos and audio clips, and the tokens that stand for each of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import PIL.Image
 
 from .chat_unimoe import MEDIA_KINDS, MediaItem, media_keys
 from .media_audio_unimoe import load_audio
-from .media_policy_unimoe import MediaError, MediaPolicy, PlaceholderError
+from .media_policy_unimoe import MediaError, MediaPolicy, OptionError, PlaceholderError
 from .media_unimoe import load_image
 from .media_video_unimoe import load_video
 from .placeholders_unimoe import Run
 
 IMAGE, VIDEO, SPEECH, SOUND = 1, 2, 3, 4  # mm_token_type_ids; the order of MODALITIES in the configuration
+IMAGE_ASPECT_RATIOS = ("square", "pad")
 
 
 def process_media(
@@ -24,9 +27,7 @@ def process_media(
     images, videos, audio = ([item for item in media if item.kind == kind] for kind in MEDIA_KINDS)
     if images:
         pictures = [load_image(item.value, policy, item.where) for item in images]
-        image_processor = _part(processor, "image_processor", "images")
-        pixels = image_processor(images=pictures, return_tensors="pt", **options.get("images_kwargs", {}))
-        tensors["pixel_values"] = pixels["pixel_values"]
+        tensors["pixel_values"] = image_pixels(processor, pictures, **options.get("images_kwargs", {}))
     if videos:
         frames_of, settings = _part(processor, "video_processor", "videos"), options.get("videos_kwargs", {})
         count, rule = settings.get("num_frames"), settings.get("sampling") or frames_of.sampling
@@ -48,6 +49,42 @@ def process_media(
     if options.get("return_tensors") == "np":
         tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
     return tensors, waiting_runs(processor, media, iter(counts))
+
+
+def image_pixels(processor: Any, pictures: list[PIL.Image.Image], **settings: Any) -> Any:
+    """Pixels of pictures [n, 3, H, W] as the processor's `image_aspect_ratio` and image processor make them.
+
+    Raises:
+        PlaceholderError: the processor has no image processor.
+        OptionError: pictures are to be padded, but the image processor has no mean to pad them with.
+    """
+    image_processor = _part(processor, "image_processor", "images")
+    if processor.image_aspect_ratio == "pad":
+        mean = settings.get("image_mean") or getattr(image_processor, "image_mean", None)
+        if mean is None:
+            name = type(image_processor).__name__
+            raise OptionError(
+                f"image_aspect_ratio is 'pad', but the {name} has no image_mean: set it, or use 'square'."
+            )
+        pictures = [padded_to_square(picture, mean) for picture in pictures]
+    return image_processor(images=pictures, return_tensors="pt", **settings)["pixel_values"]
+
+
+def padded_to_square(picture: PIL.Image.Image, mean: float | Sequence[float]) -> PIL.Image.Image:
+    """An RGB picture in the middle of the smallest square that holds it, on the colour that becomes nearly 0.
+
+    Args:
+        mean: of the image processor, in 0..1 for every channel or for each; the colour is int(255 * mean).
+    """
+    width, height = picture.size
+    if width == height:
+        return picture
+    means = [mean] * 3 if isinstance(mean, int | float) else mean
+    red, green, blue = (int(255 * value) for value in means)
+    side = max(width, height)
+    square = PIL.Image.new("RGB", (side, side), (red, green, blue))
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
 
 
 def waiting_runs(processor: Any, media: list[MediaItem], windows: Iterator[int]) -> dict[str, list[list[Run]]]:

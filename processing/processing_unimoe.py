@@ -22,23 +22,23 @@ from .call_options_unimoe import (
     messages_of,
     prompts_of,
 )
+from .chat_templates_unimoe import DEFAULT_CHAT_TEMPLATE, VICUNA_CHAT_TEMPLATE
 from .chat_unimoe import (
     AUDIO_TOKEN,
-    DEFAULT_CHAT_TEMPLATE,
     IMAGE_TOKEN,
     MEDIA_KINDS,
     SOUND_TOKEN,
-    VICUNA_CHAT_TEMPLATE,
     VIDEO_TOKEN,
     ChatEncoder,
     choose_template,
+    placeholder_id,
     prepare_tokenizer,
     read_messages,
 )
 from .feature_extraction_unimoe import UniMoeFeatureExtractor
-from .media_inputs_unimoe import check_token_counts, process_media, waiting_runs
-from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, PlaceholderError
-from .original_chat_unimoe import TOKENIZATIONS, build_encoder
+from .media_inputs_unimoe import IMAGE_ASPECT_RATIOS, check_token_counts, process_media, waiting_runs
+from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, OptionError, PlaceholderError
+from .original_chat_unimoe import TOKENIZATIONS, build_encoder, needs_answer
 from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
 from .processor_parts_unimoe import PARTS, PresentParts, load_parts
 from .video_processing_unimoe import UniMoeVideoProcessor
@@ -57,8 +57,10 @@ class UniMoeProcessor(ProcessorMixin):
         chat_template: Jinja source, or several by name; None: `DEFAULT_CHAT_TEMPLATE`.
         image_tokens, video_tokens: features per image and per video.
         speech_tokens, sound_tokens: features per audio window in either branch; 0: the branch does not exist.
-        tokenization: "plain"; "spaced", the token ids of released Uni-MoE checkpoints, see `ChatEncoder`; "original",
-            ids and labels of the original code with its faults, see `OriginalChatEncoder`.
+        tokenization: "plain"; "spaced", the token ids of released Uni-MoE checkpoints, see `ChatEncoder`; those that
+            begin with "original": ids and labels of the original code with its faults, see `build_encoder`.
+        image_aspect_ratio: "square" leaves the shape of pictures to the image processor; "pad" first puts each in the
+            middle of a square of the image processor's mean colour. Frames of videos are left as they are.
 
     Attributes:
         media_policy: where media may come from and how big they may be; not saved with the processor.
@@ -66,6 +68,7 @@ class UniMoeProcessor(ProcessorMixin):
 
     Raises:
         PlaceholderError: a token count is impossible, or the tokenizer lacks a placeholder token.
+        OptionError: image_aspect_ratio is neither of the two.
     """
 
     padding_side = "left"
@@ -83,6 +86,7 @@ class UniMoeProcessor(ProcessorMixin):
         speech_tokens: int = 0,
         sound_tokens: int = 0,
         tokenization: str = "plain",
+        image_aspect_ratio: str = "square",
     ) -> None:
         # Not the inherited __init__: it wants every part to be there, and real torchvision for the video one.
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -97,17 +101,20 @@ class UniMoeProcessor(ProcessorMixin):
         self.speech_tokens, self.sound_tokens = speech_tokens, sound_tokens
         if tokenization not in TOKENIZATIONS:
             raise PlaceholderError(f"UniMoeProcessor: tokenization is {tokenization!r}; use one of {TOKENIZATIONS}.")
-        self.tokenization = tokenization
+        if image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
+            allowed = " or ".join(map(repr, IMAGE_ASPECT_RATIOS))
+            raise OptionError(f"UniMoeProcessor: image_aspect_ratio is {image_aspect_ratio!r}; use {allowed}.")
+        self.tokenization, self.image_aspect_ratio = tokenization, image_aspect_ratio
         self.media_policy = DEFAULT_POLICY
         self._encoders: dict[tuple[str, int, str], ChatEncoder] = {}
         self.image_token, self.video_token, self.audio_token = IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN
         self.sound_token = SOUND_TOKEN
         check_token_counts(self)
-        self.image_token_id = self._placeholder_id(IMAGE_TOKEN, image_tokens)
-        self.video_token_id = self._placeholder_id(VIDEO_TOKEN, video_tokens)
+        self.image_token_id = placeholder_id(tokenizer, IMAGE_TOKEN, image_tokens)
+        self.video_token_id = placeholder_id(tokenizer, VIDEO_TOKEN, video_tokens)
         # Every clip has one <audio> in the text, also where only the sound branch exists.
-        self.audio_token_id = self._placeholder_id(AUDIO_TOKEN, speech_tokens + sound_tokens)
-        self.sound_token_id = self._placeholder_id(SOUND_TOKEN, sound_tokens)
+        self.audio_token_id = placeholder_id(tokenizer, AUDIO_TOKEN, speech_tokens + sound_tokens)
+        self.sound_token_id = placeholder_id(tokenizer, SOUND_TOKEN, sound_tokens)
 
     def __call__(
         self,
@@ -237,7 +244,7 @@ class UniMoeProcessor(ProcessorMixin):
         given = {"padding_side": padding_side, "pad_to_multiple_of": pad_to_multiple_of, "max_length": max_length}
         options = merge_options({**given, "return_tensors": return_tensors, "truncation": max_length is not None})
         samples, tensors = self._process_conversations(conversations, self._encoder(None), {}, options, media_root)
-        strict = self.tokenization != "original"
+        strict = needs_answer(self.tokenization)
         labelled = [with_labels(sample, f"conversation {index}", strict) for index, sample in enumerate(samples)]
         return self._batch(labelled, tensors, options)
 
@@ -258,7 +265,7 @@ class UniMoeProcessor(ProcessorMixin):
         waiting = waiting_runs(self, media, iter(windows))
         sample = expand(encoded.input_ids, encoded.answer, self._kinds, waiting, "the conversation")
         check_all_used(waiting, "the conversation")
-        return with_labels(sample, "the conversation", self.tokenization != "original")
+        return with_labels(sample, "the conversation", needs_answer(self.tokenization))
 
     def pad_tokens(
         self,
@@ -325,15 +332,6 @@ class UniMoeProcessor(ProcessorMixin):
             return super().to_dict()
         finally:
             self._encoders = encoders
-
-    def _placeholder_id(self, token: str, tokens_needed: int) -> int | None:
-        token_id = self.tokenizer.convert_tokens_to_ids(token)
-        is_known = token_id is not None and token_id != self.tokenizer.unk_token_id
-        if is_known and token_id in self.tokenizer.encode(token, add_special_tokens=False):
-            return token_id
-        if tokens_needed:
-            raise PlaceholderError(f"The tokenizer has no token {token}: call prepare_tokenizer(tokenizer) first.")
-        return None
 
     @property
     def _kinds(self) -> dict[int, str]:

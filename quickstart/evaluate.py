@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from ..modeling_unimoe.losses_unimoe import expert_load
+from ..modeling_unimoe.gate_rows_unimoe import expert_load
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..trainers.collator import CachedCollator
 from ..trainers.encoder_cache import EncoderCache
 from ..trainers.objective import IGNORED
+from ..trainers.router_bias import choice_biases
 
 TASKS = ("image", "speech", "sound", "video_direction", "video_object", "text")
 MAX_ANSWER_TOKENS = 12
@@ -65,6 +66,28 @@ def accuracy_by_task(answers: list[Answer]) -> dict[str, float]:
     return {task: right[task] / total[task] for task in TASKS if total[task]}
 
 
+@torch.no_grad()
+def answer_loss(
+    model: UniMoeForCausalLM, processor: UniMoeProcessor, cache: EncoderCache, samples: list[dict[str, Any]]
+) -> float:
+    """Cross entropy per token of the right answers: its mean over tasks."""
+    model.eval()
+    collator = CachedCollator(processor, cache)
+    losses: dict[str, list[float]] = defaultdict(list)
+    for task in dict.fromkeys(sample["task"] for sample in samples):
+        of_task = [sample for sample in samples if sample["task"] == task]
+        for start in range(0, len(of_task), BATCH_SIZE):
+            batch = collator(of_task[start : start + BATCH_SIZE])
+            labels = batch["labels"]
+            inputs = {name: value for name, value in _model_inputs(batch).items() if name != "logits_to_keep"}
+            logits = model(**inputs).logits[:, :-1].float()
+            learned = labels[:, 1:] != IGNORED
+            losses[task] += torch.nn.functional.cross_entropy(
+                logits[learned], labels[:, 1:][learned], reduction="none"
+            ).tolist()
+    return sum(sum(values) / len(values) for values in losses.values()) / len(losses)
+
+
 def spread(samples: list[dict[str, Any]], per_task: int) -> list[dict[str, Any]]:
     """At most `per_task` samples of each task, evenly spread over the list."""
     chosen = []
@@ -90,7 +113,11 @@ def load_by_modality(
         inputs = _model_inputs(collator(members[:BATCH_SIZE]))
         outputs = model(**inputs, output_router_logits=True)
         mask = inputs["attention_mask"].reshape(-1)
-        loads[modality] = expert_load(outputs.router_logits, model.config.text_config, attention_mask_T=mask).tolist()
+        groups = model.model.token_groups(model.model.modality_ids(inputs["input_ids"]))
+        groups = None if groups is None else groups.reshape(-1)
+        biases = [*choice_biases(model).values()] or None
+        load = expert_load(outputs.router_logits, model.config.text_config, groups, mask, biases)
+        loads[modality] = load.tolist()
     return loads
 
 

@@ -1,23 +1,19 @@
-"""The decoder of the quickstart and its tokenizer: a compact one made here, or a pretrained one.
+"""The compact decoder of the quickstart and its tokenizer.
 
 A 135 M-parameter model cannot be taught to answer in a few CPU minutes, so the default decoder is small, and stage 0
 teaches it the English of the corpus.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from ..conversion.llama_family import dense_from
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.chat_unimoe import CHAT_TOKENS, MEDIA_TOKENS
-from ..processing.processing_unimoe import prepare_tokenizer
 from ..starter_corpus.corpus import load_samples
 
 PAD, BOS = "<|pad|>", "<|endoftext|>"
@@ -43,21 +39,12 @@ COMPACT_CHAT_TEMPLATE = """\
 """
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """A dense text-only model, the tokenizer that knows the media tokens, and its chat template (None: ChatML)."""
-
-    model: UniMoeForCausalLM
-    tokenizer: PreTrainedTokenizerBase
-    chat_template: str | None = None
-
-
-def compact_decoder() -> Decoder:
-    """A freshly initialised decoder of about 4 M parameters with a tokenizer of the corpus's words."""
+def compact_decoder() -> tuple[UniMoeForCausalLM, PreTrainedTokenizerFast]:
+    """A freshly initialised decoder of about 4 M parameters and a tokenizer of the corpus's words."""
     tokenizer = train_tokenizer(_corpus_texts())
     model = UniMoeForCausalLM(UniMoeConfig(text_config=compact_text_config(tokenizer)))
     start_as_copier(model)
-    return Decoder(model, tokenizer, COMPACT_CHAT_TEMPLATE)
+    return model, tokenizer
 
 
 @torch.no_grad()
@@ -72,16 +59,6 @@ def start_as_copier(model: UniMoeForCausalLM) -> None:
         attention = layer.self_attn
         torch.nn.init.orthogonal_(attention.v_proj.weight)
         attention.o_proj.weight.copy_(attention.v_proj.weight.T)
-
-
-def pretrained_decoder(folder: Path) -> Decoder:
-    """A LLaMA-family model from its folder, its vocabulary grown by the media tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prepare_tokenizer(tokenizer)
-    model = dense_from(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
-    return Decoder(model, tokenizer)
 
 
 def _corpus_texts() -> Iterable[str]:

@@ -13,8 +13,7 @@ from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..starter_corpus.corpus import compose_image, load_samples
 from ..trainers.encoder_cache import EncoderCache
-from .assemble import Shape, assemble_dense, connector_start_scale
-from .language import compact_decoder, pretrained_decoder
+from .assemble import assemble_dense, connector_start_scale
 from .parts import Part, resolve_part
 from .run import Quickstart
 from .stages import EXPERTS, EXPERTS_PER_TOKEN, IMAGE_VARIANTS, sparse_layers
@@ -41,11 +40,9 @@ def assemble_start(run: Quickstart, parts: list[Part]) -> tuple[UniMoeForCausalL
     folder = run.work / "start"
     if not folder.is_dir():
         by_role = {part.role: part.folder for part in parts}
-        torch.manual_seed(run.seed)
-        language = by_role.get("language-model")
-        decoder = compact_decoder() if language is None else pretrained_decoder(language)
-        model, processor = assemble_dense(decoder, by_role["vision-tower"], by_role["speech-tower"], Shape())
-        save_whole(model, processor, folder)
+        assemble_dense(
+            folder, by_role.get("language-model"), by_role["vision-tower"], by_role["speech-tower"], run.seed
+        )
     model = UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
     decoder_size = count_parameters(model.model.language_model)
     run.say(f"Dense model: {count_parameters(model):,} parameters, {decoder_size:,} of them in the decoder")

@@ -19,6 +19,13 @@ SENTENCES = ["What is in the picture? A cat and a dog.", "Who speaks here? USER 
 
 
 def tokenizer(metaspace: bool = False) -> PreTrainedTokenizerFast:
+    """A `plain_tokenizer` with the tokens of media and chats."""
+    made = plain_tokenizer(metaspace)
+    prepare_tokenizer(made)
+    return made
+
+
+def plain_tokenizer(metaspace: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, or one with SentencePiece's habit of putting a space before every text."""
     core = Tokenizer(models.BPE(unk_token="<unk>" if metaspace else None))
     if metaspace:
@@ -33,9 +40,7 @@ def tokenizer(metaspace: bool = False) -> PreTrainedTokenizerFast:
         SENTENCES * 3,
         trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
-    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    prepare_tokenizer(made)
-    return made
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def image_processor() -> Any:

@@ -1,12 +1,15 @@
 """Tiny models in the folders of released Uni-MoE checkpoints, base and fine-tuned."""
 
+import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from unimoe import UniMoeForCausalLM
 from unimoe.conversion.export_unimoe import BEATS_FILE, export_unimoe
@@ -98,3 +101,25 @@ def write_finetuned(folder: Path, base: Path, seed: int = 1) -> None:
     config["target_modules"] = modules
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text((base / "config.json").read_text())
+
+
+def copied(folders: UniMoeFolders, to: Path) -> UniMoeFolders:
+    """The released folders copied into `to / "released"`, to be damaged there."""
+    shutil.copytree(folders.base.parent, to / "released")
+    given = dataclasses.asdict(folders).items()
+    return UniMoeFolders(**{name: to / "released" / path.name for name, path in given if path is not None})
+
+
+def arguments(folders: UniMoeFolders, out: Path) -> list[str]:
+    """The command line that converts these folders."""
+    options = {name.replace("_", "-"): value for name, value in dataclasses.asdict(folders).items()}
+    flags = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    return ["convert", "unimoe", *flags, "--out", str(out)]
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two model folders hold the same weights, to the last bit."""
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+    )

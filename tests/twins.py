@@ -49,6 +49,13 @@ def groups() -> UniMoeForCausalLM:
     return tiny.model(text=tiny.MOIIE_GROUPS)
 
 
+def moiie() -> UniMoeForCausalLM:
+    """All that MoIIE adds: groups, run ends as text, two scales; and biases of the routers."""
+    text = {**tiny.MOIIE_GROUPS, "router_bias_update_rate": 0.01}
+    connector = tiny.connector(input_size=64)
+    return tiny.model(text, vision_scales=[1, 2], image_connector=connector, route_run_end_as_text=True)
+
+
 def dynamic() -> UniMoeForCausalLM:
     routing = {"router_type": "dynamic", "router_top_p": 0.7, "num_null_experts": 1, "num_shared_experts": 2}
     return tiny.model(text={**routing, "shared_intermediate_size": 24})
@@ -62,6 +69,7 @@ TWINS: dict[str, Callable[[], UniMoeForCausalLM]] = {
     "everything": everything,
     "text-only": text_only,
     "groups": groups,
+    "moiie": moiie,
     "dynamic": dynamic,
     "shared-tower": shared_tower,
 }
@@ -70,6 +78,9 @@ TWINS: dict[str, Callable[[], UniMoeForCausalLM]] = {
 def build(name: str) -> UniMoeForCausalLM:
     """The named twin in eval mode; it generates neither placeholders nor an early end."""
     model = TWINS[name]()
+    for number, (buffer_name, buffer) in enumerate(model.named_buffers()):
+        if buffer_name.endswith("choice_bias_C"):
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(number)))
     model.generation_config.eos_token_id = None
     model.generation_config.suppress_tokens = [tiny.IMAGE, tiny.VIDEO, tiny.AUDIO, tiny.SOUND, PAD]
     return model

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from ..conversion.upcycle import upcycle_model
 from ..errors import CheckpointError, RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from .recipe import ExpertConfig, MoeConfig
+from .recipe_parts import ExpertConfig, MoeConfig
 
 EXPERT_FILE = "expert.safetensors"
 CONNECTORS_FILE = "connectors.safetensors"
@@ -145,7 +145,11 @@ def assemble(dense: UniMoeForCausalLM, moe: MoeConfig, expert_folders: Sequence[
         expert_ffns=[load_file(folder / EXPERT_FILE) for folder in expert_folders] or None,
         router_init="normal" if rows else moe.router_init,  # type: ignore[arg-type]
         router_rows=rows,
-        routing={"router_jitter_noise": moe.router_jitter_noise, "modality_experts": moe.modality_experts},
+        routing={
+            **(moe.routing or {}),
+            "router_jitter_noise": moe.router_jitter_noise,
+            "modality_experts": moe.modality_experts,
+        },
         seed=seed,
     )
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -44,7 +44,7 @@ class DataReport:
     """What a data file holds.
 
     Fields: `records` and `media` (by kind, with repetitions) that were looked at; `original` says whether records have
-    the form of Uni-MoE's own files; `problems` and `remarks` by kind, in the order in which they first occur.
+    LLaVA's form; `problems` and `remarks` by kind, in the order in which they first occur.
     """
 
     records: int = 0
@@ -57,7 +57,7 @@ class DataReport:
 def check_data(
     file: str | Path, media_root: str | Path | None = None, limit: int | None = None, progress: bool = True
 ) -> DataReport:
-    """Read every record and decode every medium of a data file once, in our format or in Uni-MoE's own.
+    """Read every record and decode every medium of a data file once, in our format or in LLaVA's.
 
     Args:
         media_root: the folder that holds the media; nothing outside of it is opened then. See `MediaPaths`.
@@ -84,12 +84,14 @@ def check_data(
 
 
 class _Checker:
+    """Collects what is found. A medium is opened once, however many records name it."""
+
     def __init__(self, policy: MediaPolicy) -> None:
         self.report = DataReport()
         self._policy = policy
         self._seen: dict[tuple[str, Any], tuple[str, str] | None] = {}
 
-    def look_at(self, record: Record, read: Any) -> None:
+    def look_at(self, record: Record, read: Callable[[Any, str], Sample]) -> None:
         self.report.records += 1
         if record.error is not None:
             self._note(self.report.problems, "record", "unreadable", record, "", f"not JSON ({record.error})")
@@ -120,6 +122,7 @@ class _Checker:
                 self._note(self.report.problems, kind, found[0], record, name, found[1])
 
     def _fault_of(self, kind: str, value: Any) -> tuple[str, str] | None:
+        """Fault and detail as in a `Finding`, or None."""
         paths = paths_of(value)
         for path in paths:
             if not os.path.exists(path):

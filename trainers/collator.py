@@ -116,8 +116,8 @@ class CachedCollator:
         self.lengths: dict[str, int] = {}
 
     def fit(self, dataset: ConversationDataset) -> None:
-        """Tokenise the data set, and remember the longest sample of every group."""
-        for sample in dataset.samples:
+        """Tokenise the data set, and remember the longest sample of every group; unreadable ones do not count."""
+        for sample in filter(self.cache.can_read, dataset.samples):
             group = group_of(sample)
             self.lengths[group] = max(self.lengths.get(group, 0), len(self._row(sample)[0]))
 

@@ -4,6 +4,7 @@ OUT/recipe.yaml
 OUT/<stage>/settings.json    what the stage was started with
 OUT/<stage>/plan.json        steps that were decided, and the speed that was measured for it
 OUT/<stage>/losses.jsonl     one line per log
+OUT/<stage>/bad_samples.jsonl    unreadable samples that were left out, if there were any
 OUT/<stage>/checkpoints/     gone when the stage is done
 OUT/<stage>/model/           the model after the stage (not for "experts")
 OUT/<stage>/<expert>/        "experts" only: the same, with expert.safetensors, connectors.safetensors
@@ -34,12 +35,14 @@ from .assembly import (
     sparse_layers,
     trained_by,
 )
+from .bad_samples import TolerantCollator
 from .checkpoints import exclusive, write_durably
 from .collator import Augment, CachedCollator, RawCollator
 from .data import ConversationDataset
 from .encoder_cache import EncoderCache
-from .recipe import ExpertConfig, Recipe, StageConfig
+from .recipe import Recipe, StageConfig
 from .recipe_file import save_recipe
+from .recipe_parts import ExpertConfig
 from .sampler import ModalityBatchSampler
 from .stage import (
     CHECKPOINTS_FOLDER,
@@ -49,6 +52,7 @@ from .stage import (
     StageReport,
     run_training,
 )
+from .stage_processor import processor_of
 
 STAGE_FILE = "stage.json"
 SETTINGS_FILE = "settings.json"
@@ -109,6 +113,7 @@ def run_curriculum(
             on_start=on_stage_start,
             on_progress=on_progress,
             progress_bar=progress_bar,
+            max_bad_samples=recipe.max_bad_samples,
             training_arguments={"gradient_checkpointing": recipe.gradient_checkpointing, **(training_arguments or {})},
         )
         for stage in recipe.stages:
@@ -154,6 +159,7 @@ class _Curriculum:
         self.augment = augment
         self.on_stage_end = on_stage_end
         self.expert_folders: list[Path] = []
+        self.processors = {stage.name: processor_of(stage, self.processor) for stage in recipe.stages}
         self.settings = RunSettings(
             self.processor, self.collator, seed=recipe.seed, precision=recipe.precision, **run_options
         )
@@ -175,16 +181,18 @@ class _Curriculum:
         return report
 
     def collator(self, stage: StageConfig) -> Any:
+        processor = self.processors[stage.name]
         if self.cache is None:
-            return RawCollator(self.processor, self.recipe.pad_to_multiple_of)
-        return CachedCollator(
-            self.processor,
+            return TolerantCollator(RawCollator(processor, self.recipe.pad_to_multiple_of))
+        cached = CachedCollator(
+            processor,
             self.cache,
             self.recipe.pad_to_multiple_of,
             feature_noise=stage.feature_noise,
             token_dropout=stage.token_dropout,
             augment=self.augment,
         )
+        return TolerantCollator(cached)
 
     def _run(self, stage: StageConfig, folder: Path) -> StageReport:
         self._enter(self.model_folder)
@@ -270,17 +278,19 @@ class _Curriculum:
         return report
 
     def _data(self, stage: StageConfig) -> ConversationDataset:
+        def read(files: list[str]) -> ConversationDataset:
+            return ConversationDataset(files, self.recipe.media_root, max_missing=self.recipe.max_bad_samples)
+
         if stage.data is not None:
-            dataset = ConversationDataset(stage.data, self.recipe.media_root)
+            dataset = read(stage.data)
         else:
-            if self.dataset is None:
-                self.dataset = ConversationDataset(self.recipe.data, self.recipe.media_root)
+            self.dataset = self.dataset or read(self.recipe.data)
             dataset = self.dataset
         dataset = dataset.select(stage.modalities)
         if self.cache is None and self.recipe.cache is not None:
             self.cache = EncoderCache(self.recipe.cache, self.model, self.processor)
         if self.cache is not None:
-            self.cache.build(dataset.samples, progress=self.settings.progress_bar)
+            self.cache.build(dataset.samples, self.settings.progress_bar, skip_unreadable=True)
         return dataset
 
     def _enter(self, folder: Path, load: bool = True) -> None:

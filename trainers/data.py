@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ..errors import DataError
 from .json_records import parsed, read_records
 from .media_paths import MediaPaths
-from .original_data import convert, is_original
+from .original_data import OriginalRules, convert, is_original
 
 Sample = dict[str, Any]
 
@@ -40,10 +40,13 @@ class ConversationDataset(Dataset):
 
     Args:
         files: paths of the files.
-        media_root: folder that relative media paths start from, each file's own folder when None; for files in Uni-MoE's
+        media_root: folder that relative media paths start from, each file's own folder when None; for files in LLaVA's
             form see `MediaPaths`.
         check_media: look whether every media file exists.
-        original_rules: of files in Uni-MoE's form, see `original_data`.
+        original_rules: of files in LLaVA's form, see `original_data`.
+        max_missing: share of the samples whose media may be missing; these are left out.
+
+    Attributes: samples; left_out, the samples that were left out, each with the reason.
 
     Raises:
         DataError: unreadable file or record (named as file:line), or missing media.
@@ -54,10 +57,11 @@ class ConversationDataset(Dataset):
         files: Iterable[str | Path],
         media_root: str | Path | None = None,
         check_media: bool = True,
-        original_rules: bool = False,
+        original_rules: OriginalRules | None = None,
+        max_missing: float = 0.0,
     ) -> None:
         samples = [sample for file in files for sample in read_samples(Path(file), media_root, original_rules)]
-        self._take(samples, check_media)
+        self._take(samples, check_media, max_missing)
 
     @classmethod
     def from_samples(
@@ -69,12 +73,14 @@ class ConversationDataset(Dataset):
         dataset._take([normalised(raw, f"sample {i}", root) for i, raw in enumerate(samples)], check_media)
         return dataset
 
-    def _take(self, samples: list[Sample], check_media: bool) -> None:
+    def _take(self, samples: list[Sample], check_media: bool, max_missing: float = 0.0) -> None:
         if not samples:
             raise DataError("There is not a single sample in the data: check the list of files.")
-        if check_media:
-            _require_media(samples)
-        self.samples = samples
+        missing = _missing_media(samples) if check_media else {}
+        if len(missing) > max_missing * len(samples):
+            raise _too_much_missing(samples, missing, max_missing)
+        self.left_out = [(samples[i], f"{' and '.join(paths)} is missing.") for i, paths in missing.items()]
+        self.samples = [sample for i, sample in enumerate(samples) if i not in missing]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -109,7 +115,9 @@ class ConversationDataset(Dataset):
         if unknown := sorted(set(names) - known):
             raise DataError(f"No sample has the modality or task {unknown}; the data have {sorted(known)}.")
         chosen = ConversationDataset.__new__(ConversationDataset)
-        chosen.samples = [s for s in self.samples if {s["modality"], s["task"], group_of(s)} & set(names)]
+        wanted = set(names)
+        chosen.samples = [s for s in self.samples if {s["modality"], s["task"], group_of(s)} & wanted]
+        chosen.left_out = [(s, why) for s, why in self.left_out if {s["modality"], s["task"], group_of(s)} & wanted]
         return chosen
 
 
@@ -119,7 +127,9 @@ def group_of(sample: Sample) -> str:
     return task if modality in task else f"{modality}/{task}"
 
 
-def read_samples(file: Path, media_root: str | Path | None = None, original_rules: bool = False) -> Iterator[Sample]:
+def read_samples(
+    file: Path, media_root: str | Path | None = None, original_rules: OriginalRules | None = None
+) -> Iterator[Sample]:
     """The samples of one file, in order and one at a time; arguments and errors as of `ConversationDataset`."""
     read = sample_reader(file, media_root, original_rules)
     for record in parsed(read_records(file)):
@@ -127,7 +137,7 @@ def read_samples(file: Path, media_root: str | Path | None = None, original_rule
 
 
 def sample_reader(
-    file: Path, media_root: str | Path | None = None, original_rules: bool = False
+    file: Path, media_root: str | Path | None = None, original_rules: OriginalRules | None = None
 ) -> Callable[[Any, str], Sample]:
     """A function (record, its place) -> sample for the records of a file; it raises DataError."""
     paths = MediaPaths(file.parent, media_root)
@@ -216,18 +226,24 @@ def paths_of(value: Any) -> list[str]:
     return [path for path in values if isinstance(path, str)]
 
 
-def _require_media(samples: list[Sample]) -> None:
+def _missing_media(samples: list[Sample]) -> dict[int, list[str]]:
+    """Number of a sample -> its media files that are not there."""
     found: dict[str, bool] = {}
-    missing = []
-    for sample in samples:
-        for value in (path for item in media_items(sample) for path in paths_of(media_value(item))):
-            if value not in found:
-                found[value] = os.path.isfile(value)
-            if not found[value]:
-                missing.append(f"{value} (of {sample['id']})")
-    if missing:
-        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-        raise DataError(
-            f"{len(missing)} media files are missing: {', '.join(missing[:_LISTED])}{more}. Set media_root to the "
-            "folder that the paths start from, or remove these samples."
-        )
+    missing: dict[int, list[str]] = {}
+    for number, sample in enumerate(samples):
+        for path in (path for item in media_items(sample) for path in paths_of(media_value(item))):
+            if path not in found:
+                found[path] = os.path.isfile(path)
+            if not found[path]:
+                missing.setdefault(number, []).append(path)
+    return missing
+
+
+def _too_much_missing(samples: list[Sample], missing: dict[int, list[str]], allowed: float) -> DataError:
+    listed = [f"{path} (of {samples[number]['id']})" for number, paths in missing.items() for path in paths]
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    share = f", in {len(missing)} of {len(samples)} samples, of which {allowed:g} may be unreadable" if allowed else ""
+    return DataError(
+        f"{len(listed)} media files are missing{share}: {', '.join(listed[:_LISTED])}{more}. Set media_root to the folder "
+        "that the paths start from, or remove these samples."
+    )

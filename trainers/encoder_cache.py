@@ -21,7 +21,8 @@ from transformers.utils import logging
 from ..errors import DataError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.media_audio_unimoe import load_audio
-from ..processing.media_policy_unimoe import MediaPolicy
+from ..processing.media_inputs_unimoe import image_pixels
+from ..processing.media_policy_unimoe import MediaError, MediaPolicy
 from ..processing.media_unimoe import load_image, open_media
 from ..processing.media_video_unimoe import load_video
 from .data import MEDIA_KINDS, Sample, media_items, media_value
@@ -67,13 +68,24 @@ class EncoderCache:
         self.pooled = _pooled_lengths(model)
         self._stores: dict[str, TensorStore] = {}
         self._digests: dict[Any, str] = {}
+        self._unreadable: dict[Any, MediaError] = {}
 
-    def build(self, samples: Iterable[Sample], progress: bool = True) -> int:
+    def build(self, samples: Iterable[Sample], progress: bool = True, skip_unreadable: bool = False) -> int:
         """Compute what is missing; may be interrupted and called again.
+
+        Args:
+            skip_unreadable: leave out media that cannot be read; `states` raises for the samples that they belong to.
 
         Returns:
             The number of states computed.
+
+        Raises:
+            MediaError: a medium cannot be read.
         """
+        samples = list(samples)
+        if skip_unreadable:
+            self._note_unreadable(samples)
+            samples = [sample for sample in samples if self.can_read(sample)]
         missing = self._missing(samples)
         total = sum(map(len, missing.values()))
         bar = tqdm(total=total, desc="Encoding media", unit="item", disable=not progress or not total)
@@ -81,8 +93,9 @@ class EncoderCache:
             for kind, items in missing.items():
                 store = self._store(kind)
                 for batch in _batches(items, 1 if kind == "video" else self.batch_size):
-                    media = [self._open(kind, value, key) for key, value in batch]
-                    for (key, _), states in zip(batch, self._encode(kind, media), strict=True):
+                    media = self._open_all(kind, batch, skip_unreadable)
+                    encoded = self._encode(kind, list(media.values())) if media else []
+                    for key, states in zip(media, encoded, strict=True):
                         store.add(key, {name: tensor.to("cpu", self.dtype) for name, tensor in states.items()})
                     bar.update(len(batch))
                 store.flush()
@@ -97,34 +110,50 @@ class EncoderCache:
 
         Raises:
             DataError: a medium was not built.
-        MediaError: a medium cannot be opened any more.
+            MediaError: a medium cannot be read.
         """
         found: dict[str, list[torch.Tensor]] = {}
         for item in media_items(sample):
-            kind = item["type"]
-            key = self._key(kind, media_value(item), variant % self.variants[kind])
-            states = self._store(kind).get(key)
-            if states is None:
-                raise DataError(
-                    f"Sample {sample['id']}: the {kind} {media_value(item)!r} is not in the encoder cache {self.folder}: "
-                    "call build() with this sample first."
-                )
             wanted = item.get("encoder") or "both"
-            for name, tensor in states.items():
+            for name, tensor in self._stored(sample, item, variant).items():
                 if wanted in ("both", name):
                     found.setdefault(name, []).append(tensor)
         return found
 
     def audio_windows(self, sample: Sample) -> list[int]:
-        """Number of windows of every audio item of a sample."""
+        """Number of windows of every audio item of a sample. Raises as `states` does."""
         clips = [item for item in media_items(sample) if item["type"] == "audio"]
-        states = [self._store("audio").get(self._key("audio", media_value(item), 0)) for item in clips]
-        return [len(next(iter(state.values()))) for state in states if state is not None]
+        return [len(next(iter(self._stored(sample, item, 0).values()))) for item in clips]
+
+    def can_read(self, sample: Sample) -> bool:
+        """Whether no medium of a sample has turned out to be unreadable."""
+        return not any(self._name(media_value(item)) in self._unreadable for item in media_items(sample))
 
     def statistics(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation [C] (float32) of the stored states of "image", "video", "speech" or "sound"."""
         kind = "audio" if name in ("speech", "sound") else name
         return self._store(kind).statistics(name)
+
+    def _stored(self, sample: Sample, item: dict[str, Any], variant: int) -> dict[str, torch.Tensor]:
+        kind, value = item["type"], media_value(item)
+        if self._name(value) in self._unreadable:
+            raise self._unreadable[self._name(value)]
+        states = self._store(kind).get(self._key(kind, value, variant % self.variants[kind]))
+        if states is None:
+            raise DataError(
+                f"Sample {sample['id']}: the {kind} {value!r} is not in the encoder cache {self.folder}: call build() with "
+                "this sample first."
+            )
+        return states
+
+    def _note_unreadable(self, samples: Iterable[Sample]) -> None:
+        """Remember the files that cannot even be opened."""
+        for sample in samples:
+            for item in media_items(sample):
+                try:
+                    self._key(item["type"], media_value(item), 0)
+                except MediaError as error:
+                    self._unreadable[self._name(media_value(item))] = error
 
     def _missing(self, samples: Iterable[Sample]) -> dict[str, dict[str, Any]]:
         missing: dict[str, dict[str, Any]] = {}
@@ -145,11 +174,25 @@ class EncoderCache:
             self._stores[kind] = TensorStore(self.folder / f"{kind}-{fingerprint[:16]}")
         return self._stores[kind]
 
+    def _name(self, value: Any) -> Any:
+        return value if isinstance(value, str) else id(value)
+
     def _key(self, kind: str, value: Any, variant: int) -> str:
-        name = value if isinstance(value, str) else id(value)
+        name = self._name(value)
         if name not in self._digests:
             self._digests[name] = _content_digest(kind, value, self.processor.media_policy)
         return f"{self._digests[name]}-{variant}"
+
+    def _open_all(self, kind: str, batch: list[tuple[str, Any]], skip_unreadable: bool) -> dict[str, Any]:
+        media = {}
+        for key, value in batch:
+            try:
+                media[key] = self._open(kind, value, key)
+            except MediaError as error:
+                if not skip_unreadable:
+                    raise
+                self._unreadable[self._name(value)] = error
+        return media
 
     def _open(self, kind: str, value: Any, key: str) -> Any:
         """A medium as its augmentation and its front-end take it."""
@@ -170,7 +213,7 @@ class EncoderCache:
     def _encode(self, kind: str, media: list[Any]) -> list[dict[str, torch.Tensor]]:
         base, device = self.model.model, self.model.device
         if kind == "image":
-            pixels = self.processor.image_processor(images=media, return_tensors="pt")["pixel_values"]
+            pixels = image_pixels(self.processor, media)
             states = {"image": base.encode_image(pixels.to(device)).split(1)}
             return [{"image": self._pool("image", item[0])} for item in states["image"]]
         if kind == "video":
@@ -240,6 +283,8 @@ def _fingerprint(
         "augment": None if augment is None else f"{augment.__module__}.{augment.__qualname__}",
         "dtype": str(dtype),
     }
+    if kind == "image" and processor.image_aspect_ratio != "square":
+        settings["image_aspect_ratio"] = processor.image_aspect_ratio
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for tower in (tower for tower in towers if tower is not None):
         digest.update(json.dumps(tower.config.to_diff_dict(), sort_keys=True, default=str).encode())

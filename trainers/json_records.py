@@ -8,9 +8,10 @@ from typing import Any, TextIO
 
 from ..errors import DataError
 
-_CHUNK = 1 << 20
-_MAX_RECORD = 1 << 28
-_BLANK = " \t\r\n"
+_CHUNK = 1 << 20  # characters
+_MAX_RECORD = 1 << 28  # characters; a record that is still open then is taken for broken
+_TOO_LONG = f"{_MAX_RECORD:,} characters that a record may have"
+_BLANK = " \t\r\n"  # white space of JSON, which is less than Python's
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Record:
 def read_records(file: Path) -> Iterator[Record]:
     """The records of a file, whichever of the two forms it has.
 
-    A broken line is reported in its record and reading goes on; a broken list ends with such a record.
+    A broken line is reported in its record and reading goes on; a broken list, and a line that does not end within
+    2^28 characters, end with such a record.
 
     Raises:
         DataError: the file cannot be opened or is not UTF-8.
@@ -96,8 +98,10 @@ class _Window:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self.text, self.position)
-            except json.JSONDecodeError:  # not ValueError: more text does not mend a number that is too long
-                if len(self.text) - self.position > _MAX_RECORD or not self.grow():
+            except json.JSONDecodeError as error:  # not ValueError: more text does not mend a number that is too long
+                if self._is_too_long():
+                    raise json.JSONDecodeError(f"{error.msg}, within the {_TOO_LONG}", "", 0) from error
+                if not self.grow():
                     raise
                 continue
             if end == len(self.text) and self.grow():  # a number may go on
@@ -106,16 +110,22 @@ class _Window:
             return value
 
     def lines(self) -> Iterator[str]:
-        """The rest of the file, line by line."""
+        """The rest of the file, line by line. Raises JSONDecodeError for a line that is too long for a record."""
         while True:
             end = self.text.find("\n", self.position)
-            if end < 0 and self.grow():
-                continue
+            if end < 0:
+                if self._is_too_long():
+                    raise json.JSONDecodeError(f"no end of line within the {_TOO_LONG}", "", 0)
+                if self.grow():
+                    continue
             line = self.text[self.position :] if end < 0 else self.text[self.position : end]
             self.position += len(line) + (end >= 0)
             yield line
             if end < 0:
                 return
+
+    def _is_too_long(self) -> bool:
+        return len(self.text) - self.position > _MAX_RECORD
 
 
 def _list_records(file: Path, window: _Window) -> Iterator[Record]:
@@ -140,13 +150,22 @@ def _list_records(file: Path, window: _Window) -> Iterator[Record]:
 
 def _line_records(file: Path, window: _Window) -> Iterator[Record]:
     blank_lines_before = window.text[: window.position].count("\n")
-    for number, line in enumerate(window.lines(), start=1 + blank_lines_before):
-        if not line.strip():
-            continue
-        try:
-            yield Record(number, f"{file}:{number}", json.loads(line), position=window.total)
-        except (ValueError, RecursionError) as error:
-            yield Record(number, f"{file}:{number}", None, _reason(error), window.total)
+    number = blank_lines_before
+    try:
+        for line in window.lines():
+            number += 1
+            if line.strip():
+                yield _line_record(file, number, line, window.total)
+    except json.JSONDecodeError as error:
+        yield Record(number + 1, f"{file}:{number + 1}", None, error.msg, window.total)
+
+
+def _line_record(file: Path, number: int, line: str, position: int) -> Record:
+    place = f"{file}:{number}"
+    try:
+        return Record(number, place, json.loads(line), position=position)
+    except (ValueError, RecursionError) as error:
+        return Record(number, place, None, _reason(error), position)
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..roles import role_of
-from .recipe import LoraSettings
+from .recipe_parts import LoraSettings
 
 _LINEAR_TARGETS = {
     "attention": r"self_attn\.(q|k|v|o)_proj",

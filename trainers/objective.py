@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from ..modeling_unimoe.gate_rows_unimoe import StepTotals
 from ..modeling_unimoe.losses_unimoe import balance_terms
 
 IGNORED = -100
@@ -16,7 +17,10 @@ _COLUMNS = 4
 
 @dataclass
 class LossParts:
-    """Scalars, float32. `total` is what is minimised; the others are its unweighted parts, `routers` by their names."""
+    """Scalars, float32. `total` is what is minimised; the others are its unweighted parts, `routers` by their names.
+
+    Each is this batch's part of the optimizer step's: the sum over the step's batches is that of the step.
+    """
 
     total: torch.Tensor
     cross_entropy: torch.Tensor
@@ -41,6 +45,7 @@ def training_loss(
     config: UniMoeTextConfig,
     label_smoothing: float = 0.0,
     num_items_in_batch: torch.Tensor | int | None = None,
+    step: StepTotals | None = None,
 ) -> LossParts:
     """Loss of a forward pass without labels.
 
@@ -51,7 +56,9 @@ def training_loss(
         modality_ids: modality id of every position, [B, S].
         label_smoothing: share of the target that is spread evenly over the vocabulary.
         num_items_in_batch: labelled tokens of the whole accumulated batch, by which the sum is divided; None means
-            those of this batch. The routers' losses are weighted by this batch's share of them.
+            those of this batch.
+        step: totals of the whole optimizer step; without them the routers' losses are this batch's own, weighted by its
+            share of the labelled tokens.
     """
     logits = outputs.logits
     targets = labels[:, -logits.shape[1] :][:, 1:]
@@ -64,6 +71,7 @@ def training_loss(
     )
     if not outputs.router_logits:
         return LossParts(cross_entropy, cross_entropy.detach())
-    terms = balance_terms(outputs.router_logits, config, modality_ids, token_groups, attention_mask, items / divisor)
-    losses = {name: loss.detach() for name, loss in terms.losses.items()}
-    return LossParts(cross_entropy + terms.weighted, cross_entropy.detach(), losses)
+    terms = balance_terms(outputs.router_logits, config, modality_ids, token_groups, attention_mask, step)
+    share = 1.0 if step is not None else items / divisor
+    losses = {name: loss.detach() * share for name, loss in terms.losses.items()}
+    return LossParts(cross_entropy + terms.weighted * share, cross_entropy.detach(), losses)

@@ -1,17 +1,20 @@
-"""Uni-MoE's own data files as conversations of our format.
+"""Uni-MoE's and MoIIE's own data files, which have LLaVA's form, as conversations of our format.
 
 A record is {"conversations": [{"from": "human"|"gpt", "value": text}, ...], "image": path, "video": [frame paths],
 "voice": [audio paths]}; the texts hold one `<image>`, `<video>` or `<audio>` per medium. Beyond what the authors' code
 takes, `image` may be a list, `video` the path of a clip or a list of frame lists, and an image may be base64.
 
-Where the authors' code goes wrong in silence, ours is right by default; `original_rules=True` does as theirs does:
+Where the authors' code goes wrong in silence, ours is right by default; `original_rules` "unimoe" or "bunny" does as
+theirs does (MoIIE's is that of Bunny):
 
 * A medium that no placeholder stands for (voice without `<audio>`) is ignored by theirs. Ours puts its placeholder before
   the first question, in the order of their inference scripts: images, audio, videos.
 * A placeholder without a medium (two `<image>`, one image) takes the next sample's image in theirs. Ours is a DataError,
   also when some but not all media have placeholders.
-* Their training code takes `<video>` for plain text in a sample with neither image nor voice. Ours is a video.
-* A leading answer is dropped in both: there is no prompt to learn it from. An answer that is missing is a DataError here.
+* Uni-MoE's training code takes `<video>` for plain text in a sample with neither image nor voice. Ours is a video.
+* Bunny moves the only `<image>` of a turn to its start, and white space around the rest is lost. Ours leaves it.
+* Bunny knows images only; `<audio>` and `<video>` are text.
+* A leading answer is dropped in all: there is no prompt to learn it from. An answer that is missing is a DataError here.
 
 What was put right is told in `sample["remarks"]`.
 """
@@ -20,16 +23,19 @@ import base64
 import binascii
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import DataError
 
 Sample = dict[str, Any]
+OriginalRules = Literal["unimoe", "bunny"]
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 _KEYS = {"image": "image", "audio": "voice", "video": "video"}  # in the order of placeholders at inference
 _NAMES = {"image": "image", "video": "video", "audio": "speech"}  # in the order of a modality's name
-_PLACEHOLDER = re.compile("(<image>|<audio>|<video>)")
+# By rules: the kinds of media there are, and the keys of which one makes their placeholders act.
+_KINDS: dict[str | None, tuple[str, ...]] = {None: tuple(_KEYS), "unimoe": tuple(_KEYS), "bunny": ("image",)}
+_ACTING: dict[str, set[str]] = {"unimoe": {"image", "voice"}, "bunny": {"image"}}
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{200,}={0,2}\s*")
 
 
@@ -39,14 +45,17 @@ def is_original(value: Any) -> bool:
 
 
 def convert(
-    record: dict[str, Any], place: str, absolute: Callable[[str], str] = str, original_rules: bool = False
+    record: dict[str, Any],
+    place: str,
+    absolute: Callable[[str], str] = str,
+    original_rules: OriginalRules | None = None,
 ) -> Sample:
     """One record as a sample of our format; no medium is opened.
 
     Args:
         place: names the record in messages, and in its sample if it has no `id`.
         absolute: makes an absolute path of one in the record, see `MediaPaths`.
-        original_rules: do as the authors' code does, see above.
+        original_rules: do as the code of these authors does, see above.
 
     Returns:
         `id`, `modality`, `task`, `messages`, `source` (the record's other fields) and, if any, `remarks`. A last answer
@@ -55,24 +64,28 @@ def convert(
     Raises:
         DataError: the record is malformed, or media and placeholders do not match.
     """
+    if original_rules not in _KINDS:
+        raise DataError(f"original_rules is {original_rules!r}; use one of {sorted(_ACTING)}, or None.")
     remarks: list[str] = []
     turns = _read_turns(record["conversations"], place, remarks)
-    media = {kind: _read_media(kind, record.get(key), place, absolute) for kind, key in _KEYS.items()}
-    # The authors' code looks for these two keys only.
-    acts = bool({"image", "voice"} & set(record)) if original_rules else any(media.values())
+    kinds = _KINDS[original_rules]
+    media = {kind: _read_media(kind, record.get(_KEYS[kind]), place, absolute) for kind in kinds}
+    acts = any(media.values()) if original_rules is None else bool(_ACTING[original_rules] & set(record))
     if acts:
         given = {kind: len(items) for kind, items in media.items()}
-        written = {kind: sum(text.count(f"<{kind}>") for _, text in turns) for kind in _KEYS}
-        if not original_rules:
+        written = {kind: sum(text.count(f"<{kind}>") for _, text in turns) for kind in kinds}
+        if original_rules is None:
             turns = _with_missing_placeholders(turns, given, written, place, remarks)
-        elif any(given[kind] > written[kind] for kind in _KEYS):
+        elif any(given[kind] > written[kind] for kind in kinds):
             remarks.append("media without a placeholder are ignored")
+        if original_rules == "bunny":
+            turns = [(role, _image_first(text)) for role, text in turns]
         messages = [{"role": role, "content": _content(text, media)} for role, text in turns]
     else:
-        if any(_PLACEHOLDER.search(text) for _, text in turns):
+        if any(f"<{kind}>" in text for kind in kinds for _, text in turns):
             remarks.append("a placeholder in a record without media stays text")
         messages = [{"role": role, "content": text} for role, text in turns]
-    if not original_rules:
+    if original_rules is None:
         messages = _without_open_answer(messages, place)
     modality = (
         "+".join(name for kind, name in _NAMES.items() if _KEYS[kind] in record and record[_KEYS[kind]]) or "text"
@@ -159,14 +172,22 @@ def _with_missing_placeholders(
     return [(turns[0][0], first), *turns[1:]]
 
 
+def _image_first(text: str) -> str:
+    """Bunny's rule for a turn that holds one image."""
+    if text.count("<image>") != 1 or text.startswith("<image>"):
+        return text
+    return f"<image>\n{text.replace('<image>', '').strip()}".strip()
+
+
 def _content(text: str, media: dict[str, list[dict[str, Any]]]) -> str | list[dict[str, Any]]:
     """A text as content items; the media found in it are taken from the front of `media`."""
-    pieces = [piece for piece in _PLACEHOLDER.split(text) if piece]
-    if not any(_PLACEHOLDER.fullmatch(piece) for piece in pieces):
+    placeholders = [f"<{kind}>" for kind in media]
+    pieces = [piece for piece in re.split(f"({'|'.join(placeholders)})", text) if piece]
+    if not set(placeholders) & set(pieces):
         return text
-    items = []
+    items: list[dict[str, Any]] = []
     for piece in pieces:
-        if not _PLACEHOLDER.fullmatch(piece):
+        if piece not in placeholders:
             items.append({"type": "text", "text": piece})
             continue
         kind = piece[1:-1]

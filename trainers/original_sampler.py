@@ -69,7 +69,8 @@ def original_order(
 
 def type_of(sample: Sample) -> int:
     """The original's number of a sample's modalities: 4 with video, plus 2 with audio, plus 1 with images."""
-    return sum({_BITS.get(name, 0) for name in sample["modality"].split("+")})
+    bits = {_BITS.get(name, 0) for name in sample["modality"].split("+")}  # a set: speech and sound are one bit
+    return sum(bits)
 
 
 def length_of(sample: Sample) -> int:
@@ -86,7 +87,7 @@ class OriginalBatchSampler(Sampler[list[Draw]]):
         seed: of all epochs' orders.
     """
 
-    drop_last = True
+    drop_last = True  # read by accelerate: no batch is short
 
     def __init__(
         self, dataset: ConversationDataset, rule: str, batch_size: int, world_size: int = 1, seed: int = 0

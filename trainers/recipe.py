@@ -9,99 +9,13 @@ from typing import Literal
 
 from ..errors import RecipeError
 from ..roles import ROLES
+from .recipe_parts import ExpertConfig, LoraSettings, MoeConfig, require_folder_name
 from .recipe_values import require, require_choice, require_range
 
 STAGE_KINDS = ("train", "experts", "moe")
-ROUTER_INITS = ("modality_means", "normal", "zeros")
-LORA_TARGETS = ("attention", "experts", "ffn")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
 COEFFICIENTS = tuple(f"router_{name}_loss_coef" for name in ("aux", "z", "modality", "divergence"))
-MAX_NAME = 60  # characters of a stage or an expert; file systems allow 255 bytes, of which ours add some
-
-
-@dataclass
-class LoraSettings:
-    """Low-rank adapters (arXiv 2106.09685) of a stage; they are merged into the weights when the stage ends.
-
-    Args:
-        targets: roles that get adapters, of "attention" (q, k, v, o), "experts" (the fused tensors, `rank` per
-            expert) and "ffn" (gate, up, down of dense layers).
-        dropout: on the input of the adapters; PEFT has none for fused experts, so it must be 0 with "experts".
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: ["experts", "attention"])
-
-    def check(self, where: str) -> None:
-        require_range(f"{where}.rank", self.rank, 1, 65_536)
-        require(self.alpha > 0 and math.isfinite(self.alpha), f"{where}.alpha", self.alpha, "a positive number")
-        require(0 <= self.dropout < 1, f"{where}.dropout", self.dropout, "at least 0 and below 1")
-        require(bool(self.targets), f"{where}.targets", self.targets, f"a list of {LORA_TARGETS}")
-        for target in self.targets:
-            require_choice(f"{where}.targets", target, LORA_TARGETS)
-        if self.dropout and "experts" in self.targets:
-            raise RecipeError(
-                f"{where}.dropout is {self.dropout}; it must be 0 when targets holds 'experts', because adapters on "
-                "fused parameters have no input to drop."
-            )
-
-
-@dataclass
-class ExpertConfig:
-    """One run of an "experts" stage: a copy of the dense FFN that learns some modalities."""
-
-    name: str
-    modalities: list[str]
-    steps: int | None = None
-
-    def check(self, where: str) -> None:
-        _require_folder_name(f"{where}.name", self.name)
-        require(bool(self.modalities), f"{where}.modalities", self.modalities, "a list with at least one name")
-        if self.steps is not None:
-            require_range(f"{where}.steps", self.steps, 1, 1 << 40)
-
-
-@dataclass
-class MoeConfig:
-    """What the assembled model becomes; see `UniMoeTextConfig` for the fields that are named alike.
-
-    Args:
-        sparse_layers: 0-based layers that become sparse; None means every layer.
-        num_experts: None means as many as the "experts" stage trained.
-        router_init: "modality_means" points gate row e at the mean router input of expert e's modalities, "normal"
-            draws the rows, "zeros" treats every expert alike.
-        router_init_scale: for "modality_means": by how much the logit of a modality's own expert exceeds the average
-            over experts at the start.
-    """
-
-    sparse_layers: list[int] | None = None
-    num_experts: int | None = None
-    num_experts_per_tok: int = 2
-    expert_groups: dict[str, list[int]] | None = None
-    modality_groups: dict[str, str] | None = None
-    modality_experts: dict[str, list[int]] | None = None
-    router_init: Literal["modality_means", "normal", "zeros"] = "modality_means"
-    router_init_scale: float = 1.0
-    router_jitter_noise: float = 0.0
-
-    def check(self, where: str) -> None:
-        require_choice(f"{where}.router_init", self.router_init, ROUTER_INITS)
-        if self.num_experts is not None:
-            require_range(f"{where}.num_experts", self.num_experts, 1, 4096)
-        require_range(f"{where}.num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts or 4096)
-        require(self.sparse_layers != [], f"{where}.sparse_layers", self.sparse_layers, "None or a list of layers")
-        require(
-            self.router_init != "modality_means" or self.expert_groups is None,
-            f"{where}.router_init",
-            self.router_init,
-            "'normal' or 'zeros' with expert_groups",
-        )
-        for name in ("router_init_scale", "router_jitter_noise"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"{where}.{name}", value, "finite and at least 0")
 
 
 @dataclass
@@ -114,6 +28,8 @@ class StageConfig:
         train: roles whose parameters are trained (see `unimoe.roles`); everything else is frozen.
         modalities: modalities or tasks whose samples are used; empty means all.
         data: own data files of this stage; None uses the recipe's.
+        chat_template: name of the one of the processor's chat templates that this stage trains with; None: its default.
+        image_aspect_ratio: of pictures in this stage, see `UniMoeProcessor`; None: the processor's.
         steps: optimizer steps; of an "experts" stage those of every run that sets none of its own.
         batch_size: samples per device and forward pass.
         gradient_accumulation_steps: batches per optimizer step, all from one modality.
@@ -121,6 +37,7 @@ class StageConfig:
         schedule: of the learning rate after `warmup_steps`; it ends at `min_learning_rate_ratio` of its peak.
         weight_decay, adam_betas: of AdamW; biases and norms do not decay.
         max_grad_norm: longer gradients are scaled down to it; 0 leaves them.
+        max_skipped_steps: steps whose loss or gradient is not finite that may be left out; one more ends the run.
         label_smoothing: share of the target that is spread evenly over the vocabulary.
         lora: adapters that train beside `train`.
         experts: the runs of a stage of kind "experts".
@@ -143,6 +60,8 @@ class StageConfig:
     train: list[str] = field(default_factory=lambda: ["connectors"])
     modalities: list[str] = field(default_factory=list)
     data: list[str] | None = None
+    chat_template: str | None = None
+    image_aspect_ratio: Literal["square", "pad"] | None = None
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
@@ -153,6 +72,7 @@ class StageConfig:
     weight_decay: float = 0.0
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 0
     label_smoothing: float = 0.0
     lora: LoraSettings | None = None
     experts: list[ExpertConfig] = field(default_factory=list)
@@ -171,7 +91,7 @@ class StageConfig:
     log_every: int = 10
 
     def check(self, where: str) -> None:
-        _require_folder_name(f"{where}.name", self.name)
+        require_folder_name(f"{where}.name", self.name)
         require_choice(f"{where}.kind", self.kind, STAGE_KINDS)
         require_choice(f"{where}.schedule", self.schedule, SCHEDULES)
         require(self.data != [], f"{where}.data", self.data, "a list with at least one file, or left out")
@@ -192,7 +112,7 @@ class StageConfig:
     def _check_numbers(self, where: str) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
             require_range(f"{where}.{name}", getattr(self, name), 1, 1 << 40)
-        for name in ("warmup_steps", "save_every", "router_aux_loss_decay_steps"):
+        for name in ("warmup_steps", "save_every", "max_skipped_steps", "router_aux_loss_decay_steps"):
             require_range(f"{where}.{name}", getattr(self, name), 0, 1 << 40)
         for name in ("weight_decay", "max_grad_norm", *COEFFICIENTS, "router_aux_loss_final_coef"):
             value = getattr(self, name)
@@ -239,7 +159,7 @@ class Recipe:
 
     Args:
         model: folder of the model that the first stage starts from, with its processor.
-        data: files of conversations, in our form or in that of Uni-MoE's data, see `data`; their media paths are relative
+        data: files of conversations, in our form or in LLaVA's, see `data`; their media paths are relative
             to `media_root`, or to the file's folder when that is None.
         out: folder of the stages' results.
         moe: needed by stages of kind "experts" and "moe".
@@ -248,6 +168,8 @@ class Recipe:
         experts_implementation: of transformers ("grouped_mm", "batched_mm", "eager"); None leaves its default.
         cache: folder for the frozen towers' states; None runs the towers in every step.
         pad_to_multiple_of: sequence lengths are rounded up to it, because every new shape costs time.
+        max_bad_samples: share of the samples that may be unreadable: they are left out and listed in `bad_samples.jsonl`
+            of the stage; more of them end the run.
         gradient_checkpointing: compute the decoder's activations again in the backward pass: less memory, a third more
             time.
     """
@@ -265,12 +187,14 @@ class Recipe:
     cache: str | None = None
     pad_to_multiple_of: int = 8
     gradient_checkpointing: bool = False
+    max_bad_samples: float = 0.01
 
     def check(self, where: str = "recipe") -> None:
         """Raise RecipeError naming field, value and what is allowed, if anything in the recipe is impossible."""
         require_choice("precision", self.precision, PRECISIONS)
         require_range("seed", self.seed, 0, (1 << 32) - 1)
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
+        require(0 <= self.max_bad_samples <= 1, "max_bad_samples", self.max_bad_samples, "between 0 and 1")
         require(bool(self.data), "data", self.data, "a list with at least one file")
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):
@@ -278,6 +202,11 @@ class Recipe:
             if self.cache is not None and "towers" in stage.train:
                 raise RecipeError(
                     f"stages[{index}] ({stage.name}) trains the towers, whose states the cache holds: leave cache out."
+                )
+            if self.cache is not None and stage.image_aspect_ratio is not None:
+                raise RecipeError(
+                    f"stages[{index}] ({stage.name}) has an image_aspect_ratio of its own, but the cache holds states of "
+                    "pictures as the model's processor shapes them: leave one of the two out."
                 )
         _require_different("stages", [stage.name for stage in self.stages])
         self._check_assembly()
@@ -310,12 +239,6 @@ def _figures(where: str, value: float | dict[str, float]) -> list[tuple[str, flo
     if isinstance(value, dict):
         return [(f"{where}.{key}", figure) for key, figure in value.items()]
     return [(where, value)]
-
-
-def _require_folder_name(where: str, name: str) -> None:
-    plain = name == name.strip() and name.isprintable() and not set(name) & set('/\\:*?"<>|.')
-    allowed = "a name that can be a folder (no dots, slashes, wildcards or spaces around it)"
-    require(plain and 0 < len(name) <= MAX_NAME, where, name, f"{allowed} of at most {MAX_NAME} characters")
 
 
 def _require_different(where: str, names: list[str]) -> None:

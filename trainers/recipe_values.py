@@ -48,6 +48,8 @@ def build(cls: type, data: Any, where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, value, where, hint)
@@ -74,6 +76,8 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str, hint: Any) 
         return None
     for option in options:
         plain = get_origin(option) or option
+        if plain is Literal and value in get_args(option):
+            return value
         if option is float and _is_number(value):
             return float(value)
         if is_dataclass(option) and isinstance(option, type) and isinstance(value, dict):
@@ -98,6 +102,8 @@ def _describe(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(option) for option in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
     if origin is list:
         return f"a list of {_describe(arguments[0])}"
     if origin is dict:

@@ -12,16 +12,17 @@ from .objective import IGNORED
 from .trainable import count_trainable
 from .trainer import UniMoeTrainer
 
-_TIMED_STEPS_PER_GROUP = 3
+_MOST_TIMED_STEPS = 3  # of each group
+_LONG_ENOUGH = 2.0  # seconds on one group after which a single timed step does
 
 
 def seconds_per_step(trainer: UniMoeTrainer) -> float:
     """Mean duration of an optimizer step over the groups of samples, by their share of the steps.
 
-    Every group gets one step for warming up (kernels are built for new shapes) and three timed ones, with collating,
-    forward, backward, clipping and optimizer. The fastest counts: what else the machine does for a moment makes steps
-    slower, never faster, and must not decide how long a whole stage trains. Weights and random states are put back afterwards; the trainer's own
-    optimizer is never made.
+    Every group gets one step for warming up (kernels are built for new shapes) and up to three timed ones, with
+    collating, forward, backward, clipping and optimizer. The fastest counts: what else the machine does for a moment
+    makes steps slower, never faster, and must not decide how long a whole stage trains. Weights and random states are
+    put back afterwards; the trainer's own optimizer is never made.
     """
     sampler = trainer.train_sampler()
     model = trainer.model.to(trainer.args.device)  # type: ignore[arg-type]
@@ -34,8 +35,8 @@ def seconds_per_step(trainer: UniMoeTrainer) -> float:
     for group, share in sampler.shares.items():
         indices = sampler.groups[group].tolist()
         draws = [Draw(indices[i % len(indices)], seed=i) for i in range(sampler.batch_size)]
-        durations = []
-        for _ in range(1 + _TIMED_STEPS_PER_GROUP):
+        durations: list[float] = []
+        while len(durations) < 2 or (len(durations) <= _MOST_TIMED_STEPS and sum(durations) < _LONG_ENOUGH):
             started = time.perf_counter()
             for _ in range(trainer.args.gradient_accumulation_steps):
                 _forward_backward(trainer, model, draws)

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from .bad_samples import BadSamples
 from .balance_decay import BalanceDecay
 from .checkpoints import newest_checkpoint, write_durably
 from .data import ConversationDataset
@@ -81,6 +82,7 @@ class RunSettings:
     make_collator: Callable[[StageConfig], Any]
     seed: int = 0
     precision: str = "float32"
+    max_bad_samples: float = 0.01
     progress_bar: bool = True
     on_progress: OnProgress | None = None
     on_start: OnStageStart | None = None
@@ -119,7 +121,10 @@ def run_training(
     checkpoint = newest_checkpoint(checkpoints)
 
     def trainer_for(steps: int) -> UniMoeTrainer:
-        return _build_trainer(trained_model, dataset, collator, stage, checkpoints, steps, settings)
+        trainer = _build_trainer(trained_model, dataset, collator, stage, checkpoints, steps, settings)
+        trainer.bad_samples = BadSamples(folder, len(dataset) + len(dataset.left_out), settings.max_bad_samples)
+        trainer.bad_samples.note((str(sample["id"]), reason) for sample, reason in dataset.left_out)
+        return trainer
 
     planned = _decide_steps(stage, folder, trainer_for)
     trainer = trainer_for(planned)
@@ -252,6 +257,7 @@ def _build_trainer(
         label_smoothing=stage.label_smoothing,
         modality_weights=stage.modality_weights,
         min_learning_rate_ratio=stage.min_learning_rate_ratio,
+        max_skipped_steps=stage.max_skipped_steps,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

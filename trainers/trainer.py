@@ -1,7 +1,6 @@
 """`transformers.Trainer` for Uni-MoE: modality batches, learning rates by role, exact resume, losses apart."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,24 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from ..errors import CheckpointError, RecipeError, TrainingError
+from ..errors import CheckpointError, DataError, RecipeError
 from ..modeling_unimoe.configuration_unimoe_text import LOSS_COEFFICIENTS
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..roles import role_of
+from .bad_samples import BadSamples
 from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal
 from .data import ConversationDataset
-from .objective import columns_to_keep, training_loss
+from .non_finite import FiniteGuard
+from .objective import LossParts, columns_to_keep, training_loss
+from .router_bias import RouterBiasUpdate, choice_biases
 from .sampler import ModalityBatchSampler, group_weights
+from .step_balance import StepBalance
 
 logger = logging.get_logger(__name__)
 
 TRAINED_FILE = "trained_parameters.safetensors"
 LOSS_NAMES = ("ce_loss", *LOSS_COEFFICIENTS)
+_NOT_FOR_THE_MODEL = ("labels", "logits_to_keep", "sample_ids", "group", "bad_samples")
 ALWAYS_LOGGED = ("ce_loss", "aux_loss", "z_loss")
 
 
@@ -41,6 +45,9 @@ class UniMoeTrainer(Trainer):
         label_smoothing: share of the target spread evenly over the vocabulary.
         modality_weights: share of the steps by modality or task; see `sampler.group_weights`.
         min_learning_rate_ratio: the schedule ends at this share of the peak rate.
+        max_skipped_steps: steps whose loss or gradient is not finite that are left out; one more ends the run.
+
+    `bad_samples`, when set, lists the samples that a `TolerantCollator` could not read; without it the first ends the run.
 
     A checkpoint counts once its `COMPLETE` file is there; `train(resume_from_checkpoint=True)` takes the newest of
     these, or starts from the beginning when there is none. What random numbers a batch needs depends on its position
@@ -58,6 +65,7 @@ class UniMoeTrainer(Trainer):
         label_smoothing: float = 0.0,
         modality_weights: Mapping[str, float] | None = None,
         min_learning_rate_ratio: float = 0.0,
+        max_skipped_steps: int = 0,
         **kwargs: Any,
     ) -> None:
         # One finiteness check of our own replaces this one, which hides bad losses instead of stopping.
@@ -74,15 +82,18 @@ class UniMoeTrainer(Trainer):
         self.label_smoothing = label_smoothing
         self.modality_weights = dict(modality_weights or {})
         self.min_learning_rate_ratio = min_learning_rate_ratio
+        self.finite_guard = FiniteGuard(max_skipped_steps)
+        self.step_balance = StepBalance(self.args.world_size if self.args.average_tokens_across_devices else 1)
         # The loss is ours, and divided by the tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.bad_samples: BadSamples | None = None
         self.group_losses: dict[str, list[float]] = {}
         self._group_pending: list[tuple[str, torch.Tensor]] = []
         self._sums = torch.zeros(len(LOSS_NAMES))
         self._micro_steps = 0
-        self._last_batch: list[tuple[list[str], torch.Tensor]] = []
         self._saving = False
+        self.add_callback(RouterBiasUpdate(self))
 
     @property
     def base(self) -> UniMoeForCausalLM:
@@ -122,6 +133,17 @@ class UniMoeTrainer(Trainer):
 
     # ---- loss
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
+        """The batches of an optimizer step; what the balance losses need to know of all of them is found here."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.model.train()
+        prepared = (_model_inputs(self._prepare_inputs(batch)) for batch in batches)
+        with self.compute_loss_context_manager():
+            self.step_balance.begin(self.base, len(batches), prepared)
+        return batches, items
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -130,67 +152,68 @@ class UniMoeTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Cross entropy (smoothed) at the labelled tokens plus balance terms; see `objective.training_loss`."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        sample_ids, group = inputs.pop("sample_ids", []), inputs.pop("group", "")
-        config = self.base.config.text_config
-        keep = inputs.pop("logits_to_keep", None) or columns_to_keep(labels)
+        raw, labels, inputs = inputs, inputs["labels"], _model_inputs(inputs)
+        group = raw.get("group", "")
+        self._note_bad(raw.get("bad_samples", ()))
+        base, config = self.base, self.base.config.text_config
+        keep = raw.get("logits_to_keep") or columns_to_keep(labels)
         outputs = model(
             **inputs, logits_to_keep=keep, output_router_logits=bool(config.sparse_layers), use_cache=False
         )
+        modality_ids = base.model.modality_ids(inputs["input_ids"])
         parts = training_loss(
             outputs,
             labels,
             inputs.get("attention_mask"),
-            self._token_groups(inputs["input_ids"]),
-            self.base.model.modality_ids(inputs["input_ids"]),
+            base.model.token_groups(modality_ids) if config.sparse_layers else None,
+            modality_ids,
             config,
             self.label_smoothing if model.training else 0.0,
             num_items_in_batch,
+            self.step_balance.of(outputs, base, inputs) if model.training else None,
         )
         loss = parts.total
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if model.training:
-            self._note(parts, loss, sample_ids, group)
+            self._require_something_to_learn(loss, group)
+            if outputs.idle_branches is not None:
+                loss = loss + outputs.idle_branches
+            self._note(parts, group)
+            self.finite_guard.add(raw, inputs, loss)
         return (loss, outputs) if return_outputs else loss
 
-    def _token_groups(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        base = self.base
-        if not base.config.text_config.sparse_layers or len(base.config.text_config.router_groups) == 1:
-            return None
-        return base.model.language_model.token_groups(input_ids, base.model.modality_ids(input_ids))
+    def _note_bad(self, bad: Sequence[tuple[str, str]]) -> None:
+        if self.bad_samples is not None:
+            self.bad_samples.note(bad)
+        elif bad:
+            raise DataError(
+                f"The sample {bad[0][0]} cannot be read: {bad[0][1]} Repair it, or set trainer.bad_samples."
+            )
 
-    def _note(self, parts: Any, loss: torch.Tensor, sample_ids: list[str], group: str) -> None:
+    def _require_something_to_learn(self, loss: torch.Tensor, group: str) -> None:
         if not loss.requires_grad:
             raise RecipeError(
                 f"No trained parameter takes part in batches of {group!r}: train another role, or leave these samples "
                 "out of the stage (modalities)."
             )
-        self._last_batch.append((sample_ids, loss.detach()))
-        # Summed over micro batches these are the means over the accumulated batch, as the loss itself is.
-        share = 1.0 / self.args.gradient_accumulation_steps
-        self._sums = self._sums.to(loss.device)
+
+    def _note(self, parts: LossParts, group: str) -> None:
+        self._sums = self._sums.to(parts.cross_entropy.device)
         zero = torch.zeros_like(parts.cross_entropy)
-        routers = [share * parts.routers.get(name, zero) for name in LOSS_COEFFICIENTS]
-        self._sums += torch.stack([parts.cross_entropy, *routers])
+        routers = [parts.routers.get(name, zero) for name in LOSS_COEFFICIENTS]
+        self._sums += torch.nan_to_num(torch.stack([parts.cross_entropy, *routers]), posinf=0.0, neginf=0.0)
         self._micro_steps += 1
         self._group_pending.append((group, parts.cross_entropy))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As usual; what is not finite is found by `finite_guard` and must not spoil the mean that is logged."""
+        return torch.nan_to_num(super().training_step(*args, **kwargs), posinf=0.0, neginf=0.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called right before the optimizer's step: the place to stop when a loss or a gradient is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        batches, self._last_batch = self._last_batch, []
-        if not math.isfinite(float(norm + sum(loss for _, loss in batches))):
-            bad = [ids for ids, loss in batches if not bool(torch.isfinite(loss))] or [ids for ids, _ in batches]
-            what = "loss" if any(not bool(torch.isfinite(loss)) for _, loss in batches) else "gradient norm"
-            shown = ", ".join(str(name) for ids in bad for name in ids)
-            raise TrainingError(
-                f"The {what} is not finite at step {self.state.global_step + 1} on rank {self.args.process_index}. "
-                f"Samples of the batch: {shown}. Nothing was updated; look at these samples, lower the learning rate, "
-                "or go on from the last checkpoint."
-            )
-        return norm
+        return norm if self.finite_guard.passes(self, norm) else torch.zeros_like(torch.as_tensor(norm))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As usual, with the parts of the loss beside the total; those about modalities only where they count."""
@@ -200,10 +223,9 @@ class UniMoeTrainer(Trainer):
             ranks = self.accelerator.num_processes
             text_config = self.base.config.text_config
             for name, value in zip(LOSS_NAMES, sums.tolist(), strict=True):
-                # Cross entropy is divided by the tokens of all ranks, the routers' losses are means per rank.
-                whole = name == "ce_loss" and self.args.average_tokens_across_devices
                 if name in ALWAYS_LOGGED or getattr(text_config, LOSS_COEFFICIENTS[name]):
-                    logs[name] = value / (steps if whole else steps * ranks)
+                    # What is divided by the tokens of all ranks adds up over them.
+                    logs[name] = value / (steps if self.args.average_tokens_across_devices else steps * ranks)
             self._sums.zero_()
             self._micro_steps = 0
             self._collect_group_losses()
@@ -293,7 +315,7 @@ class UniMoeTrainer(Trainer):
         if self._is_plain or not self.args.should_save:
             return
         # PEFT saves its adapters only; routers and connectors trained beside them would be lost.
-        trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained_tensors(self.model).items()}
         save_file(trained, Path(output_dir or self.args.output_dir) / TRAINED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -302,7 +324,7 @@ class UniMoeTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         trained = load_file(trained_file)
-        target = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
+        target = _trained_tensors(model or self.model)
         if set(trained) != set(target):
             different = sorted(set(trained) ^ set(target))[:5]
             raise CheckpointError(
@@ -310,8 +332,8 @@ class UniMoeTrainer(Trainer):
                 "settings of the run that wrote it, or start in another folder."
             )
         with torch.no_grad():
-            for name, parameter in target.items():
-                parameter.copy_(trained[name])
+            for name, tensor in target.items():
+                tensor.copy_(trained[name])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.base.all_tied_weights_keys) if hasattr(self.base, "all_tied_weights_keys") else set()
@@ -325,6 +347,16 @@ class UniMoeTrainer(Trainer):
     @property
     def _is_plain(self) -> bool:
         return isinstance(self.accelerator.unwrap_model(self.model), UniMoeForCausalLM)
+
+
+def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model's forward takes of a batch, without labels: their loss is ours."""
+    return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
+
+
+def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training moves: parameters, and the routers' biases."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | choice_biases(model)
 
 
 def _with_floor(schedule: Callable[[int], float], floor: float, warmup_steps: int) -> Callable[[int], float]:

@@ -9,7 +9,8 @@ import pytest
 import tiny_media
 import torch
 
-from unimoe.processing.chat_unimoe import CHAT_TOKENS, DEFAULT_CHAT_TEMPLATE, MEDIA_TOKENS, VICUNA_CHAT_TEMPLATE
+from unimoe.processing.chat_templates_unimoe import DEFAULT_CHAT_TEMPLATE, VICUNA_CHAT_TEMPLATE
+from unimoe.processing.chat_unimoe import CHAT_TOKENS, MEDIA_TOKENS
 from unimoe.processing.media_policy_unimoe import ConversationError, PlaceholderError
 from unimoe.processing.processing_unimoe import UniMoeProcessor
 

@@ -20,8 +20,9 @@ from unimoe.trainers.checkpoints import exclusive
 from unimoe.trainers.collator import RawCollator
 from unimoe.trainers.curriculum import load_start_model, run_curriculum
 from unimoe.trainers.data import ConversationDataset
-from unimoe.trainers.recipe import ExpertConfig, LoraSettings, MoeConfig, Recipe, StageConfig
+from unimoe.trainers.recipe import Recipe, StageConfig
 from unimoe.trainers.recipe_file import load_recipe, save_recipe
+from unimoe.trainers.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
 from unimoe.trainers.stage import Progress, StageReport
 
 SPARSE_LAYERS = [0, 2]

@@ -145,3 +145,15 @@ def test_a_conversation_continues_from_its_cache(full_model: UniMoeForCausalLM) 
     expected = full_model(input_ids=ids, **sample.media).logits[:, -3:]
     given = full_model(input_ids=turn, past_key_values=first.past_key_values).logits
     torch.testing.assert_close(given, expected, atol=2e-5, rtol=0)
+
+
+def test_a_cache_outgrown_by_longrope_is_computed_anew_with_its_media() -> None:
+    """The short factors' keys do not go with the long ones' queries: beyond the border the cache must not be used on."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    model = tiny.model({"rope_parameters": {**rope, "original_max_position_embeddings": 9}})
+    inputs = {"input_ids": torch.tensor([tiny.prompt(5, "image", 7)]), **tiny.media(images=1)}
+    options = {"max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    model.generation_config.suppress_tokens = [tiny.IMAGE, tiny.VIDEO, tiny.AUDIO, tiny.SOUND]
+    cached = model.generate(**inputs, **options).logits
+    anew = model.generate(**inputs, **options, use_cache=False).logits
+    torch.testing.assert_close(torch.stack(cached), torch.stack(anew), atol=1e-5, rtol=0)

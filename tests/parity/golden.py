@@ -28,7 +28,7 @@ from typing import Any, Literal, NoReturn
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT_VARIABLE = "UNIMOE_GOLDEN"
 REPORT_VARIABLE = "UNIMOE_GOLDEN_REPORT"
@@ -208,17 +208,6 @@ def changeable_copy(case: Path, to: Path) -> Path:
     return to
 
 
-def with_one_change(tensor: torch.Tensor, seed: int) -> torch.Tensor:
-    """The tensor with one value that is clearly another one."""
-    changed = tensor.clone().flatten()
-    index = int(torch.randint(changed.numel(), (), generator=torch.Generator().manual_seed(seed)))
-    if changed.is_floating_point():
-        changed[index] += 1e-3 * float(changed.abs().max()) or 1.0  # gradients of idle experts are all zero
-    else:
-        changed[index] = ~changed[index] if changed.dtype == torch.bool else changed[index] + 1
-    return changed.view_as(tensor)
-
-
 @lru_cache(maxsize=256)
 def tensor_names(file: Path) -> frozenset[str]:
     """Names in a safetensors file; empty when it does not exist."""
@@ -228,9 +217,11 @@ def tensor_names(file: Path) -> frozenset[str]:
         return frozenset(handle.keys())
 
 
-def case_folders() -> list[Path]:
+def case_folders(*files: str) -> list[Path]:
+    """Folders with one of these safetensors files; by default, those with results or weights of a case."""
     root = golden_root()
-    return sorted(file.parent for file in root.rglob("io.safetensors")) if root.is_dir() else []
+    found = (path for file in files or ("io", "weights") for path in root.rglob(f"{file}.safetensors"))
+    return sorted({path.parent for path in found}) if root.is_dir() else []
 
 
 def discover(
@@ -249,13 +240,57 @@ def discover(
     """
     weight_patterns = (weights,) if isinstance(weights, str) else weights
     found = []
-    for folder in case_folders():
+    for folder in case_folders(file):
         case = GoldenCase(folder)
         holds_tensors = all(case.names(pattern, file) for pattern in tensors)
         holds_weights = all(case.names(pattern, "weights") for pattern in weight_patterns)
         if holds_tensors and holds_weights and (where is None or where(case)):
             found.append(case)
     return found
+
+
+def planted_error(
+    pattern: str,
+    check: pytest.MarkDecorator,
+    folder: Path,
+    *also: str,
+    index: Callable[[GoldenCase], int] | None = None,
+    size: float = 1e-3,
+) -> tuple[GoldenCase, str]:
+    """A copy of the first case that serves a check, with one changed value, and the name of the tensor that holds it.
+
+    Args:
+        pattern, also: shell patterns of tensors that the case must hold; the first that fits `pattern`, and is not
+            empty, is changed.
+        check: the `pytest.mark.golden` of the check's tests.
+        folder: where the copy goes.
+        index: says which value, counted in row-major order; None draws one.
+        size: of the change of a float, as a share of the largest value.
+    """
+    found = (
+        (GoldenCase(case.path, ledger=None), name)
+        for case in discover(pattern, *also, *check.args, **check.kwargs)
+        for name in case.names(pattern)
+        if case._load(name, "io").numel()
+    )
+    case, name = next(found, (None, ""))
+    if case is None:
+        leave_for_lack_of_data()
+    changeable_copy(case.path, folder)
+    file = folder / "io.safetensors"
+    tensors = load_file(file)
+    values = tensors[name].clone().flatten()
+    place = index(case) if index is not None else _drawn(values.numel(), len(name))
+    if values.is_floating_point():
+        values[place] += size * float(values.abs().max()) or 1.0  # gradients of idle experts are all zero
+    else:
+        values[place] = ~values[place] if values.dtype == torch.bool else values[place] + 1
+    save_file({**tensors, name: values.view_as(tensors[name])}, file)
+    return GoldenCase(folder, ledger=None), name
+
+
+def _drawn(count: int, seed: int) -> int:
+    return int(torch.randint(count, (), generator=torch.Generator().manual_seed(seed)))
 
 
 def leave_for_lack_of_data() -> NoReturn:

@@ -10,23 +10,18 @@ what comes after a whole block is held against 1e-5 of the largest value.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden import (
-    GoldenCase,
-    GoldenMismatchError,
-    changeable_copy,
-    discover,
-    leave_for_lack_of_data,
-    with_one_change,
-)
-from safetensors.torch import load_file, save_file
+from golden import GoldenCase, GoldenMismatchError, planted_error
 from unimoe_case import (
+    batch_gradients,
     check_greedy,
     check_text,
+    check_whole_model,
     original_batch,
     record,
     sparse_layers,
@@ -35,9 +30,8 @@ from unimoe_case import (
 )
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.unimoe_keys import take
+from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
-from unimoe.modeling_unimoe.losses_unimoe import load_balancing_loss
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
 
@@ -159,24 +153,11 @@ def test_a_batch_of_four_is_right_here_and_wrong_there(golden_case: GoldenCase) 
     ],
 )
 def test_one_changed_golden_value_is_noticed(check: str, pattern: str, tmp_path: Path) -> None:
-    requirements = REQUIREMENTS[check]
-    labels = BATCH[1:] if BATCH[0] in requirements.args else ()
-    found = [
-        (case.path, name)
-        for case in discover(pattern, *requirements.args, *labels, **requirements.kwargs)
-        for name in case.names(pattern)
-        if case.input(name).numel()
-    ]
-    if not found:
-        leave_for_lack_of_data()
-    path, tensor = found[0]
-    changeable_copy(path, tmp_path)
-    stored = load_file(tmp_path / "io.safetensors")
-    stored[tensor] = with_one_change(stored[tensor], len(tensor))
-    save_file(stored, tmp_path / "io.safetensors")
-    run: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
-    with pytest.raises(GoldenMismatchError, match=re.escape(tensor)):
-        run(GoldenCase(tmp_path, ledger=None))
+    labels = BATCH[1:] if BATCH[0] in REQUIREMENTS[check].args else ()
+    case, name = planted_error(pattern, REQUIREMENTS[check], tmp_path, *labels)
+    check_case: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
+    with pytest.raises(GoldenMismatchError, match=re.escape(name)):
+        check_case(case)
 
 
 @torch.no_grad()
@@ -207,46 +188,25 @@ def check_block(case: GoldenCase, experts: str = "eager") -> None:
         inject_noise(case, name, model)
         router = record(block.gate)
         case.check_if_present(f"{name}.output", block(case.input(f"{name}.input")))
-        check_router(case, f"{name}.layer{layer}", router, model)
+        check_router(case, model, f"{name}.layer{layer}", router)
         case.check_if_present(f"{name}.l_aux", layer_loss(router, model))
 
 
 def check_forward(case: GoldenCase, experts: str = "eager") -> None:
-    check_whole_model(case, "full", unimoe_model(case, experts, **ALONE)[0])
+    check_run(case, "full", unimoe_model(case, experts, **ALONE)[0])
 
 
 def check_noisy_forward(case: GoldenCase) -> None:
-    check_whole_model(case, "full_noise", unimoe_model(case, router_pick="sample_always", **ALONE)[0])
+    check_run(case, "full_noise", unimoe_model(case, router_pick="sample_always", **ALONE)[0])
 
 
-@torch.no_grad()
-def check_whole_model(case: GoldenCase, name: str, model: UniMoeForCausalLM) -> None:
+def check_run(case: GoldenCase, name: str, model: UniMoeForCausalLM) -> None:
     inject_noise(case, name, model)
     take_four_rows_as_the_original(model)
-    decoder = model.model.language_model
-    batch = original_batch(case, model)
-    embeddings = zero_beyond(model, batch.lengths)
-    blocks = {i: (record(decoder.layers[i].mlp.gate), record(decoder.layers[i].mlp)) for i in sparse_layers(model)}
-    outer = [record(layer) for layer in decoder.layers]
-    labels = batch.labels if case.has("batch.labels") else None
-    output = model(**batch.inputs, labels=labels)
-
-    case.check_if_present("merged.inputs_embeds", embeddings[0])
-    case.check_if_present("merged.attention_mask", batch.inputs["attention_mask"].bool())
-    if labels is not None:
-        case.check_if_present("merged.labels", labels)
-    for layer, (router, block) in blocks.items():
-        check_router(case, f"{name}.layer{layer}", router, model)
-        case.check_if_present(f"{name}.layer{layer}.moe_in", block["input"], **AFTER_BLOCKS)
-        case.check_if_present(f"{name}.layer{layer}.moe_out", block["output"], **AFTER_BLOCKS)
-    for layer, states in enumerate(outer):
-        case.check_if_present(f"{name}.layer{layer}.hidden_out", states["output"], **AFTER_BLOCKS)
-    case.check_if_present(f"{name}.logits", output.logits, **AFTER_BLOCKS)
-    if labels is not None:
-        case.check_if_present(f"{name}.loss", output.loss)
+    check_whole_model(case, name, model, partial(check_router, case, model), **AFTER_BLOCKS)
 
 
-def check_router(case: GoldenCase, name: str, router: dict[str, Any], model: UniMoeForCausalLM) -> None:
+def check_router(case: GoldenCase, model: UniMoeForCausalLM, name: str, router: dict[str, Any]) -> None:
     """What the gate of one layer saw and decided."""
     logits_TE, weights_TK, index_TK = router["output"]
     noise_TE = case.input(f"{name}.gumbel_noise") if case.has(f"{name}.gumbel_noise") else 0
@@ -331,18 +291,12 @@ def check_ranges(case: GoldenCase) -> None:
 def check_gradients(case: GoldenCase, experts: str = "eager") -> None:
     model, key_map = unimoe_model(case, experts, **ALONE)
     take_four_rows_as_the_original(model)
-    batch = original_batch(case, model)
-    zero_beyond(model, batch.lengths)
-    model(**batch.inputs, labels=batch.labels).loss.backward()
-    parameters = dict(model.named_parameters())
+    gradient_of = batch_gradients(case, model)
     scale = case.config["lora_alpha"] / case.config["lora_r"]
     for name in case.names("grad.*"):
         original = name.removeprefix("grad.")
         match = re.fullmatch(r"(.+_proj)_lora_([AB])\.weight", original)
-        place = key_map.place(f"{match[1]}.weight" if match else original)
-        gradient = parameters[place.target].grad
-        assert gradient is not None, f"{place.target} got no gradient"
-        gradient = take(gradient, place)
+        gradient = gradient_of(key_map.place(f"{match[1]}.weight" if match else original))
         if match:  # merged, a pair is W + scale * B A
             other = case.weights[f"{match[1]}_lora_{'B' if match[2] == 'A' else 'A'}.weight"]
             gradient = scale * (other.T @ gradient if match[2] == "A" else gradient @ other.T)

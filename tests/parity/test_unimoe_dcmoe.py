@@ -8,7 +8,7 @@ from golden import GoldenCase
 
 from unimoe import UniMoeTextConfig
 from unimoe.conversion.dcmoe_keys import dcmoe_block_tensors, dcmoe_routing_fields
-from unimoe.modeling_unimoe.losses_unimoe import load_balancing_loss
+from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
 from unimoe.modeling_unimoe.modeling_unimoe_text import UniMoeSparseBlock
 
 

@@ -2,31 +2,14 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden import (
-    GoldenCase,
-    GoldenMismatchError,
-    changeable_copy,
-    discover,
-    leave_for_lack_of_data,
-    with_one_change,
-)
-from safetensors.torch import load_file, save_file
-from unimoe_case import (
-    check_greedy,
-    check_text,
-    original_batch,
-    record,
-    sparse_layers,
-    unimoe_model,
-    zero_beyond,
-)
-
-from unimoe.conversion.unimoe_keys import take
+from golden import GoldenCase, GoldenMismatchError, planted_error
+from unimoe_case import batch_gradients, check_greedy, check_text, check_whole_model, record, unimoe_model
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
 
@@ -104,18 +87,11 @@ def test_greedy_answers_with_and_without_cache(golden_case: GoldenCase) -> None:
     ],
 )
 def test_one_changed_golden_value_is_noticed(check: str, tensor: str, tmp_path: Path) -> None:
-    requirements = REQUIREMENTS[check]
-    labels = BATCH[1:] if BATCH[0] in requirements.args else ()
-    cases = discover(tensor, *requirements.args, *labels, **requirements.kwargs)
-    if not cases:
-        leave_for_lack_of_data()
-    changeable_copy(cases[0].path, tmp_path)
-    stored = load_file(tmp_path / "io.safetensors")
-    stored[tensor] = with_one_change(stored[tensor], len(tensor))
-    save_file(stored, tmp_path / "io.safetensors")
-    run: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
-    with pytest.raises(GoldenMismatchError, match=re.escape(tensor)):
-        run(GoldenCase(tmp_path, ledger=None))
+    labels = BATCH[1:] if BATCH[0] in REQUIREMENTS[check].args else ()
+    case, name = planted_error(tensor, REQUIREMENTS[check], tmp_path, *labels)
+    check_case: Callable[[GoldenCase], None] = globals()[f"check_{check}"]
+    with pytest.raises(GoldenMismatchError, match=re.escape(name)):
+        check_case(case)
 
 
 @torch.no_grad()
@@ -123,49 +99,21 @@ def check_moe_alone(case: GoldenCase, experts: str = "eager") -> None:
     model, _ = unimoe_model(case, experts)
     layer = model.config.text_config.sparse_layers[0]
     block = model.model.language_model.layers[layer].mlp
-    seen = record_router(block)
+    seen = record(block.gate)
     case.check_if_present("moe_alone.output", block(case.input("moe_alone.input")))
     check_router(case, "moe_alone", seen)
 
 
 def check_forward(case: GoldenCase, experts: str = "eager") -> None:
     model, _ = unimoe_model(case, experts)
-    batch = original_batch(case, model)
-    decoder = model.model.language_model
-    embeddings = zero_beyond(model, batch.lengths)
-    inner = {i: (record_router(decoder.layers[i].mlp), record(decoder.layers[i].mlp)) for i in sparse_layers(model)}
-    outer = [record(layer) for layer in decoder.layers]
-    with torch.no_grad():
-        labels = batch.labels if case.has("batch.labels") else None
-        output = model(**batch.inputs, labels=labels, output_router_logits=True)
-
-    case.check_if_present("merged.inputs_embeds", embeddings[0])
-    case.check_if_present("merged.attention_mask", batch.inputs["attention_mask"].bool())
-    if labels is not None:
-        case.check_if_present("merged.labels", labels)
-    for position, (layer, (router, block)) in enumerate(inner.items()):
-        case.check_if_present(f"full.layer{layer}.moe_in", block["input"])
-        case.check_if_present(f"full.layer{layer}.moe_out", block["output"])
-        case.check_if_present(f"full.layer{layer}.router_logits", output.router_logits[position])
-        check_router(case, f"full.layer{layer}", router)
-    for layer, states in enumerate(outer):
-        case.check_if_present(f"full.layer{layer}.hidden_out", states["output"])
-    case.check_if_present("full.logits", output.logits)
-    if labels is not None:
-        case.check_if_present("full.loss", output.loss)
+    check_whole_model(case, "full", model, partial(check_router, case))
 
 
 def check_gradients(case: GoldenCase, experts: str = "eager") -> None:
     model, key_map = unimoe_model(case, experts)
-    batch = original_batch(case, model)
-    zero_beyond(model, batch.lengths)
-    model(**batch.inputs, labels=batch.labels).loss.backward()
-    parameters = dict(model.named_parameters())
+    gradient_of = batch_gradients(case, model)
     for name in case.names("grad.*"):
-        place = key_map.place(name.removeprefix("grad."))
-        gradient = parameters[place.target].grad
-        assert gradient is not None, f"{place.target} got no gradient"
-        case.check(name, take(gradient, place), scale="largest")
+        case.check(name, gradient_of(key_map.place(name.removeprefix("grad."))), scale="largest")
 
 
 @torch.no_grad()
@@ -180,7 +128,3 @@ def check_router(case: GoldenCase, name: str, router: dict[str, Any]) -> None:
     case.check_if_present(f"{name}.router_logits", logits)
     case.check_if_present(f"{name}.topk_weight", weights)
     case.check_if_present(f"{name}.topk_idx", index)
-
-
-def record_router(block: torch.nn.Module) -> dict[str, Any]:
-    return record(block.gate)

@@ -6,10 +6,7 @@ field of every case is an input or is compared; a field or a kind of case that t
 
 import copy
 import json
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,10 @@ import pytest
 import tiny_media
 import torch
 from golden import GoldenMismatchError, golden_root, leave_for_lack_of_data
+from prompt_checks import captured_warnings, counts_in, require
 from transformers import AutoTokenizer
 
 from unimoe.errors import DataError
-from unimoe.processing import original_chat_unimoe
 from unimoe.processing.processing_unimoe import VICUNA_CHAT_TEMPLATE, UniMoeProcessor, prepare_tokenizer
 from unimoe.trainers.media_paths import MediaPaths
 from unimoe.trainers.original_data import convert
@@ -100,7 +97,7 @@ def test_default_rules_agree_where_the_original_is_right(given: Any, media: Path
         messages = convert(record_of(case), case["name"], MediaPaths(media))["messages"]
     except DataError as error:
         pytest.skip(f"we refuse what the original takes: {error}")
-    if messages != convert(record_of(case), case["name"], MediaPaths(media), original_rules=True)["messages"]:
+    if messages != convert(record_of(case), case["name"], MediaPaths(media), original_rules="unimoe")["messages"]:
         pytest.skip(f"{case['name']}: the original reads this sample wrongly")
     processor = processor_of(folder, "spaced")
     check_training(processor, case, messages)
@@ -211,23 +208,17 @@ def check_case(folder: Path, case: dict[str, Any], media: Path) -> None:
             f"{name}: results beside an error", sorted(key for key in CASE_RESULTS - {"error"} if case.get(key)), []
         )
         try:
-            convert(record_of(case), name, MediaPaths(media), original_rules=True)
+            convert(record_of(case), name, MediaPaths(media), original_rules="unimoe")
         except DataError:
             return
         raise GoldenMismatchError(f"{name}: the original raised {case['error']!r}, ours does not")
-    messages = convert(record_of(case), name, MediaPaths(media), original_rules=True)["messages"]
+    messages = convert(record_of(case), name, MediaPaths(media), original_rules="unimoe")["messages"]
     processor = processor_of(folder, "original")
     with captured_warnings() as warnings:
         check_training(processor, case, messages)
     if "warning" in case:
         require(f"{name}: warning", counts_in("".join(warnings)), counts_in(case["warning"]))
     check_generation(processor, case, messages)
-
-
-def counts_in(warning: str) -> tuple[str, ...]:
-    """The two counts that do not match; nothing for no warning, the text itself for a warning of another kind."""
-    found = re.search(r"(\d+) vs\. (\d+)", warning)
-    return found.groups() if found else tuple(warning.split())
 
 
 def check_training(processor: UniMoeProcessor, case: dict[str, Any], messages: list[dict[str, Any]]) -> None:
@@ -286,15 +277,6 @@ def check_grouping(grouping: dict[str, Any]) -> None:
             require(f"{field}: megabatches of several types", mixed, [])
 
 
-def require(what: str, actual: Any, expected: Any) -> None:
-    if actual == expected:
-        return
-    if isinstance(actual, list) and isinstance(expected, list) and len(actual) == len(expected):
-        index = next(i for i, pair in enumerate(zip(actual, expected, strict=True)) if pair[0] != pair[1])
-        raise GoldenMismatchError(f"{what}: {actual[index]!r} instead of {expected[index]!r} at {index}")
-    raise GoldenMismatchError(f"{what}: {actual!r} instead of {expected!r}")
-
-
 def record_of(case: dict[str, Any]) -> dict[str, Any]:
     """The sample of a case, with as many media of each of its modalities as it has placeholders, but one at least."""
     record: dict[str, Any] = {"id": case["name"], "conversations": copy.deepcopy(case["conversations"])}
@@ -333,20 +315,3 @@ def processor_of(folder: Path, tokenization: str) -> UniMoeProcessor:
         speech_tokens=1,
         tokenization=tokenization,
     )
-
-
-@contextmanager
-def captured_warnings() -> Iterator[list[str]]:
-    """Texts that the original's rules log; once each, however often the prompt is encoded."""
-    texts: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            texts.append(record.getMessage()) if record.getMessage() not in texts else None
-
-    handler = Keep(logging.WARNING)
-    original_chat_unimoe.logger.addHandler(handler)
-    try:
-        yield texts
-    finally:
-        original_chat_unimoe.logger.removeHandler(handler)

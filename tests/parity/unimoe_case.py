@@ -1,6 +1,6 @@
 """Our models of golden Uni-MoE cases, and the original's batches as ours."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -11,19 +11,13 @@ from golden import GoldenCase
 from transformers import CLIPVisionConfig, GenerationConfig, WhisperConfig
 
 from unimoe import UniMoeBeatsConfig, UniMoeForCausalLM
+from unimoe.conversion.key_rules import KeyMap, Place, take
+from unimoe.conversion.llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
 from unimoe.conversion.sources import expected_tensors
 from unimoe.conversion.unimoe_config import Encoders, our_config
-from unimoe.conversion.unimoe_experts import merge_pairs
-from unimoe.conversion.unimoe_keys import (
-    ALIGNER,
-    AUDIO_TOWER,
-    PROJECTOR,
-    VISION_TOWER,
-    AudioKind,
-    KeyMap,
-    rules_for,
-    vision_prefix,
-)
+from unimoe.conversion.unimoe_experts import pairs_in
+from unimoe.conversion.unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, rules_for
+from unimoe.conversion.unimoe_lora import add_low_rank
 from unimoe.conversion.unimoe_variant import recognise
 from unimoe.processing.placeholders_unimoe import Run, expand, pad
 
@@ -79,6 +73,16 @@ def _converted(path: Path) -> tuple[Any, dict[str, torch.Tensor], KeyMap]:
     key_map = KeyMap(rules_for(variant.audio, vision_prefix(expected_tensors(config)), variant.layout))
     weights = merge_pairs(case.weights, case.config) if variant.layout == "deepspeed" else case.weights
     return config, key_map.convert(weights), key_map
+
+
+def merge_pairs(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The original's tensors with every low-rank pair inside an MLP merged into its weight in float32."""
+    merged = dict(tensors)
+    for weight in pairs_in(tensors):
+        a, b = (merged.pop(f"{weight}_lora_{factor}.weight") for factor in "AB")
+        name = f"{weight}.weight"
+        merged[name] = add_low_rank(tensors[name], a, b, config["lora_alpha"] / config["lora_r"])
+    return merged
 
 
 @dataclass
@@ -235,6 +239,59 @@ def check_greedy(case: GoldenCase) -> None:
             model, _ = unimoe_model(case)
             batch = original_batch(case, model, rows=[row], cut=length)
             case.check(name, greedy(model, batch.inputs, expected.shape[1], use_cache))
+
+
+@torch.no_grad()
+def check_whole_model(
+    case: GoldenCase,
+    name: str,
+    model: UniMoeForCausalLM,
+    check_router: Callable[[str, dict[str, Any]], None],
+    **after_blocks: Any,
+) -> None:
+    """Run the case's batch and compare what went into the decoder, every layer, logits and loss.
+
+    Args:
+        name: what the golden tensors of this run begin with.
+        check_router: compares what the gate of a layer saw and decided: (the layer's name, its record).
+        after_blocks: how to compare what comes after a whole block, see `GoldenCase.check`.
+    """
+    batch = original_batch(case, model)
+    decoder = model.model.language_model
+    embeddings = zero_beyond(model, batch.lengths)
+    blocks = {i: (record(decoder.layers[i].mlp.gate), record(decoder.layers[i].mlp)) for i in sparse_layers(model)}
+    outer = [record(layer) for layer in decoder.layers]
+    labels = batch.labels if case.has("batch.labels") else None
+    output = model(**batch.inputs, labels=labels, output_router_logits=True)
+
+    case.check_if_present("merged.inputs_embeds", embeddings[0])
+    case.check_if_present("merged.attention_mask", batch.inputs["attention_mask"].bool())
+    if labels is not None:
+        case.check_if_present("merged.labels", labels)
+    for (layer, (router, block)), logits in zip(blocks.items(), output.router_logits, strict=True):
+        check_router(f"{name}.layer{layer}", router)
+        case.check_if_present(f"{name}.layer{layer}.router_logits", logits)
+        case.check_if_present(f"{name}.layer{layer}.moe_in", block["input"], **after_blocks)
+        case.check_if_present(f"{name}.layer{layer}.moe_out", block["output"], **after_blocks)
+    for layer, states in enumerate(outer):
+        case.check_if_present(f"{name}.layer{layer}.hidden_out", states["output"], **after_blocks)
+    case.check_if_present(f"{name}.logits", output.logits, **after_blocks)
+    if labels is not None:
+        case.check_if_present(f"{name}.loss", output.loss)
+
+
+def batch_gradients(case: GoldenCase, model: UniMoeForCausalLM) -> Callable[[Place], torch.Tensor]:
+    """The gradients of the case's batch: a function that gives the part of them that belongs to an original tensor."""
+    batch = original_batch(case, model)
+    zero_beyond(model, batch.lengths)
+    model(**batch.inputs, labels=batch.labels).loss.backward()
+
+    def gradient_of(place: Place) -> torch.Tensor:
+        gradient = model.get_parameter(place.target).grad
+        assert gradient is not None, f"{place.target} got no gradient"
+        return take(gradient, place)
+
+    return gradient_of
 
 
 def prompt_of(case: GoldenCase, run: str) -> tuple[int, int]:

@@ -9,19 +9,21 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from damage import cut, edit_json, left_behind, on_a_bad_disk, write_pickle_with_code
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_llama import llama
+from transformers import AutoModelForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion import stream_upcycle
 from unimoe.conversion.assemble import plan_assembly, run_assembly
-from unimoe.conversion.io import OutputTensor, write_checkpoint
+from unimoe.conversion.io import write_checkpoint
 from unimoe.conversion.llama_family import dense_from
 from unimoe.conversion.sources import open_source
 from unimoe.conversion.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 from unimoe.trainers.assembly import assemble as assemble_in_memory
-from unimoe.trainers.recipe import MoeConfig
+from unimoe.trainers.recipe_parts import MoeConfig
 
 DENSE = {"num_experts": 0, "sparse_layers": None}
 LANGUAGE = "model.language_model."
@@ -30,21 +32,6 @@ LANGUAGE = "model.language_model."
 def dense(seed: int) -> UniMoeForCausalLM:
     """A multimodal dense model: 3 layers, hidden 32, FFN 48."""
     return tiny.model(DENSE, seed=seed)
-
-
-def llama(seed: int, **fields: Any) -> LlamaForCausalLM:
-    sizes = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-    }
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **fields})).eval()
 
 
 def ffns(model: UniMoeForCausalLM, prefix: str) -> dict[str, torch.Tensor]:
@@ -83,10 +70,6 @@ def options(sources: Path, experts: list[tuple[str, str]]) -> list[str]:
 def run_cli(sources: Path, out: Path, experts: list[tuple[str, str]], *more: object) -> int:
     given = ["--base", str(sources / "base"), "--out", str(out), *options(sources, experts)]
     return cli.main(["convert", "assemble", *given, *map(str, more)])
-
-
-def left_behind(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -213,8 +196,7 @@ def edited(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path],
 def model_folder(model: Callable[[], Any], **edits: Any) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         model().save_pretrained(folder / "bad")
-        config = folder / "bad" / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | edits))
+        edit_json(folder / "bad" / "config.json", **edits)
         return folder / "bad"
 
     return make
@@ -222,17 +204,12 @@ def model_folder(model: Callable[[], Any], **edits: Any) -> Callable[[Path], Pat
 
 def truncated(folder: Path) -> Path:
     path = edited(lambda tensors: None)(folder)
-    path.write_bytes(path.read_bytes()[:-100])
+    cut(path, 100)
     return path
 
 
 def pickle_with_code(folder: Path) -> Path:
-    class Payload:
-        def __reduce__(self) -> tuple:
-            return (Path.touch, (folder / "ran",))
-
-    torch.save({"model.layers.0.mlp.up_proj.weight": Payload()}, folder / "bad.bin")
-    return folder / "bad.bin"
+    return write_pickle_with_code(folder / "bad.bin", KEY)
 
 
 def text_file(folder: Path) -> Path:
@@ -341,14 +318,7 @@ def test_bases_and_results_are_protected(sources: Path, tmp_path: Path) -> None:
 def test_a_disk_that_writes_something_else_is_noticed(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_and_flip(folder: Path, outputs: tuple[OutputTensor, ...], **options: Any) -> list[Path]:
-        shards = write_checkpoint(folder, outputs, **options)
-        content = bytearray(shards[0].read_bytes())
-        content[-1] ^= 1
-        shards[0].write_bytes(content)
-        return shards
-
-    monkeypatch.setattr("unimoe.conversion.assemble.write_checkpoint", write_and_flip)
+    monkeypatch.setattr("unimoe.conversion.assemble.write_checkpoint", on_a_bad_disk(write_checkpoint))
     plan = plan_assembly(open_source(str(sources / "base")), [("a", sources / "ours")] * 2, sparse_layers=[0])
     with pytest.raises(ConversionError, match="reads back differently"):
         run_assembly(plan, tmp_path / "sparse", progress=False)

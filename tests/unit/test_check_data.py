@@ -55,7 +55,25 @@ def test_clean_files_of_both_formats(folder: Path, capsys: pytest.CaptureFixture
         "<image><audio><video>", image="/x/good.png", voice="good.wav", video=["good.png", "/y/good.png"]
     )
     assert cli.main(["check-data", str(written(folder, original, lines=False)), "--media-root", str(folder)]) == 0
-    assert "1 records in Uni-MoE's form; media: 1 image, 1 video, 1 audio\nNo" in capsys.readouterr().out
+    assert "1 records in LLaVA's form; media: 1 image, 1 video, 1 audio\nNo" in capsys.readouterr().out
+
+
+def test_files_of_several_images_and_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(
+        folder,
+        theirs("First <image>, second <image>?", image=["good.png", "good.png"], id=1),
+        theirs("Look at this <image> now.", image="good.png", id="000000033471"),
+        theirs("Two primes?", id=3),
+        theirs("Two primes?", image=None),
+        theirs("What is an <image>?", id=4),
+        theirs("<image> <image>", image="good.png", id=5),
+        lines=False,
+    )
+    assert cli.main(["check-data", str(file)]) == 1
+    printed = capsys.readouterr().out
+    assert "6 records in LLaVA's form; media: 3 image, 0 video, 0 audio\n" in printed
+    assert "2 <image> for 1 under 'image'; every medium needs one placeholder" in printed
+    assert "note: a placeholder in a record without media stays text: 1 records, first: record 5 (id 4)" in printed
 
 
 def test_every_kind_of_problem_in_our_format(folder: Path) -> None:

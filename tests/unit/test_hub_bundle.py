@@ -15,7 +15,7 @@ import twins
 
 from unimoe.conversion.hub import code_files, save_bundle
 
-MODELS = ("everything", "groups", "text-only", "shared-tower")
+MODELS = ("everything", "moiie", "text-only", "shared-tower")
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,17 @@
-"""A Hub id is a source like a folder."""
+"""A Hub id is a source like a folder, and a result can go to the Hub."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import tiny
 import torch
 from hub_stand_in import running_hub
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from unimoe.conversion.sources import open_source
 
 CONVERT = """
 import sys
@@ -44,3 +48,71 @@ def test_a_model_on_the_hub_is_upcycled(tmp_path: Path) -> None:
     assert not (tmp_path / "sparse" / "code.py").exists()
     receipt = json.loads((tmp_path / "sparse" / "receipt.json").read_text())
     assert receipt["source"] == "someone/dense"
+
+
+PUSH = """
+import sys
+from unimoe import cli
+
+options = ["--out", "sparse", "--groups", "moiie", "--drop-ratio", "0.25", "--allow-gap", "inf"]
+assert cli.main(["convert", "upcycle", "dense", *options, "--push-to-hub", "me/sparse"]) == 0
+assert cli.main(["convert", "upcycle", "dense", "--out", "other", "--push-to-hub", "no such name"]) == 2
+"""
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("me/sparse", trust_remote_code=True)
+assert model.config.text_config.num_experts == 4
+"""
+
+
+def test_a_result_goes_to_the_hub_with_recipe_receipt_and_licence(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 96}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path / "dense")
+    card = "---\nlicense: other\nlicense_name: of-the-house\nlicense_link: LICENSE.md\n---\n# Dense\n"
+    (tmp_path / "dense" / "README.md").write_text(card)
+    (tmp_path / "dense" / "LICENSE.md").write_text("Ask first.\n")
+    with running_hub(tmp_path / "home") as hub:
+        for code in (PUSH, LOAD):
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                env=hub.environment,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+        files = hub.repositories["me/sparse"]
+    assert set(files) >= {"model.safetensors", "config.json", "receipt.json", "README.md", "LICENSE.md"}
+    assert files["LICENSE.md"] == b"Ask first.\n"
+    written = files["README.md"].decode()
+    for words in (
+        'license: "other"\nlicense_name: "of-the-house"\nlicense_link: "LICENSE.md"',
+        "Upcycled from `dense`: the FFNs of layers 1 became experts.",
+        "- drop: 0.25 of every expert's width starts anew (arXiv 2502.19261)",
+        "| **all** |",
+        "max |Δlogit|",
+    ):
+        assert words in written
+    assert str(tmp_path) not in written + files["receipt.json"].decode()
+    assert (tmp_path / "other" / "config.json").is_file()  # an upload that fails leaves the folder
+
+
+@pytest.mark.parametrize(
+    ("card", "files", "expected"),
+    [
+        ("---\nlicense: mit\n---\n", [], {"license": "mit"}),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", [], {}),
+        ("# No metadata\n", ["LICENSE"], {"license": "other", "license_link": "LICENSE"}),
+        ("---\nlicense: [\n---\n", [], {}),
+    ],
+)
+def test_licences_are_carried_over(card: str, files: list[str], expected: dict[str, str], tmp_path: Path) -> None:
+    tiny.model({"num_experts": 0, "sparse_layers": None}).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(card)
+    for name in files:
+        (tmp_path / name).write_text("...")
+    assert open_source(str(tmp_path)).license_metadata == expected

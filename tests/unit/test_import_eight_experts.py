@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from damage import edit_json, rewrite
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_import_unimoe import same_tensors
 from tiny_eight_experts import PROJECTIONS, EightExperts, eight_experts
+from tiny_unimoe import arguments, copied, same_tensors
 
 from unimoe import UniMoeConfig, UniMoeForCausalLM, cli
 from unimoe.conversion.export_unimoe import export_unimoe
 from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import
+from unimoe.conversion.key_rules import KeyMap
+from unimoe.conversion.llava_keys import vision_prefix
 from unimoe.conversion.unimoe_experts import EXPERT_FILES
-from unimoe.conversion.unimoe_keys import KeyMap, rules_for, vision_prefix
+from unimoe.conversion.unimoe_keys import rules_for
 from unimoe.errors import ConversionError, UniMoeError
 
 TOWERS = ("model.vision_tower", "model.speech_tower")
@@ -135,9 +138,8 @@ def test_an_adapter_holds_the_pairs_of_experts_and_attention(tmp_path: Path, moe
 
 
 def test_the_command_reads_expert_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = dataclasses.asdict(eight_experts(tmp_path).source.folders)
-    flags = [word for name, value in folders.items() if value is not None for word in (f"--{name}", str(value))]
-    assert cli.main(["convert", "unimoe", *flags, "--out", str(tmp_path / "out")]) == 0
+    folders = eight_experts(tmp_path).source.folders
+    assert cli.main(arguments(folders, tmp_path / "out")) == 0
     shown = capsys.readouterr().out
     for said in ("8e", "experts/mlp_base.bin", "layer 1 has no experts", "replaced by experts/mlp_basev.bin"):
         assert said in shown
@@ -153,18 +155,8 @@ def test_the_base_may_carry_the_configuration_beside_that_of_its_own_model(tmp_p
         plan_import(dataclasses.replace(folders, finetuned=None))
 
 
-def _edit(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def _rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
-
-
 def _e2(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[UniMoeFolders], object]:
-    return lambda folders: _rewrite(folders.finetuned / name, change)
+    return lambda folders: rewrite(folders.finetuned / name, change)
 
 
 SLOT = "model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts."
@@ -181,8 +173,8 @@ DAMAGES: dict[str, tuple[Callable[[UniMoeFolders], object], str]] = {
     "no expert folder": (lambda f: shutil.rmtree(f.experts), r"experts is no folder"),
     "tensor of an expert missing": (
         lambda f: (
-            _rewrite(f.experts / "mlp_basev.bin", lambda t: t.pop("model.layers.0.mlp.up_proj.weight")),
-            _rewrite(f.finetuned / "1_mlp_experts.bin", lambda t: t.pop(f"{SLOT}0.up_proj.weight")),
+            rewrite(f.experts / "mlp_basev.bin", lambda t: t.pop("model.layers.0.mlp.up_proj.weight")),
+            rewrite(f.finetuned / "1_mlp_experts.bin", lambda t: t.pop(f"{SLOT}0.up_proj.weight")),
         ),
         r"mlp_basev\.bin lacks model\.layers\.0\.mlp\.up_proj\.weight",
     ),
@@ -190,14 +182,14 @@ DAMAGES: dict[str, tuple[Callable[[UniMoeFolders], object], str]] = {
         _e2("3_mlp_experts.bin", lambda t: t.pop(f"{SLOT}0.up_proj_lora_B.weight")),
         r"3_mlp_experts\.bin lacks model\.layers\.0\.mlp\.up_proj_lora_B\.weight",
     ),
-    "pair of another rank": (lambda f: _edit(f.finetuned / "config.json", lora_r=5), r"rank 5 asks for others"),
-    "no scale": (lambda f: _edit(f.finetuned / "config.json", lora_alpha=None), r"lora_alpha = None"),
+    "pair of another rank": (lambda f: edit_json(f.finetuned / "config.json", lora_r=5), r"rank 5 asks for others"),
+    "no scale": (lambda f: edit_json(f.finetuned / "config.json", lora_alpha=None), r"lora_alpha = None"),
     "several slots": (
         _e2("0_mlp_experts.bin", lambda t: t.update({f"{SLOT}1.up_proj.weight": torch.ones(2, 2)})),
         r"0_mlp_experts\.bin holds experts of 2 slots",
     ),
     "unknown tensor of an expert": (
-        lambda f: _rewrite(f.experts / "mlp_base.bin", lambda t: t.update({"model.layers.0.mlp.extra.weight": t})),
+        lambda f: rewrite(f.experts / "mlp_base.bin", lambda t: t.update({"model.layers.0.mlp.extra.weight": t})),
         r"mlp_base\.bin holds more than named, dense tensors",
     ),
     "unknown part of an expert": (
@@ -212,14 +204,14 @@ DAMAGES: dict[str, tuple[Callable[[UniMoeFolders], object], str]] = {
         _e2("mlp_gates.bin", lambda t: t.pop("model.layers.2.mlp.deepspeed_moe.gate.wg.weight")),
         r"Missing: model\.layers\.2\.mlp\.deepspeed_moe\.gate\.wg\.weight",
     ),
-    "no layers": (lambda f: _edit(f.finetuned / "config.json", moe_type="some"), r"moe_type 'some'"),
+    "no layers": (lambda f: edit_json(f.finetuned / "config.json", moe_type="some"), r"moe_type 'some'"),
     "maps before the routers": (
         _e2("fm_adapter.bin", lambda t: t.update({"model.layers.0.mlp.deepspeed_moe.fm_text.weight": torch.ones(1)})),
         r"unexpected tensor.*fm_adapter\.bin",
     ),
-    "maps are configured": (lambda f: _edit(f.finetuned / "config.json", use_fm_block=True), r"use_fm_block"),
+    "maps are configured": (lambda f: edit_json(f.finetuned / "config.json", use_fm_block=True), r"use_fm_block"),
     "experts that are not there": (
-        lambda f: _edit(f.finetuned / "config.json", image_expert_indices=[0, 9]),
+        lambda f: edit_json(f.finetuned / "config.json", image_expert_indices=[0, 9]),
         r"modality_experts\['image'\] is \[0, 9\]",
     ),
 }
@@ -233,7 +225,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> EightExperts:
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_folder_is_refused_and_nothing_is_written(whole: EightExperts, tmp_path: Path, name: str) -> None:
     damage, message = DAMAGES[name]
-    folders = copied(whole, tmp_path)
+    folders = copied(whole.source.folders, tmp_path)
     damage(folders)
     with pytest.raises(UniMoeError, match=message):
         import_unimoe(folders, tmp_path / "out")
@@ -243,7 +235,7 @@ def test_a_damaged_folder_is_refused_and_nothing_is_written(whole: EightExperts,
 def test_the_expert_folder_is_asked_for_and_refused_where_it_does_not_belong(
     whole: EightExperts, tmp_path: Path
 ) -> None:
-    folders = copied(whole, tmp_path)
+    folders = copied(whole.source.folders, tmp_path)
     with pytest.raises(ConversionError, match=r"8-expert variant.*add --experts DIR"):
         plan_import(dataclasses.replace(folders, experts=None))
     config = json.loads((folders.base / "config.json").read_text())
@@ -258,9 +250,3 @@ def test_what_one_adapter_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"layers\.1\.mlp\.gate_proj\.weight has factors .*without --keep-lora"):
         import_unimoe(folders, tmp_path / "out", keep_lora=True)
     assert not (tmp_path / "out").exists()
-
-
-def copied(whole: EightExperts, tmp_path: Path) -> UniMoeFolders:
-    folders = dataclasses.asdict(whole.source.folders)
-    shutil.copytree(whole.source.folders.base.parent, tmp_path / "released")
-    return UniMoeFolders(**{n: tmp_path / "released" / p.name for n, p in folders.items() if p is not None})

@@ -13,31 +13,20 @@ import tiny
 import torch
 from hub_stand_in import running_hub
 from safetensors.torch import load_file, save_file
-from tiny_unimoe import ALPHA, RANK, Released, base_weights, released
+from tiny_unimoe import ALPHA, RANK, Released, arguments, base_weights, released, same_tensors
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion import unimoe_processor
 from unimoe.conversion.export_unimoe import export_unimoe
-from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import, run_import
-from unimoe.conversion.unimoe_keys import KeyMap, rules_for, vision_prefix
+from unimoe.conversion.import_unimoe import import_unimoe, plan_import, run_import
+from unimoe.conversion.key_rules import KeyMap
+from unimoe.conversion.llava_keys import vision_prefix
+from unimoe.conversion.unimoe_keys import rules_for
 from unimoe.errors import ConversionError
 
 AUDIOS = ("whisper", "beats")
-
-
-def arguments(folders: UniMoeFolders, out: Path) -> list[str]:
-    options = {name.replace("_", "-"): value for name, value in dataclasses.asdict(folders).items()}
-    flags = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-    return ["convert", "unimoe", *flags, "--out", str(out)]
-
-
-def same_tensors(one: Path, other: Path) -> bool:
-    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    return first.keys() == second.keys() and all(
-        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
-    )
 
 
 @pytest.mark.parametrize("audio", AUDIOS)

@@ -1,31 +1,20 @@
 """Damaged Uni-MoE folders are refused by name, and nothing is written."""
 
 import dataclasses
-import json
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_unimoe import Released, released
+from damage import edit_json, rewrite
+from tiny_unimoe import Released, copied, released
 
-from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import
+from unimoe.conversion.import_unimoe import import_unimoe, plan_import
 from unimoe.conversion.io import finished_folder
 from unimoe.conversion.unimoe_keys import ALIGNER
 from unimoe.errors import ConversionError
-
-
-def _rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
-
-
-def _edit_json(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def _truncate(path: Path) -> None:
@@ -40,11 +29,11 @@ def _hole(path: Path) -> None:
 
 
 def _base(source: Released, change: Callable[[dict[str, Any]], object]) -> None:
-    _rewrite(source.folders.base / "pytorch_model.bin", change)
+    rewrite(source.folders.base / "pytorch_model.bin", change)
 
 
 def _e2(source: Released, name: str, change: Callable[[dict[str, Any]], object]) -> None:
-    _rewrite(source.folders.finetuned / name, change)
+    rewrite(source.folders.finetuned / name, change)
 
 
 class _Code:
@@ -79,7 +68,7 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
         r"^1 unexpected tensor.*base/pytorch_model\.bin: model\.layers\.0\.extra",
     ),
     "unknown encoder tensor": (
-        lambda s: _edit_json(s.folders.clip / "config.json", num_hidden_layers=2),
+        lambda s: edit_json(s.folders.clip / "config.json", num_hidden_layers=2),
         r"unexpected tensor.*clip/model\.safetensors: vision_model\.encoder\.layers\.2",
     ),
     "adapter of something else": (
@@ -124,19 +113,19 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
         r"named, dense",
     ),
     "impossible configuration": (
-        lambda s: _edit_json(s.folders.finetuned / "config.json", hidden_size=None),
+        lambda s: edit_json(s.folders.finetuned / "config.json", hidden_size=None),
         r"config\.json describes no model .*hidden_size",
     ),
     "impossible encoder": (
-        lambda s: _edit_json(s.folders.clip / "config.json", hidden_size="wide"),
+        lambda s: edit_json(s.folders.clip / "config.json", hidden_size="wide"),
         r"clip.config\.json describes no model",
     ),
     "adapter of another rank": (
-        lambda s: _edit_json(s.folders.finetuned / "adapter_config.json", r=7),
+        lambda s: edit_json(s.folders.finetuned / "adapter_config.json", r=7),
         r"rank 7 asks for others",
     ),
     "adapter that is more than LoRA": (
-        lambda s: _edit_json(s.folders.finetuned / "adapter_config.json", use_dora=True),
+        lambda s: edit_json(s.folders.finetuned / "adapter_config.json", use_dora=True),
         r"use_dora = True",
     ),
     "tensor missing": (
@@ -159,7 +148,7 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
         lambda s: (
             _base(s, lambda t: t.update({EXPERT: torch.ones(40, 32)})),
             _e2(s, "adapter_model.bin", lambda t: [t.pop(n) for n in list(t) if ".experts.1.up_proj." in n]),
-            _edit_json(s.folders.finetuned / "adapter_config.json", target_modules=["self_attn.q_proj"]),
+            edit_json(s.folders.finetuned / "adapter_config.json", target_modules=["self_attn.q_proj"]),
         ),
         r"differ in shape",
     ),
@@ -180,13 +169,13 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
         r"holds both",
     ),
     "configuration of another model": (
-        lambda s: _edit_json(s.folders.finetuned / "config.json", num_experts=5),
+        lambda s: edit_json(s.folders.finetuned / "config.json", num_experts=5),
         r"num_experts = 5 but the tensors show 4",
     ),
-    "dense configuration": (lambda s: _edit_json(s.folders.finetuned / "config.json", moe=None), r"moe: null"),
-    "8 experts": (lambda s: _edit_json(s.folders.finetuned / "config.json", moe_type="dense"), r"8-expert variant"),
+    "dense configuration": (lambda s: edit_json(s.folders.finetuned / "config.json", moe=None), r"moe: null"),
+    "8 experts": (lambda s: edit_json(s.folders.finetuned / "config.json", moe_type="dense"), r"8-expert variant"),
     "encoder of another kind": (
-        lambda s: _edit_json(s.folders.clip / "config.json", model_type="siglip"),
+        lambda s: edit_json(s.folders.clip / "config.json", model_type="siglip"),
         r"describes a 'siglip' model",
     ),
     "pickle with code": (
@@ -204,9 +193,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Released:
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_folder_is_refused_and_nothing_is_written(whole: Released, tmp_path: Path, name: str) -> None:
     damage, message = DAMAGES[name]
-    shutil.copytree(whole.folders.base.parent, tmp_path / "released")
-    moved = {n: tmp_path / "released" / p.name for n, p in dataclasses.asdict(whole.folders).items() if p is not None}
-    source = dataclasses.replace(whole, folders=UniMoeFolders(**moved))
+    source = dataclasses.replace(whole, folders=copied(whole.folders, tmp_path))
     damage(source)
     with pytest.raises(ConversionError, match=message):
         import_unimoe(source.folders, tmp_path / "out", keep_lora=True)
@@ -229,7 +216,7 @@ def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_tables_that_should_be_shared_must_be_equal(tmp_path: Path) -> None:
     source = released(tmp_path, "beats")
     name = "encoder.layers.1.self_attn.relative_attention_bias.weight"
-    _rewrite(source.folders.beats, lambda content: content["model"].update({name: content["model"][name] + 1}))
+    rewrite(source.folders.beats, lambda content: content["model"].update({name: content["model"][name] + 1}))
     with pytest.raises(ConversionError, match="share one such table"):
         import_unimoe(source.folders, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -238,7 +225,7 @@ def test_tables_that_should_be_shared_must_be_equal(tmp_path: Path) -> None:
 def test_tensors_that_an_index_forgets_are_not_lost(tmp_path: Path) -> None:
     base = released(tmp_path, finetuned=False, max_shard_bytes=20_000).folders
     shard = sorted(base.base.glob("pytorch_model-*.bin"))[0]
-    _rewrite(shard, lambda content: content.update({"model.forgotten": torch.ones(2)}))
+    rewrite(shard, lambda content: content.update({"model.forgotten": torch.ones(2)}))
     with pytest.raises(ConversionError, match=r"1 unexpected tensor.*model\.forgotten"):
         plan_import(base)
 

@@ -7,7 +7,8 @@ import tiny
 import torch
 import twins
 
-from unimoe.modeling_unimoe.losses_unimoe import divergence_loss, load_balancing_loss, modality_loss
+from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
+from unimoe.modeling_unimoe.modality_losses_unimoe import divergence_loss, modality_loss
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter
 
 TEXT, IMAGE, VIDEO, SPEECH = 0, 1, 2, 3

@@ -123,7 +123,7 @@ ODDITIES = [
 
 @pytest.mark.parametrize(("given", "ours", "theirs", "remark"), ODDITIES)
 def test_oddities_are_right_by_default(given: dict[str, Any], ours: Any, theirs: Any, remark: str | None) -> None:
-    assert shown(convert(given, "here", original_rules=True)) == theirs
+    assert shown(convert(given, "here", original_rules="unimoe")) == theirs
     if ours is DataError:
         with pytest.raises(DataError, match="here: "):
             convert(given, "here")
@@ -139,6 +139,47 @@ def test_a_leading_answer_is_dropped() -> None:
     sample = convert({"conversations": turns}, "here")
     assert shown(sample) == ["Q", "A"]
     assert sample["remarks"] == ["a leading answer is dropped"]
+
+
+# Bunny's rules, which MoIIE uses: what they make of records that ours reads as they stand.
+BUNNY = [
+    (record("<image>\nWhat? ", "A", image="a.png"), ["<image:a.png>\nWhat? ", "A"]),
+    (record("See <image> here. ", "A", image="a.png"), ["<image:a.png>\nSee  here.", "A"]),
+    (record("See <image>", "A <image>!", image=["a.png", "b.png"]), ["<image:a.png>\nSee", "<image:b.png>\nA !"]),
+    (record(" <image>", "A", image="a.png"), ["<image:a.png>", "A"]),
+    (record("1 <image> 2 <image>", "A", image=["a.png", "b.png"]), ["1 <image:a.png> 2 <image:b.png>", "A"]),
+    (record("See <image>.", "A"), ["See <image>.", "A"]),
+    (record("<image> <audio>", "A", image="a.png"), ["<image:a.png> <audio>", "A"]),
+    (record("What?", "A", image="a.png"), ["What?", "A"]),
+    (record("<image> <image>", "", image="a.png"), ["<image:a.png> <image:None>", ""]),
+]
+
+
+@pytest.mark.parametrize(("given", "theirs"), BUNNY)
+def test_bunnys_rules(given: dict[str, Any], theirs: list[str]) -> None:
+    assert shown(convert(given, "here", original_rules="bunny")) == theirs
+
+
+def test_files_of_several_images_and_none_load_like_any_other(folder: Path) -> None:
+    file = written(
+        folder,
+        record("First <image>, second <image>?", "A", image=["media/a.png", "media/b.png"], id=1),
+        record("<image>\nWhat?", "A", image="media/a.png", id=2),
+        record("Two primes?", "3 and 5.", id=3),
+    )
+    samples = ConversationDataset([file]).samples
+    assert [sample["modality"] for sample in samples] == ["image", "image", "text"]
+    made = tiny_media.processor("image")
+    batch = RawCollator(made)(samples)
+    assert batch["pixel_values"].shape == (3, 3, 16, 16)
+    assert (batch["input_ids"] == made.image_token_id).sum(dim=1).tolist() == [8, 4, 0]
+    moved = list(read_samples(file, original_rules="bunny"))
+    assert [shown(sample) for sample in moved] == [shown(sample) for sample in samples]
+
+
+def test_unknown_rules_are_named() -> None:
+    with pytest.raises(DataError, match="original_rules is 'llava'"):
+        convert(record("Hi", "Ho"), "here", original_rules="llava")
 
 
 @pytest.mark.parametrize(

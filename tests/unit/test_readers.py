@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import EfficientNetModel, MobileNetV2Model, WhisperConfig, WhisperForConditionalGeneration
-from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
 
 from unimoe.errors import PartError
 from unimoe.quickstart.read_ctranslate2 import read_ctranslate2, whisper_from_ctranslate2
@@ -18,7 +17,6 @@ from unimoe.quickstart.read_efficientnet import (
     read_state_dict,
 )
 from unimoe.quickstart.read_keras import convert_mobilenet_v2, mobilenet_v2_from_keras, read_keras_weights
-from unimoe.quickstart.shorten_whisper import shortened_config, shortened_states
 
 h5py = pytest.importorskip("h5py", reason="h5py comes with the quickstart extra")
 
@@ -211,36 +209,6 @@ def test_other_specification_is_refused(tmp_path: Path) -> None:
     path.write_bytes(_ct2_bytes(_small_arrays(), "TransformerSpec"))
     with pytest.raises(PartError, match="'TransformerSpec'"):
         whisper_from_ctranslate2(read_ctranslate2(path))
-
-
-# --- shortened Whisper -----------------------------------------------------------------------------------------------
-
-
-def test_shortened_whisper_equals_the_long_one_at_full_length_and_runs_short(whisper) -> None:
-    config = shortened_config(whisper.config, 2)
-    encoder_state, decoder_state = shortened_states(whisper, 2)
-    assert config.max_source_positions == 100
-    assert encoder_state["embed_positions.weight"].shape == (100, 8)
-    encoder, decoder = WhisperEncoder(config).eval(), WhisperDecoder(config).eval()
-    encoder.load_state_dict(encoder_state)
-    decoder.load_state_dict(decoder_state)
-    with torch.no_grad():
-        states = encoder(torch.randn(1, 80, 200)).last_hidden_state
-        assert states.shape == (1, 100, 8)
-        assert decoder(torch.tensor([[1, 2]]), encoder_hidden_states=states).last_hidden_state.shape == (1, 2, 8)
-        features = torch.randn(1, 80, 3000)
-        full = WhisperEncoder(shortened_config(whisper.config, 30)).eval()
-        full.load_state_dict(shortened_states(whisper, 30)[0])
-        assert torch.equal(full(features).last_hidden_state, whisper.model.encoder(features).last_hidden_state)
-    # The positions that stay are the first ones, untouched; the source keeps its own table.
-    assert torch.equal(encoder_state["embed_positions.weight"], whisper.model.encoder.embed_positions.weight[:100])
-    assert whisper.config.max_source_positions == 1500
-
-
-@pytest.mark.parametrize("seconds", [0, -1, 31, 2.5, True])
-def test_impossible_windows_are_refused(whisper, seconds) -> None:
-    with pytest.raises(PartError, match=r"choose a whole number 1\.\.30"):
-        shortened_states(whisper, seconds)
 
 
 # --- Keras -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import unimoe
+from unimoe import conversion
 
 ROOT = Path(unimoe.__file__).parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "starter_corpus/README.md")
@@ -31,6 +32,11 @@ def test_which_file_to_open_names_files() -> None:
     for name, target in rows:
         assert name == target
         assert (ROOT / target).is_file(), target
+
+
+def test_the_map_of_conversion_names_its_files() -> None:
+    named = set(re.findall(r"`(\w+)`", conversion.__doc__))
+    assert named == {path.stem for path in (ROOT / "conversion").glob("*.py")} - {"__init__"}
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

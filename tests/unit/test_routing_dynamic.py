@@ -8,7 +8,8 @@ import tiny
 import torch
 
 from unimoe import UniMoeTextConfig
-from unimoe.modeling_unimoe.losses_unimoe import expert_load, load_balancing_loss
+from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
+from unimoe.modeling_unimoe.gate_rows_unimoe import expert_load
 from unimoe.modeling_unimoe.modeling_unimoe_text import UniMoeSparseBlock, UniMoeTextModel
 from unimoe.modeling_unimoe.routing_dynamic_unimoe import UniMoeDynamicRouter, chosen_rows, pick_rows
 

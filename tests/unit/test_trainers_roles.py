@@ -7,7 +7,7 @@ from unimoe import UniMoeForCausalLM
 from unimoe.errors import RecipeError
 from unimoe.roles import ROLES, role_of
 from unimoe.trainers.lora import add_lora, merge_lora
-from unimoe.trainers.recipe import LoraSettings
+from unimoe.trainers.recipe_parts import LoraSettings
 from unimoe.trainers.trainable import count_trainable, format_trainable_table, set_trainable, trainable_table
 
 

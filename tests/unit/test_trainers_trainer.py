@@ -1,6 +1,8 @@
 """The Trainer: exact resume, whole checkpoints, losses apart, and stopping at the first loss that is not finite."""
 
+import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import tiny_training
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import CheckpointError, RecipeError, TrainingError
@@ -22,12 +24,14 @@ from unimoe.trainers.collator import CachedCollator
 from unimoe.trainers.data import ConversationDataset
 from unimoe.trainers.encoder_cache import EncoderCache
 from unimoe.trainers.lora import add_lora, merge_lora
-from unimoe.trainers.recipe import LoraSettings
+from unimoe.trainers.recipe_parts import LoraSettings
 from unimoe.trainers.speed import seconds_per_step
 from unimoe.trainers.trainable import set_trainable
 from unimoe.trainers.trainer import TRAINED_FILE, UniMoeTrainer
 
 ROLES = ["router", "experts", "connectors", "attention"]
+OWN_OPTIONS = ("learning_rates", "modality_weights", "max_skipped_steps")
+ONLY_TEXT = {"text": 1, "image": 0, "speech": 0, "sound": 0}
 
 
 class Bench:
@@ -45,7 +49,7 @@ class Bench:
         )
 
     def trainer(self, folder: Path, model: Any, steps: int, augment: Any = None, **options: Any) -> UniMoeTrainer:
-        own = {name: options.pop(name) for name in list(options) if name in ("learning_rates", "modality_weights")}
+        own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}
         arguments = {
             "output_dir": str(folder),
             "max_steps": steps,
@@ -220,9 +224,59 @@ def test_a_loss_that_is_not_finite_stops_in_the_same_step(bench: Bench, tmp_path
     trainer._get_grad_norm = watched
     # Of every four steps one is of images, and each holds all four of them.
     bad_step = list(trainer.train_sampler().schedule()).index("image") + 1
-    with pytest.raises(TrainingError, match=rf"loss is not finite at step {bad_step} on rank 0.*image-2"):
+    message = rf"loss is not finite at step {bad_step} on rank 0; .*the output of model\.image_connector.*image-2"
+    with pytest.raises(TrainingError, match=message):
         trainer.train()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in seen[-1].items())
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_steps_that_are_not_finite_are_left_out_as_often_as_allowed(
+    bench: Bench, tmp_path: Path, allowed: int
+) -> None:
+    model = plain(bench)
+    trainer = bench.trainer(tmp_path, model, 6, max_skipped_steps=allowed, modality_weights=ONLY_TEXT)
+    compute, calls, states = trainer.compute_loss, [], []
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        loss = compute(*args, **kwargs)
+        return loss * float("inf") if trainer.state.global_step in (2, 3) else loss
+
+    def after_step(*args: Any, **kwargs: Any) -> Any:
+        states.append(weights(model))
+
+    trainer.compute_loss = spoiled
+    trainer.add_callback(type("Watch", (TrainerCallback,), {"on_step_end": after_step})())
+    if allowed == 1:
+        with pytest.raises(TrainingError, match=r"at step 4 .*1 steps were left out before"):
+            trainer.train()
+        return
+    trainer.train()
+    assert trainer.finite_guard.skipped == 2
+    changed = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(states)]
+    assert changed == [True, False, False, True, True]
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+
+
+def test_a_gradient_that_is_not_finite_is_traced_to_its_parameter(bench: Bench, tmp_path: Path) -> None:
+    class Burst(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * float("inf")
+
+    model = plain(bench)
+    layer = model.model.language_model.layers[1].self_attn.o_proj
+    layer.register_forward_hook(lambda module, inputs, output: Burst.apply(output))
+    trainer = bench.trainer(tmp_path, model, 2, modality_weights=ONLY_TEXT)
+    before = weights(model)
+    with pytest.raises(TrainingError, match=r"gradient norm is not finite at step 1 .*layers\.1\.self_attn\.o_proj"):
+        trainer.train()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
 
 def test_batches_that_train_nothing_are_an_error(bench: Bench, tmp_path: Path) -> None:

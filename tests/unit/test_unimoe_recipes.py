@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recipe_checks
 import tiny_training
-import torch
+from recipe_checks import changed
 
-from unimoe import UniMoeForCausalLM, cli
+from unimoe import cli
 from unimoe.conversion.assemble import plan_assembly, run_assembly
 from unimoe.conversion.sources import open_source
 from unimoe.trainers.curriculum import run_curriculum
@@ -37,7 +38,7 @@ SIZES = {
     "3_mix_task2": (459, 2, 8),
     "3_mix_task3": (453, 2, 8),
     "3_mix_task4": (874, 2, 8),
-    "3_mix_eight": (874, 2, 64),
+    "3_mix_task4_eight": (874, 2, 64),
 }
 
 
@@ -61,7 +62,7 @@ def test_the_values_are_the_authors(name: str) -> None:
         assert (stage.lora.rank, stage.lora.alpha, stage.learning_rate) == (8, 16, 4e-5)
         assert stage.lora.targets == ["attention", "experts", *(["ffn"] if name == "3_mix_task3" else [])]
         assert stage.train == ["router", "connectors"]
-        assert stage.router_aux_loss_coef == (0.01 if name == "3_mix_eight" else 0.0)
+        assert stage.router_aux_loss_coef == (0.01 if name == "3_mix_task4_eight" else 0.0)
     assert recipe.precision == ("float32" if name == "3_mix_task3" else "bfloat16")
 
 
@@ -71,9 +72,7 @@ def test_there_is_a_recipe_for_every_task() -> None:
 
 def test_every_value_names_its_source() -> None:
     for name in RECIPES:
-        for line in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
-            opens = line.strip().rstrip(":") in ("data", "stages", "lora") or line.strip().startswith("- name:")
-            assert opens or not line or "#" in line, f"{name}: {line}"
+        assert recipe_checks.lines_without_source(FOLDER / f"{name}.yaml") == []
 
 
 @pytest.mark.parametrize("variant", ["speech", "sound", "eight"])
@@ -83,7 +82,7 @@ def test_the_script_runs_recipes_that_follow_each_other(variant: str, tmp_path: 
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LOG": str(log)}
     subprocess.run(["bash", FOLDER / "run.sh", variant], env=environment, check=True)
-    made = {FOLDER / "start-speech", FOLDER / "start-sound"}
+    made: set[Path] = set()
     experts = 0
     for command in log.read_text(encoding="utf-8").splitlines():
         args = cli.build_parser().parse_args(command.split())
@@ -91,6 +90,9 @@ def test_the_script_runs_recipes_that_follow_each_other(variant: str, tmp_path: 
             recipe = load_recipe(FOLDER / args.recipe)
             assert Path(recipe.model) in made, command
             made.add(Path(recipe.out) / recipe.stages[0].name / "model")
+        elif "language_model" in args:
+            assert (args.speech_tower is None) == (args.beats is not None)
+            made.add(FOLDER / args.out)
         else:
             assert {FOLDER / text.partition("=")[2] for text in args.expert} | {FOLDER / args.base} <= made
             made.add(FOLDER / args.out)
@@ -149,14 +151,6 @@ def run(name: str, start: Path, out: Path, model: Path) -> tuple[Path, set[str]]
     return Path(report.model), trained
 
 
-def changed(before: Path, after: Path) -> set[str]:
-    """Parts of the model of which a weight changed."""
-    states = [UniMoeForCausalLM.from_pretrained(folder).state_dict() for folder in (before, after)]
-    names = [name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])]
-    parts = ("tower", "connector", "self_attn", "mlp.gate.", "mlp.experts", "mlp.", "embed_tokens", "norm", "lm_head")
-    return {next(part for part in parts if part in name) for name in names}
-
-
 def test_the_three_stages_run_on_a_tiny_twin(start: Path, tmp_path: Path) -> None:
     dense = start / "dense"
     aligned, trained = run("1_align_speech", start, tmp_path / "1", dense)
@@ -182,7 +176,7 @@ def test_the_three_stages_run_on_a_tiny_twin(start: Path, tmp_path: Path) -> Non
 def test_the_other_recipes_run_on_a_tiny_twin(name: str, start: Path, tmp_path: Path) -> None:
     model = start / "dense"
     if name.startswith("3"):
-        count, layers = (8, [0, 1, 2]) if name == "3_mix_eight" else (4, [0, 2])
+        count, layers = (8, [0, 1, 2]) if name == "3_mix_task4_eight" else (4, [0, 2])
         model = tmp_path / "sparse"
         plan = plan_assembly(
             open_source(str(start / "dense")), [("same", start / "dense")] * count, sparse_layers=layers

@@ -1,0 +1,71 @@
+"""`unimoe convert moiie` and `export-moiie`: a checkpoint of MoIIE's code becomes a folder of ours, and back."""
+
+import argparse
+from pathlib import Path
+
+from ._convert_options import add_dtype, add_out, chosen_dtype
+
+_EPILOG = """\
+examples:
+  unimoe convert moiie ./moiie-phi3-stage2 --vision-tower google/siglip-so400m-patch14-384 --out moiie-phi3
+  unimoe convert moiie ./converted-llm --out moiie-llm      # without image projector: the language model alone
+
+Architecture (MoIIE, vanilla, modality, separate pools, dense) and backbone (Phi-3, LLaMA) are read off the tensors.
+OUT/receipt.json says what became of each.
+"""
+
+
+def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add both conversions to those of `unimoe convert`."""
+    parser = kinds.add_parser(
+        "moiie",
+        help="read a checkpoint of MoIIE's code (phi3, llama; all its architectures)",
+        description="Write a checkpoint of MoIIE's code as a Hugging Face folder that answers as the original does.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id, as the original saved it")
+    add_out(parser)
+    parser.add_argument(
+        "--vision-tower",
+        metavar="DIR",
+        help="folder or Hub id of SigLIP (default: what config.json names, if that is a folder)",
+    )
+    add_dtype(parser, "CHECKPOINT")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this model repository")
+    parser.set_defaults(run=run)
+    export = kinds.add_parser(
+        "export-moiie",
+        help="write a model in MoIIE's own layout",
+        description="Write a model of ours in the folder that MoIIE's own code loads.",
+    )
+    export.add_argument("model", metavar="MODEL", type=Path, help="folder of a model of ours")
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    export.add_argument(
+        "--backbone", choices=("phi3", "llama"), help="whose classes shall load it (default: by the model)"
+    )
+    export.set_defaults(run=run_export)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan, convert, print the receipt."""
+    from ..conversion.import_moiie import plan_moiie
+    from ..conversion.import_plan import push_import, write_import
+
+    plan = plan_moiie(args.checkpoint, vision_tower=args.vision_tower, dtype=chosen_dtype(args))
+    print("Plan", *plan.lines(), sep="\n  ", flush=True)
+    receipt = write_import(plan, args.out)
+    print("Receipt", *receipt.lines(), sep="\n  ")
+    print(f"Saved in {args.out} (with receipt.json).")
+    if args.push_to_hub is not None:
+        print(f"Uploaded to {', '.join(push_import(receipt, args.out, args.push_to_hub))}")
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Export and print what was written."""
+    from ..conversion.export_moiie import export_moiie
+
+    print("Wrote", *export_moiie(args.model, args.out, backbone=args.backbone), sep="\n  ")
+    print(f"Saved in {args.out}.")
+    return 0

@@ -1,0 +1,59 @@
+"""What several conversions of `unimoe convert` ask for in the same way."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConversionError
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Add `--out`."""
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
+
+
+def add_sparsity(parser: argparse.ArgumentParser) -> None:
+    """Add `--top-k` and `--layers`; `parse_layers` reads the latter."""
+    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (default: 2)")
+    parser.add_argument(
+        "--layers", default="odd", help="sparse layers, counted from 0: odd, even, all or 1,3,5 (default: odd)"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, source: str) -> None:
+    """Add `--dtype`; `source` is the option or argument whose dtype is the default."""
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), help=f"store weights so (default: as in {source})")
+
+
+def chosen_dtype(args: argparse.Namespace) -> "torch.dtype | None":
+    """What `--dtype` asks for; None keeps the source's."""
+    import torch
+
+    return None if args.dtype is None else getattr(torch, _DTYPES[args.dtype])
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """Layer indices of "odd", "even", "all" or a list like "1,3,5".
+
+    Raises:
+        ConversionError: the text is none of these, or names a layer that does not exist.
+    """
+    ranges: dict[str, range] = {
+        "odd": range(1, num_layers, 2),
+        "even": range(0, num_layers, 2),
+        "all": range(num_layers),
+    }
+    if text in ranges:
+        return tuple(ranges[text])
+    try:
+        layers = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise ConversionError(f"--layers is {text!r}; use odd, even, all or numbers like 1,3,5.") from error
+    if layers[0] < 0 or layers[-1] >= num_layers:
+        raise ConversionError(f"--layers is {text!r}, but the model's layers are 0 to {num_layers - 1}.")
+    return tuple(layers)

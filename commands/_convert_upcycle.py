@@ -1,0 +1,181 @@
+"""`unimoe convert upcycle`: a dense model becomes a sparse one, with a receipt."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..conversion.group_presets import GROUP_PRESETS, group_preset
+from ..errors import ConversionError
+from ._convert_options import add_dtype, add_out, add_sparsity, chosen_dtype, parse_layers
+
+_EPILOG = """\
+examples:
+  unimoe convert upcycle HuggingFaceTB/SmolLM2-135M-Instruct --out smollm2-moe --layers odd
+  unimoe convert upcycle microsoft/Phi-3-mini-4k-instruct --out phi3-moiie --groups moiie
+  unimoe convert upcycle ./dense --out ./sparse --experts 16 --top-k 4 --granularity 4
+  unimoe convert upcycle ./dense --out ./sparse --experts 8 --drop-ratio 0.5 --allow-gap 20
+  unimoe convert upcycle ./dense --out ./sparse --experts 6 --layers 1,3,5 --groups groups.json
+
+groups: a preset, JSON, or a file that holds it. Presets (see conversion/group_presets.py):
+  uni-moe   one group of all experts            modality  two experts, one for vision and one for language
+  moiie     a quarter each, the rest shared     separate  half of the experts for vision, half for language
+  five      image, video, speech, sound and text have own experts, the rest is shared
+JSON: experts and modalities of each routing group; groups may share experts
+  {"vision":   {"experts": [0, 1, 2], "modalities": ["image", "video"]},
+   "language": {"experts": [1, 2, 3], "modalities": ["text", "speech", "sound"]}}
+
+how experts start:
+  copies of the dense FFN, the default       Sparse Upcycling, arXiv 2212.05055
+  --drop-ratio R                             Drop-Upcycling, arXiv 2502.19261
+  --granularity G                            virtual groups and weight scaling, arXiv 2410.07524
+  --granularity G --split slices             slices as in DCMoE's moe_copy
+  --router-init prompts                      "hidden" gates of mergekit's MoE merges
+  --router-init cluster                      the router's part of Cluster-aware Upcycling, arXiv 2604.13508
+--noise, --drop-ratio, --null and slices change the function: the receipt then shows by how much, and how much is to be
+expected; such a model is only written with --allow-gap.
+"""
+ROUTER_INITS = ("zeros", "normal", "prompts", "cluster")
+
+
+def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the conversion to those of `unimoe convert`."""
+    parser = kinds.add_parser(
+        "upcycle",
+        help="copy the FFNs of a dense model into experts",
+        description="Write a sparse model that computes what the dense SOURCE computes, and prove it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder or Hub id: a LLaMA-family model, a LLaVA-like one on top of such, or a dense one of ours",
+    )
+    add_out(parser)
+    parser.add_argument("--experts", type=int, default=4, metavar="E", help="experts per sparse layer (default: 4)")
+    add_sparsity(parser)
+    parser.add_argument("--groups", metavar="PRESET|JSON", help="routing groups; without: one group of all experts")
+    parser.add_argument("--shared", type=int, default=0, metavar="N", help="experts that every token uses as well")
+    parser.add_argument(
+        "--null", type=int, default=0, metavar="N", help="choices that compute nothing; needs --allow-gap"
+    )
+    _add_initialisation(parser)
+    add_dtype(parser, "SOURCE")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
+    parser.add_argument(
+        "--allow-gap", type=float, metavar="X", help="let logits differ from SOURCE's by up to X (inf: by anything)"
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to this model repository")
+    parser.set_defaults(run=run)
+
+
+def _add_initialisation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--router-init",
+        choices=ROUTER_INITS,
+        default="normal",
+        help="normal: random rows, spreads the tokens; zeros: all tokens start on the same experts, equal to SOURCE to "
+        "the last bit; prompts: rows point to the hidden states of each expert's texts; cluster: to clusters of "
+        "hidden states (default: normal)",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='texts for prompts ({"0": ["text", ...], "1": [...], ...}) or cluster (the same, or a text per line)',
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.0, metavar="STD", help="noise on experts, in units of each matrix's deviation"
+    )
+    parser.add_argument(
+        "--drop-ratio", type=float, default=0.0, metavar="R", help="share of each expert that starts anew, 0 to 1"
+    )
+    parser.add_argument(
+        "--granularity", type=int, default=1, metavar="G", help="experts are 1/G as wide as the dense FFN (default: 1)"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("virtual-groups", "slices"),
+        default="virtual-groups",
+        help="what the G parts are: together the dense FFN, or slices of it (default: virtual-groups)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan, convert, print the receipt."""
+    from ..conversion.hub import push_folder
+    from ..conversion.sources import open_source
+    from ..conversion.sparsity import Sparsity
+    from ..conversion.stream_upcycle import plan_upcycle, run_upcycle
+
+    source = open_source(args.source)
+    expert_groups, modality_groups = parse_groups(args.groups, args.experts)
+    extra = {"num_shared_experts": args.shared, "num_null_experts": args.null}
+    sparsity = Sparsity(
+        num_experts=args.experts,
+        num_experts_per_tok=args.top_k,
+        sparse_layers=parse_layers(args.layers, source.config.text_config.num_hidden_layers),
+        expert_groups=expert_groups,
+        modality_groups=modality_groups,
+        router_init=args.router_init,
+        routing={name: count for name, count in extra.items() if count},
+        seed=args.seed,
+        granularity=args.granularity,
+        split=args.split,
+        noise=args.noise,
+        drop_ratio=args.drop_ratio,
+    )
+    plan = plan_upcycle(source, sparsity, chosen_dtype(args), prompts=args.prompts)
+    print("Plan", *plan.lines(), sep="\n  ", flush=True)
+    receipt = run_upcycle(plan, args.out, allow_gap=args.allow_gap)
+    print("Receipt", *receipt.lines(), sep="\n  ")
+    print(f"Saved in {args.out} (with receipt.json).")
+    if args.push_to_hub is not None:
+        print(f"Uploaded to {push_folder(args.out, args.push_to_hub)}")
+    return 0
+
+
+def parse_groups(text: str | None, num_experts: int) -> tuple[dict[str, list[int]] | None, dict[str, str] | None]:
+    """`expert_groups` and `modality_groups` of the configuration, from a preset's name, JSON or a file that holds it.
+
+    Raises:
+        ConversionError: it is none of these, the preset does not fit the number of experts, or a group lacks its experts
+            or modalities.
+    """
+    if text is None:
+        return None, None
+    if text in GROUP_PRESETS:
+        return group_preset(text, num_experts)
+    if not text.lstrip().startswith("{"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            presets = ", ".join(GROUP_PRESETS)
+            raise ConversionError(
+                f"--groups {text!r} is no preset ({presets}) and neither JSON nor a file to read ({error})."
+            ) from error
+    try:
+        groups = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConversionError(f"--groups is not JSON ({error}).") from error
+    if not isinstance(groups, dict) or not groups:
+        raise ConversionError('--groups must be an object {"name": {"experts": [...], "modalities": [...]}, ...}.')
+    for name, group in groups.items():
+        for field, is_item in (("experts", _is_int), ("modalities", _is_text)):
+            if not isinstance(group, dict) or not _is_list_of(group.get(field), is_item):
+                raise ConversionError(f"--groups: {name!r} needs a list {field!r}.")
+    expert_groups = {name: group["experts"] for name, group in groups.items()}
+    return expert_groups, {modality: name for name, group in groups.items() for modality in group["modalities"]}
+
+
+def _is_list_of(value: Any, is_item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(is_item(item) for item in value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

@@ -1,0 +1,129 @@
+"""Gate rows of a layer and the tokens that they concern: what the routers' losses and loads are computed from.
+
+Shape suffixes: T = batch * sequence tokens, L layers, R gate rows of one layer, C those that can be chosen (per group its
+experts, then null experts), K experts per token, E experts.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .configuration_unimoe_text import UniMoeTextConfig
+from .routing_dynamic_unimoe import chosen_rows
+
+
+class StepTotals(NamedTuple):
+    """What all batches of an optimizer step, on all ranks, sum up to; float32.
+
+    The balance loss is a product of two means over tokens, so the losses of parts of a step do not average to that of the
+    whole. With the whole's sums, which carry no gradient, those of its parts add up to it exactly, and so do their
+    gradients.
+
+    Args:
+        chosen_LC: choices of every gate row; one layer where layers count jointly.
+        tokens_LC: tokens that could have made them, those of the row's group.
+        tokens: tokens that are not padding.
+        samples: those that hold two modalities or more.
+    """
+
+    chosen_LC: torch.Tensor
+    tokens_LC: torch.Tensor
+    tokens: torch.Tensor
+    samples: torch.Tensor
+
+    def plus(self, other: "StepTotals") -> "StepTotals":
+        return StepTotals(*(one + another for one, another in zip(self, other, strict=True)))
+
+
+def valid_tokens(logits_TR: torch.Tensor, attention_mask_T: torch.Tensor | None) -> torch.Tensor:
+    if attention_mask_T is None:
+        return torch.ones(len(logits_TR), device=logits_TR.device)
+    return attention_mask_T.to(logits_TR.device, torch.float32)
+
+
+def group_sizes(config: UniMoeTextConfig) -> list[int]:
+    return [len(group.experts) + config.num_null_experts for group in config.router_groups]
+
+
+def per_group(
+    logits_TR: torch.Tensor, token_group_T: torch.Tensor | None, weight_T: torch.Tensor, config: UniMoeTextConfig
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Per group the float32 logits of its rows, and the weights of tokens, 0 for those of other groups."""
+    rows = logits_TR[:, : sum(group_sizes(config))].float().split(group_sizes(config), dim=1)
+    for index, logits_TC in enumerate(rows):
+        yield logits_TC, weight_T if token_group_T is None else weight_T * (token_group_T == index)
+
+
+def choosable_shares(logits_TR: torch.Tensor, config: UniMoeTextConfig) -> torch.Tensor:
+    """Each token's probabilities of all that it can choose, [T, C]; with one group."""
+    return shares(logits_TR[:, : logits_TR.shape[1] - config.num_shared_experts].float(), config)
+
+
+def shares(logits_TC: torch.Tensor, config: UniMoeTextConfig) -> torch.Tensor:
+    if config.router_scoring == "softmax":
+        return logits_TC.softmax(dim=-1)
+    scores_TC = logits_TC.sigmoid()
+    return scores_TC / scores_TC.sum(dim=-1, keepdim=True)
+
+
+def over_layers(losses: list[torch.Tensor], config: UniMoeTextConfig) -> torch.Tensor:
+    stacked = torch.stack(losses)
+    return stacked.sum(dim=0) if config.router_losses_as_released else stacked.mean(dim=0)
+
+
+def at_least_something(total: torch.Tensor) -> torch.Tensor:
+    """A divisor that is never 0; what it divides is 0 then."""
+    return total.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def expert_load(
+    router_logits: tuple[torch.Tensor, ...],
+    config: UniMoeTextConfig,
+    token_group_T: torch.Tensor | None = None,
+    attention_mask_T: torch.Tensor | None = None,
+    choice_biases: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Share of all assignments to routed experts that each of them received, float32 [layers, E]; rows sum to 1.
+
+    Null experts receive nothing, shared experts everything; neither counts. Tokens that an expert dropped do.
+
+    Args:
+        choice_biases: the biases of every router, with `router_bias_update_rate`.
+    """
+    loads = []
+    for layer, logits_TR in enumerate(router_logits):
+        valid_T = valid_tokens(logits_TR, attention_mask_T)
+        if config.router_type == "dynamic":
+            chosen_TC = chosen_rows(logits_TR, config, attention_mask_T)
+            load_E = (chosen_TC[:, : config.num_experts] * valid_T[:, None]).sum(dim=0)
+        else:
+            bias_C = None if choice_biases is None else choice_biases[layer]
+            load_E = _top_k_load(logits_TR, config, token_group_T, valid_T, bias_C)
+        loads.append(load_E / load_E.sum().clamp(min=1))
+    return torch.stack(loads)
+
+
+def _top_k_load(
+    logits_TR: torch.Tensor,
+    config: UniMoeTextConfig,
+    token_group_T: torch.Tensor | None,
+    valid_T: torch.Tensor,
+    bias_C: torch.Tensor | None,
+) -> torch.Tensor:
+    """Assignments to each expert, [E]; those to null experts are counted behind the last one and cut off."""
+    load_E = torch.zeros(config.num_experts + 1, device=logits_TR.device)
+    first_row = 0
+    for index, group in enumerate(config.router_groups):
+        expert_of_row = [*group.experts, *[config.num_experts] * config.num_null_experts]
+        rows = slice(first_row, first_row + len(expert_of_row))
+        first_row = rows.stop
+        weight_T = valid_T if token_group_T is None else valid_T * (token_group_T == index)
+        logits_TC = logits_TR[:, rows].float()
+        scores_TC = logits_TC.softmax(dim=-1) if config.router_scoring == "softmax" else logits_TC.sigmoid()
+        if bias_C is not None:
+            scores_TC = scores_TC + bias_C[rows]
+        chosen_TK = scores_TC.topk(config.num_experts_per_tok).indices
+        experts_TK = torch.tensor(expert_of_row, device=logits_TR.device)[chosen_TK]
+        load_E.index_add_(0, experts_TK.flatten(), weight_T.repeat_interleave(config.num_experts_per_tok))
+    return load_E[:-1]

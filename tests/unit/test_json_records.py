@@ -1,0 +1,42 @@
+"""Records that are too long are reported with the limit; reading ends there, in bounded memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unimoe.trainers import json_records
+from unimoe.trainers.json_records import read_records
+
+LIMIT = "characters that a record may have"
+
+
+@pytest.fixture(autouse=True)
+def short_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_records, "_CHUNK", 16)
+    monkeypatch.setattr(json_records, "_MAX_RECORD", 64)
+
+
+def test_a_list_with_a_record_that_does_not_end(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text('[1, {"a": "' + "x" * 1000)
+    first, last = read_records(tmp_path / "list")
+    assert first.value == 1
+    assert LIMIT in last.error
+    assert last.error.startswith("Unterminated string")
+    assert last.position < 500
+
+
+def test_lines_with_one_that_does_not_end(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text('{"a": 1}\n\n{"b": "' + "x" * 1000 + '"}\n{"c": 1}\n')
+    first, last = read_records(tmp_path / "lines")
+    assert first.value == {"a": 1}
+    assert last.place == f"{tmp_path / 'lines'}:3"
+    assert LIMIT in last.error
+    assert last.position < 500
+
+
+def test_a_broken_line_does_not_end_the_reading(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("\n".join(["{}", "{", json.dumps({"n": 3})]))
+    records = list(read_records(tmp_path / "lines"))
+    assert [record.error is None for record in records] == [True, False, True]
+    assert [record.number for record in records] == [1, 2, 3]

@@ -1,0 +1,29 @@
+"""The processor that a stage trains with: the model's, in other settings if the stage has any."""
+
+import copy
+from typing import Any
+
+from ..errors import RecipeError
+from .recipe import StageConfig
+
+
+def processor_of(stage: StageConfig, processor: Any) -> Any:
+    """The processor itself, or a copy with the stage's chat template and shape of pictures; parts are shared.
+
+    Raises:
+        RecipeError: the processor has no chat template of that name.
+    """
+    if stage.chat_template is None and stage.image_aspect_ratio is None:
+        return processor
+    own = copy.copy(processor)
+    if stage.chat_template is not None:
+        named = processor.chat_template if isinstance(processor.chat_template, dict) else {}
+        if stage.chat_template not in named:
+            raise RecipeError(
+                f"The stage {stage.name!r} has chat_template {stage.chat_template!r}, but the model's processor has "
+                f"{f'those named {sorted(named)}' if named else 'one only, without a name'}."
+            )
+        own.chat_template = named[stage.chat_template]
+    if stage.image_aspect_ratio is not None:
+        own.image_aspect_ratio = stage.image_aspect_ratio
+    return own

@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 import tiny_media
 import torch
-from golden import GoldenMismatchError, golden_root, leave_for_lack_of_data
+from golden import CASES_FILE, GoldenMismatchError, golden_root, leave_for_lack_of_data, record_case
 from prompt_checks import captured_warnings, counts_in, require
 from transformers import AutoTokenizer
 
@@ -48,7 +48,7 @@ GROUPING_RULES = {
 
 def text_folders() -> list[Path]:
     root = golden_root()
-    files = root.rglob("cases.json") if root.is_dir() else []
+    files = root.rglob(CASES_FILE) if root.is_dir() else []
     return sorted(file.parent for file in files if is_ours(json.loads(file.read_text(encoding="utf-8"))))
 
 
@@ -62,12 +62,12 @@ def is_ours(data: Any) -> bool:
 
 
 def entries(kind: str) -> list[Any]:
-    """(folder, entry) of every entry of a kind, as pytest's parameters."""
+    """(folder, index, entry) of every entry of a kind, as pytest's parameters."""
     found = []
     for folder in text_folders():
-        for index, entry in enumerate(json.loads((folder / "cases.json").read_text(encoding="utf-8")).get(kind, [])):
+        for index, entry in enumerate(json.loads((folder / CASES_FILE).read_text(encoding="utf-8")).get(kind, [])):
             name = f"{folder.name}-{kind}-{index}-{entry.get('name', entry.get('seed'))}"
-            found.append(pytest.param((folder, entry), id=name))
+            found.append(pytest.param((folder, index, entry), id=name))
     return found or [pytest.param(None, id="no-golden-data")]
 
 
@@ -82,13 +82,14 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("given", entries("cases"))
 def test_prompts_tokens_and_labels_are_the_originals(given: Any, media: Path) -> None:
-    folder, case = given or leave_for_lack_of_data()
-    check_case(folder, case, media)
+    folder, index, case = given or leave_for_lack_of_data()
+    compared = check_case(folder, case, media)
+    record_case(folder / CASES_FILE, "cases", index, compared=compared, read=CASE_INPUTS)
 
 
 @pytest.mark.parametrize("given", entries("cases"))
 def test_default_rules_agree_where_the_original_is_right(given: Any, media: Path) -> None:
-    folder, case = given or leave_for_lack_of_data()
+    folder, _, case = given or leave_for_lack_of_data()
     if case.get("error") or case.get("warning"):
         pytest.skip(f"{case['name']}: the original gave this sample up")
     if any(mark in turn["value"] for turn in case["conversations"] for mark in ("<s>", "</s>", "<unk>", "ASSISTANT:")):
@@ -106,13 +107,14 @@ def test_default_rules_agree_where_the_original_is_right(given: Any, media: Path
 
 @pytest.mark.parametrize("given", entries("grouping"))
 def test_orders_of_samples_are_the_originals(given: Any) -> None:
-    _, grouping = given or leave_for_lack_of_data()
-    check_grouping(grouping)
+    folder, index, grouping = given or leave_for_lack_of_data()
+    compared = check_grouping(grouping)
+    record_case(folder / CASES_FILE, "grouping", index, compared=compared, read=GROUPING_INPUTS)
 
 
 @pytest.mark.parametrize("given", entries("grouping"))
 def test_our_own_sampler_never_mixes_types_in_a_megabatch(given: Any) -> None:
-    _, grouping = given or leave_for_lack_of_data()
+    _, _, grouping = given or leave_for_lack_of_data()
     types, per_step = grouping["types"], grouping["world_size"]
     groups = {str(kind): [i for i, own in enumerate(types) if own == kind] for kind in sorted(set(types))}
     sampler = ModalityBatchSampler(groups, grouping["batch_size"], seed=grouping["seed"], batches_per_step=per_step)
@@ -127,7 +129,7 @@ def test_our_own_sampler_never_mixes_types_in_a_megabatch(given: Any) -> None:
 
 @pytest.mark.parametrize("folder", text_folders() or [None], ids=lambda folder: getattr(folder, "name", "none"))
 def test_no_kind_of_case_is_unknown(folder: Path | None) -> None:
-    kinds = json.loads(((folder or leave_for_lack_of_data()) / "cases.json").read_text(encoding="utf-8"))
+    kinds = json.loads(((folder or leave_for_lack_of_data()) / CASES_FILE).read_text(encoding="utf-8"))
     check_kinds(folder.name, kinds)
 
 
@@ -146,7 +148,7 @@ def flip(value: Any) -> Any:
 def entry_with(kind: str, field: str) -> tuple[Path, Any]:
     """A folder, and a fresh copy of an entry of it that holds the field and on which the original did not fail."""
     for folder in text_folders():
-        for entry in json.loads((folder / "cases.json").read_text(encoding="utf-8")).get(kind, []):
+        for entry in json.loads((folder / CASES_FILE).read_text(encoding="utf-8")).get(kind, []):
             if field in entry and not entry.get("error"):
                 return folder, entry
     leave_for_lack_of_data()
@@ -198,8 +200,8 @@ def check_kinds(name: str, data: dict[str, Any]) -> None:
     require(f"{name}: kinds of cases", sorted(set(data) - {"cases", "grouping"}), [])
 
 
-def check_case(folder: Path, case: dict[str, Any], media: Path) -> None:
-    """Compare everything that the original made of a case with what we make by its rules."""
+def check_case(folder: Path, case: dict[str, Any], media: Path) -> set[str]:
+    """Compare everything that the original made of a case with what we make by its rules; returns the fields compared."""
     name = case["name"]
     require(f"{name}: unknown fields", sorted(set(case) - CASE_INPUTS - CASE_RESULTS), [])
     require(f"{name}: unknown modalities", sorted(set(case["modalities"]) - set(KEYS.values())), [])
@@ -210,7 +212,7 @@ def check_case(folder: Path, case: dict[str, Any], media: Path) -> None:
         try:
             convert(record_of(case), name, MediaPaths(media), original_rules="unimoe")
         except DataError:
-            return
+            return CASE_RESULTS
         raise GoldenMismatchError(f"{name}: the original raised {case['error']!r}, ours does not")
     messages = convert(record_of(case), name, MediaPaths(media), original_rules="unimoe")["messages"]
     processor = processor_of(folder, "original")
@@ -218,7 +220,8 @@ def check_case(folder: Path, case: dict[str, Any], media: Path) -> None:
         check_training(processor, case, messages)
     if "warning" in case:
         require(f"{name}: warning", counts_in("".join(warnings)), counts_in(case["warning"]))
-    check_generation(processor, case, messages)
+    opened = check_generation(processor, case, messages)
+    return {"prompt", "input_ids", "labels", "warning", *opened, *({"error"} if "error" in case else ())}
 
 
 def check_training(processor: UniMoeProcessor, case: dict[str, Any], messages: list[dict[str, Any]]) -> None:
@@ -242,8 +245,8 @@ def check_training(processor: UniMoeProcessor, case: dict[str, Any], messages: l
         require(f"{case['name']}: labels", labels, expected)
 
 
-def check_generation(processor: UniMoeProcessor, case: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-    """The last turn emptied: an open answer."""
+def check_generation(processor: UniMoeProcessor, case: dict[str, Any], messages: list[dict[str, Any]]) -> set[str]:
+    """The last turn emptied: an open answer. Returns the fields compared; ids need all of the media."""
     if messages[-1]["role"] == "assistant":
         question, options = messages[:-1], {"add_generation_prompt": True}
     else:
@@ -255,10 +258,12 @@ def check_generation(processor: UniMoeProcessor, case: dict[str, Any], messages:
         batch = processor.apply_chat_template(question, tokenize=True, return_dict=True, **options)
         ids = public(processor, batch["input_ids"][0])
         require(f"{case['name']}: generation_input_ids", ids, case["generation_input_ids"])
+        return {"generation_prompt", "generation_input_ids"}
+    return {"generation_prompt"}
 
 
-def check_grouping(grouping: dict[str, Any]) -> None:
-    """Compare the original's orders index for index, and what they promise about megabatches."""
+def check_grouping(grouping: dict[str, Any]) -> set[str]:
+    """Compare the original's orders index for index, and what they promise about megabatches; returns their fields."""
     require(
         f"unknown fields of seed {grouping['seed']}", sorted(set(grouping) - GROUPING_INPUTS - set(GROUPING_RULES)), []
     )
@@ -275,6 +280,7 @@ def check_grouping(grouping: dict[str, Any]) -> None:
             require(f"{field}: whole megabatches", len(order) % size, 0)
             mixed = [i for i in range(0, len(order), size) if len({types[index] for index in order[i : i + size]}) > 1]
             require(f"{field}: megabatches of several types", mixed, [])
+    return set(GROUPING_RULES) & set(grouping)
 
 
 def record_of(case: dict[str, Any]) -> dict[str, Any]:

@@ -148,9 +148,27 @@ def audio_kind(config: UniMoeConfig) -> AudioKind:
             f"The model's image, speech and sound connectors are {types}; the original has an mlp for images and either a "
             "query decoder for speech or a Q-Former for sound, without norms."
         )
+    _require_plain_sizes(text)
     if not text.sparse_layers:
         raise ConversionError("The model is dense; the original's variants are mixtures of experts.")
     return kinds[tuple(types)]
+
+
+def _require_plain_sizes(text: UniMoeTextConfig) -> None:
+    """Refuses what the original's configuration has no field for: its code computes with fixed values."""
+    rope = text.rope_parameters
+    fixed = {
+        "moe_intermediate_size": (text.moe_intermediate_size, text.intermediate_size),
+        "head_dim": (text.head_dim, text.hidden_size // text.num_attention_heads),
+        "rope_theta": (float(rope["rope_theta"]), 10_000.0),
+    }
+    for field, (found, value) in fixed.items():
+        if found != value:
+            raise ConversionError(f"The original has no {field} = {found!r}; only {value!r} can be exported.")
+    if rope["rope_type"] not in ("default", "linear", "dynamic"):
+        raise ConversionError(
+            f"The original has no rope_type = {rope['rope_type']!r}; only 'default', 'linear' or 'dynamic' can be exported."
+        )
 
 
 def _write_base(

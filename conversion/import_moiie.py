@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, SiglipVision
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .bunny_processor import build_bunny_processor, prepare_bunny_tokenizer
+from .encoder_folders import named_config, nameless
 from .import_plan import ImportPlan, account, push_import, write_import
 from .import_receipt import ImportReceipt
 from .io import Checkpoint, OutputTensor, read_json
@@ -65,10 +66,11 @@ def plan_moiie(checkpoint: str, *, vision_tower: str | None = None, dtype: torch
         prepare_bunny_tokenizer(tokenizer, version)
     image_token = None if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>")
     vision = None if tower is None else _vision_config(tower)
-    config = our_moiie_config(original, variant, vision, gathered.shapes, image_token)  # type: ignore[arg-type]
     wanted = dtype or stored.main_dtype
-    config.dtype = wanted
-    expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
+    with named_config(folder / "config.json"):
+        config = our_moiie_config(original, variant, vision, gathered.shapes, image_token)  # type: ignore[arg-type]
+        config.dtype = wanted
+        expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
     key_map = moiie_key_map(variant, config, vision_prefix(expected))
     made = _made_routers(variant, config)
     targets = account(gathered, key_map, expected, made)
@@ -164,9 +166,8 @@ def _vision_config(tower: Path) -> SiglipVisionConfig:
         raise ConversionError(
             f"{path} describes {found!r}, not a SigLIP tower ('siglip' or 'siglip_vision_model'), which MoIIE's models have."
         )
-    config = SiglipVisionConfig.from_pretrained(tower)
-    config._name_or_path = ""  # where the tower came from is nobody's business in a published folder
-    return config
+    with named_config(path):
+        return nameless(SiglipVisionConfig.from_pretrained(tower))
 
 
 def _made_routers(variant: MoiieVariant, config: UniMoeConfig) -> tuple[str, ...]:

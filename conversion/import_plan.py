@@ -15,7 +15,7 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..processing.processing_unimoe import UniMoeProcessor
 from .hub import complete_bundle, push_folder, save_config
 from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
-from .io import DEFAULT_SHARD_BYTES, OutputTensor, dtype_name, finished_folder, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, OutputTensor, dtype_name, finished_folder, refuse_damaged, write_checkpoint
 from .key_rules import KeyMap, Shape, Target
 from .model_card import model_card, receipt_section
 from .original_tokenizer import carry_tokenizer
@@ -131,6 +131,8 @@ def write_import(
     with ExitStack() as stack:
         folder = stack.enter_context(finished_folder(out))
         second = stack.enter_context(finished_folder(beside[0])) if beside is not None else None
+        for file in plan.gathered.files:
+            refuse_damaged(file)
         started = time.monotonic()
         shards = write_checkpoint(
             folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests

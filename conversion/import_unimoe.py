@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, WhisperConfig
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
-from .encoder_folders import nameless, require_type
+from .encoder_folders import named_config, nameless, require_type
 from .import_plan import ImportPlan, WriteBeside, account, push_import, write_import
 from .import_receipt import ImportReceipt
 from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, read_json
@@ -113,11 +113,12 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
     tokenizer_files = tokenizer_folder(folders.base, folders.finetuned)
     tokenizer = load_tokenizer(tokenizer_files)
     ids = placeholder_ids(tokenizer) if tokenizer is not None else None
-    config = our_config(original, variant, encoders, gathered.shapes, ids)
-    config.dtype = dtype or gathered.base_dtype
+    with named_config(_config_file(folders)):
+        config = our_config(original, variant, encoders, gathered.shapes, ids)
+        config.dtype = dtype or gathered.base_dtype
+        expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
     if tokenizer is not None and tokenizer_files is not None:
         require_fitting_tokenizer(tokenizer, tokenizer_files, config.text_config.vocab_size)
-    expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
     key_map = KeyMap(rules_for(variant.audio, vision_prefix(expected), variant.layout))
     targets = _account(gathered, key_map, expected)
     if keep_lora:
@@ -223,18 +224,21 @@ def _add_encoders(gathered: Gathered, variant: Variant, folders: UniMoeFolders) 
             raise ConversionError("This is a speech model, and its Whisper folder was not given: add --whisper DIR.")
         add_encoder(gathered, "whisper", Checkpoint(folders.whisper))
         require_type(folders.whisper, "whisper")
-        return Encoders(vision, whisper=nameless(WhisperConfig.from_pretrained(folders.whisper)))
+        with named_config(folders.whisper / "config.json"):
+            return Encoders(vision, whisper=nameless(WhisperConfig.from_pretrained(folders.whisper)))
     if folders.beats is None:
         raise ConversionError("This is the audio model, and its BEATs file was not given: add --beats FILE.pt.")
     beats = BeatsFile(folders.beats)
     add_encoder(gathered, "beats", beats)
     qformer = read_json(folders.qformer_config) if isinstance(folders.qformer_config, Path) else folders.qformer_config
-    return Encoders(vision, beats=UniMoeBeatsConfig.from_original(beats.cfg), qformer=qformer)
+    with named_config(folders.beats):
+        return Encoders(vision, beats=UniMoeBeatsConfig.from_original(beats.cfg), qformer=qformer)
 
 
 def _vision_config(folder: Path) -> CLIPVisionConfig:
     require_type(folder, "clip", "clip_vision_model")
-    return nameless(CLIPVisionConfig.from_pretrained(folder))
+    with named_config(folder / "config.json"):
+        return nameless(CLIPVisionConfig.from_pretrained(folder))
 
 
 def _account(gathered: Gathered, key_map: KeyMap, expected: dict[str, tuple[int, ...]]) -> dict[str, Target]:

@@ -160,7 +160,8 @@ class Checkpoint:
             absent = sorted(set(names) - set(inside))
             if absent:
                 raise ConversionError(f"{path} lacks {absent[0]}, which {index.name} places there. Fetch both again.")
-            tensors |= {name: inside[name] for name in names}
+            # Also what the index does not name: it must not get lost without a word.
+            tensors |= {name: info for name, info in inside.items() if weight_map.get(name, file) == file}
         return tensors
 
     def _tensors_of(self, path: Path) -> dict[str, TensorInfo]:
@@ -173,8 +174,10 @@ class Checkpoint:
         if self._pickle is None or self._pickle[0] != path:
             self._pickle = None  # unmaps the file that was open
             content = load_pickle(path)
-            if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
-                raise ConversionError(f"{path} holds more than named tensors. Give the weights as safetensors.")
+            if not isinstance(content, dict) or not all(_is_plain(*item) for item in content.items()):
+                raise ConversionError(
+                    f"{path} holds more than named, dense tensors of real numbers. Give the weights as safetensors."
+                )
             self._pickle = (path, content)
         return self._pickle[1]
 
@@ -225,6 +228,28 @@ def refuse_truncated(path: Path) -> None:
         )
     if path.stat().st_size == 0:
         raise ConversionError(f"{path} is empty. Fetch it again.")
+
+
+def refuse_damaged(path: Path) -> None:
+    """Raises ConversionError for a file of torch.save whose content does not fit the checksums in it.
+
+    It reads the whole file. Interrupted downloads in parts have the right size and end, and holes in between.
+    """
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ConversionError(f"{path} is damaged ({error}). Fetch it again.") from error
+    if damaged is not None:
+        raise ConversionError(f"{path} is damaged: the checksum of {damaged} in it is wrong. Fetch it again.")
+
+
+def _is_plain(name: Any, tensor: Any) -> bool:
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        return False
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPE_NAMES
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -384,7 +409,13 @@ def _bytes_of(output: OutputTensor) -> Iterator[memoryview]:
     for make in output.pieces:
         # Block by block, so that a conversion of the dtype makes no second tensor of the whole size.
         for block in make().detach().cpu().contiguous().reshape(-1).split(_BLOCK):
-            yield block.to(output.dtype).view(torch.uint8).numpy().data
+            made = block.to(output.dtype)
+            if made.is_floating_point() and not made.isfinite().all():
+                raise ConversionError(
+                    f"{output.name} holds values that are no finite numbers in {dtype_name(output.dtype)}: choose a "
+                    "dtype of a wider range, or fetch the source again."
+                )
+            yield made.view(torch.uint8).numpy().data
 
 
 @contextmanager
@@ -395,17 +426,30 @@ def finished_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         replace: take the place of an existing folder; otherwise one that is not empty is refused.
 
     Raises:
-        ConversionError: `target` is a file, or not empty.
+        ConversionError: `target` is a file, or not empty (also if it was empty at first), or cannot be written.
     """
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target} is a file; name a folder.")
     if not replace and target.is_dir() and any(target.iterdir()):
         raise ConversionError(f"{target} is not empty: name a new folder, or remove it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
-        folder = Path(work) / "new"
-        folder.mkdir()
-        yield folder
-        if target.is_dir():
-            os.replace(target, Path(work) / "old")
-        os.replace(folder, target)
+    target = target.resolve()  # of a link: beside the folder that it leads to
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
+            folder = Path(work) / "new"
+            folder.mkdir()
+            yield folder
+            if target.is_dir() and replace:
+                os.replace(target, Path(work) / "old")
+            elif target.exists():
+                _remove_empty(target)
+            os.replace(folder, target)
+    except OSError as error:
+        raise ConversionError(f"{target} cannot be written ({error}). Nothing of it is left there.") from error
+
+
+def _remove_empty(target: Path) -> None:
+    try:
+        target.rmdir()
+    except OSError as error:
+        raise ConversionError(f"{target} was empty at the start and is not any more: name another folder.") from error

@@ -1,6 +1,7 @@
 """The tensors of a released model's files: what was read, what the original ends up with, and what became of each."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -50,6 +51,11 @@ class SourceTensors:
 
     tensors: list[SourceTensor] = field(default_factory=list)
     live: dict[str, SourceTensor] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that was opened."""
+        return sorted({tensor.info.file for tensor in self.tensors})
 
     @property
     def shapes(self) -> dict[str, Shape]:

@@ -17,7 +17,7 @@ from ..errors import ConversionError
 from .io import TensorFile, TensorInfo
 from .key_rules import Shape
 from .source_tensors import SourceTensor
-from .unimoe_files import Gathered, require_finetuned, without_wrappers
+from .unimoe_files import Gathered, refuse_incomplete, require_finetuned, without_wrappers
 from .unimoe_keys import EXPERTS
 from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor
 from .unimoe_variant import decoder_layers, eight_expert_layers
@@ -57,7 +57,12 @@ def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config
     num_experts = _count(config, "num_experts")
     layers = set(eight_expert_layers(config, len(decoder_layers(gathered.live))))
     _drop_dense_mlps(gathered, layers)
-    sources = {name: gathered.add_file("experts", _expert_file(folder / name)) for name in _needed(num_experts)}
+    sources = {}
+    for name in _needed(num_experts):
+        file = _expert_file(folder / name)
+        if file.tensors:  # without any, the weights are those of the fine-tuned files
+            refuse_incomplete(file, _leaves(layers, FFN_PROJECTIONS), _leaves_of(file))
+        sources[name] = gathered.add_file("experts", file)
     for path in sorted(folder.glob("*.bin")):
         if path.name not in sources:
             for tensor in gathered.add_file("experts", TensorFile(path)):
@@ -70,6 +75,7 @@ def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config
         if finetuned is not None:
             file = TensorFile(finetuned / FINETUNED_FILE.format(expert=expert))
             _refuse_several_slots(file)
+            refuse_incomplete(file, _leaves(layers, _FACTORS), _leaves_of(file))
             _place(gathered, gathered.add_file("finetuned", file), expert, layers, (*FFN_PROJECTIONS, *_FACTORS))
         _place(gathered, sources[_file_of(expert)], expert, layers, FFN_PROJECTIONS)
 
@@ -172,6 +178,16 @@ def _refuse_several_slots(file: TensorFile) -> None:
             f"{file.path} holds experts of {len(slots)} slots; the original's loader takes one expert from each of its "
             "files. Save the model with one expert per process (ep_size = num_experts)."
         )
+
+
+def _leaves(layers: Iterable[int], leaves: tuple[str, ...]) -> list[str]:
+    return [f"model.layers.{layer}.mlp.{leaf}.weight" for layer in layers for leaf in leaves]
+
+
+def _leaves_of(file: TensorFile) -> list[str]:
+    """The names in a file, reduced to what counts, see `_place`."""
+    parts = [name.split(".") for name in file.tensors]
+    return [f"model.layers.{part[2]}.mlp.{part[-2]}.weight" for part in parts if len(part) >= 4]
 
 
 def _place(

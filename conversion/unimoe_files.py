@@ -7,9 +7,11 @@ What comes later replaces what was there, also a weight that LoRA had changed: s
 files of two variants, has no effect. The encoders come from their own folders, as in every script of the original.
 """
 
+import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +19,10 @@ import torch
 
 from ..errors import ConversionError
 from .io import Checkpoint, TensorFile, TensorInfo, load_pickle, read_json
-from .llava_keys import VISION_TOWER
+from .llava_keys import PROJECTOR, VISION_TOWER
 from .source_tensors import SourceTensor, SourceTensors
-from .unimoe_keys import AUDIO_TOWER, Layout
-from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, read_lora_scale
+from .unimoe_keys import ALIGNER, AUDIO_TOWER, Layout
+from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, lora_modules, read_lora_scale
 
 # Written by the saver of every variant; a folder without one of them is not complete.
 FINETUNED_FILES = (
@@ -32,6 +34,13 @@ FINETUNED_FILES = (
 )
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _BASE_EXTRAS = ("mm_projector.bin", "mm_audio_aligner.bin")
+# What each file holds all of; the query decoder's word embeddings are of no use, and left out by some savers.
+_PROJECTOR_TENSOR = re.compile(re.escape(PROJECTOR) + ".+")
+_ROUTERS: dict[Layout, re.Pattern[str]] = {
+    "plain": re.compile(r"model\.layers\.\d+\.mlp\.gate\.weight"),
+    "deepspeed": re.compile(r"model\.layers\.\d+\.mlp\.deepspeed_moe\.gate\.wg\.weight"),
+}
+_ALIGNER_TENSOR = re.compile(rf"model\.query_tokens|{re.escape(ALIGNER)}(?!decoder\.audio_decoder\.embed_tokens\.).+")
 _TOWERS = ("model.vision_tower.", "model.audio_tower.")
 
 # How the names in an encoder's own folder begin -> how the original's do, or None with the reason for dropping it.
@@ -120,13 +129,15 @@ def lay_over(gathered: Gathered, finetuned: Path, layout: Layout) -> None:
         ConversionError: a file is missing or damaged, or does not fit; the message names it.
     """
     adapter = require_finetuned(finetuned)
-    _replace(gathered, TensorFile(finetuned / "non_lora_trainables.bin"))
+    gates = partial(_replace, gathered, TensorFile(finetuned / "mlp_gates.bin"), _ROUTERS[layout])
+    _replace(gathered, TensorFile(finetuned / "non_lora_trainables.bin"), _PROJECTOR_TENSOR)
     if layout == "deepspeed":
-        _replace(gathered, TensorFile(finetuned / "mlp_gates.bin"))
-    _add_loras(gathered, TensorFile(adapter), read_lora_scale(finetuned / "adapter_config.json"))
-    _replace(gathered, TensorFile(finetuned / "mm_audio_aligner.bin"))
+        gates()
+    adapter_config = finetuned / "adapter_config.json"
+    _add_loras(gathered, TensorFile(adapter), read_lora_scale(adapter_config), lora_modules(adapter_config))
+    _replace(gathered, TensorFile(finetuned / "mm_audio_aligner.bin"), _ALIGNER_TENSOR)
     if layout == "plain":
-        _replace(gathered, TensorFile(finetuned / "mlp_gates.bin"))
+        gates()
 
 
 def add_encoder(gathered: Gathered, kind: Literal["clip", "whisper", "beats"], checkpoint: Checkpoint) -> None:
@@ -184,7 +195,11 @@ def _fill_in(gathered: Gathered, file: TensorFile) -> None:
             gathered.put(tensor.name, tensor)
 
 
-def _replace(gathered: Gathered, file: TensorFile) -> None:
+def _replace(gathered: Gathered, file: TensorFile, whole: re.Pattern[str]) -> None:
+    """Lay a file over what is there. Of the kind `whole` it must hold all that there is, as the savers write it."""
+    refuse_incomplete(
+        file, [name for name in gathered.live if whole.fullmatch(name)], map(without_wrappers, file.tensors)
+    )
     for tensor in gathered.add_file("finetuned", file):
         original = without_wrappers(tensor.name)
         if is_lora_of_router(original):
@@ -193,7 +208,20 @@ def _replace(gathered: Gathered, file: TensorFile) -> None:
             gathered.put(original, tensor)
 
 
-def _add_loras(gathered: Gathered, file: TensorFile, scale: Mapping[str, float]) -> None:
+def refuse_incomplete(file: TensorFile, needed: Iterable[str], there: Iterable[str], what: str = "") -> None:
+    """Raises ConversionError for a file that lacks something: what is under it would show through unnoticed."""
+    absent = sorted(set(needed) - set(there))
+    if absent:
+        raise ConversionError(
+            f"{file.path} lacks {what}{absent[0]}"
+            + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+            + ", which "
+            "the original's saver writes there. Fetch the file again; all files must be of one model."
+        )
+
+
+def _add_loras(gathered: Gathered, file: TensorFile, scale: Mapping[str, float], modules: Sequence[str]) -> None:
+    """`modules` are those that the adapter says it changes, whole names or ends of names."""
     factors: dict[str, dict[str, SourceTensor]] = {}
     for tensor in gathered.add_file("finetuned", file):
         match = LORA_TENSOR.fullmatch(tensor.name)
@@ -206,6 +234,11 @@ def _add_loras(gathered: Gathered, file: TensorFile, scale: Mapping[str, float])
             raise ConversionError(f"{file.path} holds {given.name} without its other factor. Fetch the file again.")
         shape = gathered.live[original].info.shape
         gathered.loras[original] = [Lora.fitting(original, shape, pair["A"], pair["B"], scale)]
+    ends = tuple(f".{without_wrappers(module)}.weight" for module in modules)
+    decoder = (
+        name for name in gathered.live if name.startswith("model.layers.") and not name.endswith(".gate.weight")
+    )
+    refuse_incomplete(file, (name for name in decoder if f".{name}".endswith(ends)), factors, "LoRA of ")
 
 
 def without_wrappers(name: str) -> str:

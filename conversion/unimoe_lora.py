@@ -128,6 +128,12 @@ def read_lora_scale(path: Path) -> dict[str, float]:
         if config.get(name) not in plain:
             raise ConversionError(f"{path} has {name} = {config.get(name)!r}; Uni-MoE's adapters are plain LoRA.")
     scale = {name: config.get(name) for name in ("r", "lora_alpha")}
-    if not all(isinstance(value, int | float) and value > 0 for value in scale.values()):
+    if not all(isinstance(value, int | float) and 0 < value < float("inf") for value in scale.values()):
         raise ConversionError(f"{path} has r = {scale['r']!r} and lora_alpha = {scale['lora_alpha']!r}; give both.")
     return {name: value for name, value in scale.items() if value is not None}
+
+
+def lora_modules(path: Path) -> list[str]:
+    """The modules that an adapter_config.json lists: whole names, or ends of names. Empty where it lists none."""
+    modules = read_json(path).get("target_modules")
+    return [module for module in modules if isinstance(module, str)] if isinstance(modules, list) else []

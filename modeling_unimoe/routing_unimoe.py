@@ -110,7 +110,9 @@ class UniMoeRouter(nn.Module):
             scores_TK = torch.cat((scores_TK, scores_TR[:, first_shared:]), dim=-1)
             shared_F = self.row_expert_R[first_shared:]
             index_TK = torch.cat((index_TK, shared_F.expand(len(index_TK), -1)), dim=-1)
-        if self.normalize:
+        if self.normalize and scores_TK.shape[1] == 1:
+            scores_TK = 0 * scores_TK + 1  # x / x, whose gradient would be rounding errors in place of 0
+        elif self.normalize:
             scores_TK = scores_TK / scores_TK.sum(dim=-1, keepdim=True)
         if self.num_null_experts:
             scores_TK = scores_TK.masked_fill(index_TK == self.num_experts, 0)

@@ -96,7 +96,9 @@ def write_finetuned(folder: Path, base: Path, seed: int = 1) -> None:
     projector = {f"{_PEFT}{name}": tensor for name, tensor in changed("model.mm_projector.").items()}
     torch.save(projector, folder / "non_lora_trainables.bin")
     torch.save(changed("model.mm_audio_aligner.") | changed("model.query_tokens"), folder / "mm_audio_aligner.bin")
+    modules = sorted({name.removeprefix(_PEFT).partition(".lora_")[0] for name in adapter})
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "fan_in_fan_out": False}
+    config["target_modules"] = modules
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text((base / "config.json").read_text())
 

@@ -98,7 +98,7 @@ class _Window:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self.text, self.position)
-            except json.JSONDecodeError as error:
+            except json.JSONDecodeError as error:  # not ValueError: more text does not mend a number that is too long
                 if self._is_too_long():
                     raise json.JSONDecodeError(f"{error.msg}, within the {_TOO_LONG}", "", 0) from error
                 if not self.grow():
@@ -144,8 +144,8 @@ def _list_records(file: Path, window: _Window) -> Iterator[Record]:
         window.take("]")
         if window.peek():
             raise json.JSONDecodeError("text after the list's end", "", 0)
-    except (json.JSONDecodeError, RecursionError) as error:
-        yield Record(max(1, number), place, None, getattr(error, "msg", "nested too deeply"), window.total)
+    except (ValueError, RecursionError) as error:
+        yield Record(max(1, number), place, None, _reason(error), window.total)
 
 
 def _line_records(file: Path, window: _Window) -> Iterator[Record]:
@@ -164,5 +164,13 @@ def _line_record(file: Path, number: int, line: str, position: int) -> Record:
     place = f"{file}:{number}"
     try:
         return Record(number, place, json.loads(line), position=position)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return Record(number, place, None, getattr(error, "msg", "nested too deeply"), position)
+    except (ValueError, RecursionError) as error:
+        return Record(number, place, None, _reason(error), position)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        raise error  # it is of the file, not of the record
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"

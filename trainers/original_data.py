@@ -121,7 +121,9 @@ def _read_turns(turns: Any, place: str, remarks: list[str]) -> list[tuple[str, s
         raise DataError(f"{place}: 'conversations' must be a list with at least one turn.")
     read = []
     for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("from") not in _ROLES or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(field), str) for field in ("from", "value")):
+            raise DataError(f"{place}: turn {number} must have 'from' (human or gpt) and a text under 'value'.")
+        if turn["from"] not in _ROLES:
             raise DataError(f"{place}: turn {number} must have 'from' (human or gpt) and a text under 'value'.")
         read.append((_ROLES[turn["from"]], turn["value"]))
     if read[0][0] == "assistant":

@@ -11,11 +11,13 @@ from golden import (
     GoldenCase,
     coverage,
     discover,
-    fold_numbers,
     golden_root,
     leave_for_lack_of_data,
+    listed,
     report_level,
 )
+
+_SHOWN = 6  # names per line of the summary
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,21 +54,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             f"MISSING: {golden_root()} is no folder, so NO parity test ran. Set {ROOT_VARIABLE}.", red=True, bold=True
         )
         return
-    rows = coverage()
-    untouched = [row for row in rows if not row.compared and not row.only_read]
-    for row in rows:
-        if row in untouched and report_level() == "summary":
+    shown = _SHOWN if report_level() == "summary" else None
+    for row in coverage():
+        if shown is not None and not row.compared and not row.only_read:
+            terminalreporter.write_line(f"{row.source}: {len(row.unused)} not used: {listed(row.unused, shown)}")
             continue
         terminalreporter.write_line(
             f"{row.source}: {len(row.compared)} compared, {len(row.only_read)} only read as inputs, "
             f"{len(row.unused)} not used"
         )
-        if report_level() != "summary":
-            for title, names in (("only read as inputs", row.only_read), ("not used", row.unused)):
-                if names:
-                    terminalreporter.write_line(f"    {title}: {', '.join(fold_numbers(names))}")
-    if untouched and report_level() == "summary":
-        terminalreporter.write_line(f"{len(untouched)} files untouched ({REPORT_VARIABLE}=list names every tensor)")
+        for title, names in (("only read as inputs", row.only_read), ("not used", row.unused)):
+            if names:
+                terminalreporter.write_line(f"    {title}: {listed(names, shown)}")
+    if report_level() == "summary":
+        terminalreporter.write_line(f"{REPORT_VARIABLE}=list names all of them")
 
 
 @pytest.hookimpl(trylast=True)

@@ -9,9 +9,11 @@ A case is a folder with `io.safetensors`. Cases are found by what they hold, nev
 
 Environment:
     UNIMOE_GOLDEN          the folder of cases; default: ../shared/golden next to the repository
-    CI=true                a missing folder fails the tests instead of skipping them
-    UNIMOE_GOLDEN_REPORT   "summary" (default), "list" (names what no test compared) or "strict" (like "list", and the run
-                           fails when a tensor was neither compared nor read as an input)
+    CI=true                a folder that is missing, or holds no case of the system that a test is about, fails the test
+                           instead of skipping it
+    UNIMOE_GOLDEN_REPORT   "summary" (default: names the first tensors of every file that no test compared), "list" (names
+                           all of them) or "strict" (like "list", and the run fails when a tensor was neither compared
+                           nor read as an input)
 """
 
 import json
@@ -36,6 +38,8 @@ RELATIVE_TOLERANCE = 1e-5
 Scale = Literal["rms", "largest"]
 # Weights are parameters, not results: no test compares them one by one.
 _WEIGHT_FILES = ("weights", "merged_weights")
+# Results that are texts and numbers, by kind: lists of entries, or entries by name.
+CASES_FILE = "cases.json"
 
 
 class GoldenMismatchError(AssertionError):
@@ -200,6 +204,14 @@ def compare(
         )
 
 
+def changeable_copy(case: Path, to: Path) -> Path:
+    """A copy of a case's folder that can be written to: golden data are usually read-only, and copies inherit that."""
+    shutil.copytree(case, to, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    for folder in (to, *(path for path in to.rglob("*") if path.is_dir())):
+        folder.chmod(0o755)
+    return to
+
+
 @lru_cache(maxsize=256)
 def tensor_names(file: Path) -> frozenset[str]:
     """Names in a safetensors file; empty when it does not exist."""
@@ -242,38 +254,67 @@ def discover(
 
 
 def planted_error(
-    pattern: str, check: pytest.MarkDecorator, folder: Path, *also: str, index: int | None = None, size: float = 1e-3
+    pattern: str,
+    check: pytest.MarkDecorator,
+    folder: Path,
+    *also: str,
+    index: Callable[[GoldenCase], int] | None = None,
+    size: float = 1e-3,
 ) -> tuple[GoldenCase, str]:
     """A copy of the first case that serves a check, with one changed value, and the name of the tensor that holds it.
 
     Args:
-        pattern, also: shell patterns of tensors that the case must hold; the first that fits `pattern` is changed.
+        pattern, also: shell patterns of tensors that the case must hold; the first that fits `pattern`, and is not
+            empty, is changed.
         check: the `pytest.mark.golden` of the check's tests.
         folder: where the copy goes.
-        index: of the value; None draws one.
+        index: says which value, counted in row-major order; None draws one.
         size: of the change of a float, as a share of the largest value.
     """
-    cases = discover(pattern, *also, *check.args, **check.kwargs)
-    if not cases:
+    found = (
+        (GoldenCase(case.path, ledger=None), name)
+        for case in discover(pattern, *also, *check.args, **check.kwargs)
+        for name in case.names(pattern)
+        if case._load(name, "io").numel()
+    )
+    case, name = next(found, (None, ""))
+    if case is None:
         leave_for_lack_of_data()
-    shutil.copytree(cases[0].path, folder, dirs_exist_ok=True)
+    changeable_copy(case.path, folder)
     file = folder / "io.safetensors"
     tensors = load_file(file)
-    name = next(name for name in cases[0].names(pattern) if tensors[name].numel())
     values = tensors[name].clone().flatten()
-    if index is None:
-        index = int(torch.randint(values.numel(), (), generator=torch.Generator().manual_seed(len(name))))
+    place = index(case) if index is not None else _drawn(values.numel(), len(name))
     if values.is_floating_point():
-        values[index] += size * values.abs().max()
+        values[place] += size * float(values.abs().max()) or 1.0  # gradients of idle experts are all zero
     else:
-        values[index] = ~values[index] if values.dtype == torch.bool else values[index] + 1
+        values[place] = ~values[place] if values.dtype == torch.bool else values[place] + 1
     save_file({**tensors, name: values.view_as(tensors[name])}, file)
     return GoldenCase(folder, ledger=None), name
 
 
-def leave_for_lack_of_data() -> NoReturn:
-    """Ends a test that has no golden case: a skip, or in CI a failure when the whole folder is missing."""
+def _drawn(count: int, seed: int) -> int:
+    return int(torch.randint(count, (), generator=torch.Generator().manual_seed(seed)))
+
+
+def current_system() -> str:
+    """The system that the running test is about, by its file: test_unimoe_8e.py is about "unimoe"; "" for any."""
+    named = re.search(r"test_([a-z]+)_\w*\.py::", os.environ.get("PYTEST_CURRENT_TEST", ""))
+    return named[1] if named else ""
+
+
+def holds_case_of(system: str) -> bool:
+    """Whether the name of a case's folder, or of one that it is in, begins with the system's."""
     root = golden_root()
+    files = (path for pattern in ("*.safetensors", CASES_FILE) for path in root.rglob(pattern))
+    return any(part.startswith(system) for path in files for part in path.relative_to(root.parent).parts[:-1])
+
+
+def leave_for_lack_of_data() -> NoReturn:
+    """Ends a test that has no golden case: a skip, or in CI a failure when there is none of its system at all."""
+    root, system = golden_root(), current_system()
+    if root.is_dir() and running_in_ci() and not holds_case_of(system):
+        pytest.fail(f"golden data missing: {root} holds no case of {system or 'any system'}; see {ROOT_VARIABLE}")
     if root.is_dir():
         pytest.skip(f"no golden case under {root} holds what this test compares")
     message = f"golden data missing: {root} is no folder; set {ROOT_VARIABLE} to the folder of golden cases"
@@ -284,7 +325,7 @@ def leave_for_lack_of_data() -> NoReturn:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What happened to the tensors of one golden file."""
+    """What happened to the tensors of one golden file, or to the fields of a `cases.json`."""
 
     source: str
     compared: tuple[str, ...]
@@ -295,18 +336,39 @@ class Coverage:
 def coverage(ledger: Ledger = LEDGER) -> list[Coverage]:
     """Coverage of every result file of every case, in order of their names."""
     root = golden_root()
+    files = [file for folder in case_folders() for file in folder.glob("*.safetensors")]
+    names = {_source(file): tensor_names(file) for file in files if file.stem not in _WEIGHT_FILES}
+    names |= {_source(file): fields_of_cases(file) for file in (root.rglob(CASES_FILE) if root.is_dir() else ())}
     rows = []
-    for folder in case_folders():
-        for file in sorted(folder.glob("*.safetensors")):
-            if file.stem in _WEIGHT_FILES:
-                continue
-            source = f"{folder.relative_to(root).as_posix()}/{file.stem}"
-            names = tensor_names(file)
-            compared = names & ledger.compared.get(source, set())
-            only_read = (names & ledger.read.get(source, set())) - compared
-            groups = (compared, only_read, names - compared - only_read)
-            rows.append(Coverage(source, *(tuple(sorted(group)) for group in groups)))
+    for source in sorted(names):
+        compared = names[source] & ledger.compared.get(source, set())
+        only_read = (names[source] & ledger.read.get(source, set())) - compared
+        groups = (compared, only_read, names[source] - compared - only_read)
+        rows.append(Coverage(source, *(tuple(sorted(group)) for group in groups)))
     return rows
+
+
+def _source(file: Path) -> str:
+    return file.with_suffix("").relative_to(golden_root()).as_posix()
+
+
+def fields_of_cases(file: Path) -> frozenset[str]:
+    """The fields in a `cases.json`: "cases.0.prompt" of the first entry of a list, "demo.prompts" of a named one."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    entries = data.items() if isinstance(data, dict) else ()
+    lists = ((f"{kind}.{i}", entry) for kind, own in entries if isinstance(own, list) for i, entry in enumerate(own))
+    named = ((kind, entry) for kind, entry in entries if not isinstance(entry, list))
+    return frozenset(
+        f"{name}.{part}" if part else name
+        for name, entry in (*lists, *named)
+        for part in (entry if isinstance(entry, dict) else ("",))
+    )
+
+
+def record_case(file: Path, kind: str, index: int, *, compared: Iterable[str], read: Iterable[str]) -> None:
+    """Note which fields of an entry of a `cases.json` were compared, and which were inputs."""
+    for fields, names in ((LEDGER.compared, compared), (LEDGER.read, read)):
+        fields.setdefault(_source(file), set()).update(f"{kind}.{index}.{name}" for name in names)
 
 
 def fold_numbers(names: Iterable[str]) -> list[str]:
@@ -316,3 +378,10 @@ def fold_numbers(names: Iterable[str]) -> list[str]:
         folded = re.sub(r"\d+", "#", name)
         counts[folded] = counts.get(folded, 0) + 1
     return [f"{name} ({count})" if count > 1 or "#" in name else name for name, count in sorted(counts.items())]
+
+
+def listed(names: Iterable[str], shown: int | None = None) -> str:
+    """Names in one line, numbers folded; after so many, how many more there are."""
+    folded = fold_numbers(names)
+    rest = f" and {len(folded) - shown} more" if shown is not None and len(folded) > shown else ""
+    return ", ".join(folded[:shown]) + rest

@@ -14,6 +14,7 @@ from golden import (
     discover,
     fold_numbers,
     leave_for_lack_of_data,
+    listed,
 )
 from safetensors.torch import save_file
 
@@ -90,6 +91,36 @@ def test_a_missing_folder_skips_here_and_fails_in_ci(tmp_path: Path, monkeypatch
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="golden data missing"):
         leave_for_lack_of_data()
+
+
+@pytest.mark.parametrize("held", [(), ("moiie-data",), ("moiie-data", "unimoe-8e")], ids=len)
+def test_a_folder_without_the_system_of_a_test_fails_in_ci(
+    held: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in held:
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.ones(1)}, tmp_path / name / "io.safetensors")
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "tests/parity/test_unimoe_8e.py::test_losses (call)")
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception):
+        leave_for_lack_of_data()
+    monkeypatch.setenv("CI", "true")
+    there = "unimoe-8e" in held
+    with pytest.raises(pytest.skip.Exception if there else pytest.fail.Exception, match=r"no .*case"):
+        leave_for_lack_of_data()
+
+
+def test_fields_of_cases_are_in_the_report(root: Path) -> None:
+    (root / "first" / "cases.json").write_text('{"cases": [{"a": 1}, {"a": 1, "b": 2}], "demo": {"c": 3}, "note": ""}')
+    (row,) = (row for row in coverage(Ledger(compared={"first/cases": {"cases.0.a"}})) if row.source == "first/cases")
+    assert (row.compared, row.unused) == (("cases.0.a",), ("cases.1.a", "cases.1.b", "demo.c", "note"))
+
+
+def test_the_summary_names_some_and_counts_the_rest() -> None:
+    names = ["a0", "a1", "b", "c"]
+    assert listed(names) == "a# (2), b, c"
+    assert listed(names, 2) == "a# (2), b and 1 more"
 
 
 def test_numbers_are_folded_in_the_report() -> None:

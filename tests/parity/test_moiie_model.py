@@ -1,7 +1,6 @@
 """MoIIE's whole model against golden data: merging, routing, states, logits, losses, gradients, greedy answers."""
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import test_moiie_layers as layers
 import torch
-from golden import GoldenCase, GoldenMismatchError, discover, leave_for_lack_of_data
+from golden import GoldenCase, GoldenMismatchError, changeable_copy, discover, leave_for_lack_of_data
 from moiie_case import (
     IMAGE,
     converted,
@@ -230,9 +229,7 @@ def test_one_changed_value_of_moiie_is_noticed(check: str, file: str, tensor: st
     cases = discover(tensor, *requirements.args, **{**requirements.kwargs, "file": file})
     if not cases:
         leave_for_lack_of_data()
-    copy = tmp_path / cases[0].path.name
-    shutil.copytree(cases[0].path, copy, copy_function=shutil.copyfile)
-    copy.chmod(0o755)
+    copy = changeable_copy(cases[0].path, tmp_path / cases[0].path.name)
     stored = load_file(copy / f"{file}.safetensors")
     changed = stored[tensor].clone().flatten()
     index = int(torch.randint(changed.numel(), (), generator=torch.Generator().manual_seed(len(tensor))))

@@ -2,12 +2,18 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from golden import GoldenCase, GoldenMismatchError, compare, discover, leave_for_lack_of_data
+from golden import (
+    GoldenCase,
+    GoldenMismatchError,
+    changeable_copy,
+    compare,
+    discover,
+    leave_for_lack_of_data,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from unimoe_case import merge_pairs, original_batch
@@ -34,6 +40,10 @@ def is_checkpoint(case: GoldenCase) -> bool:
 def has_expert_files(case: GoldenCase) -> bool:
     """The 8-expert variant, whose base model lacks the experts and the routers."""
     return is_checkpoint(case) and (case.path / "experts").is_dir()
+
+
+def has_merged_weights(case: GoldenCase) -> bool:
+    return is_checkpoint(case) and bool(case.names("*", "merged_weights"))
 
 
 checkpoint = pytest.mark.golden(*CHECKPOINT, "logits_*", where=is_checkpoint)
@@ -68,14 +78,14 @@ def test_what_the_original_loses_is_the_lora_of_the_routers(golden_case: GoldenC
     check_logits(golden_case, model, "logits_training_model")
 
 
-@checkpoint
+@pytest.mark.golden(where=has_merged_weights)
 @with_lora
 def test_merged_weights(golden_case: GoldenCase, tmp_path: Path, keep_lora: bool) -> None:
     model, _ = converted(golden_case, tmp_path / "out", keep_lora=keep_lora)
     check_weights(golden_case, model)
 
 
-@checkpoint
+@pytest.mark.golden(where=is_checkpoint)
 def test_the_receipt_holds_every_tensor_of_every_file(golden_case: GoldenCase, tmp_path: Path) -> None:
     model, receipt = converted(golden_case, tmp_path / "out")
     read = {file: set(records) for file, records in receipt.sources.items()}
@@ -91,7 +101,7 @@ def test_the_receipt_holds_every_tensor_of_every_file(golden_case: GoldenCase, t
     golden_case.comparisons += 1  # of names, not tensors
 
 
-@pytest.mark.golden(*CHECKPOINT, "logits_merged", where=has_expert_files)
+@pytest.mark.golden(where=has_expert_files)
 def test_the_order_of_the_experts(golden_case: GoldenCase) -> None:
     if (golden_case.path / "layout.json").is_file():
         stored = golden_case.json("layout").get("expert_order")
@@ -102,10 +112,11 @@ def test_the_order_of_the_experts(golden_case: GoldenCase) -> None:
 @pytest.mark.parametrize("eight", [False, True], ids=["plain", "8e"])
 @pytest.mark.parametrize("tensor", ["logits_merged", "merged"])
 def test_one_changed_golden_value_is_noticed(tensor: str, eight: bool, tmp_path: Path) -> None:
-    cases = discover(*CHECKPOINT, "logits_merged", where=lambda c: is_checkpoint(c) and has_expert_files(c) == eight)
+    needed, holds = ((*CHECKPOINT, tensor), is_checkpoint) if tensor == "logits_merged" else ((), has_merged_weights)
+    cases = discover(*needed, where=lambda case: holds(case) and has_expert_files(case) == eight)
     if not cases:
         leave_for_lack_of_data()
-    shutil.copytree(cases[0].path, tmp_path / "case")
+    changeable_copy(cases[0].path, tmp_path / "case")
     file = tmp_path / "case" / ("io.safetensors" if tensor == "logits_merged" else "merged_weights.safetensors")
     stored = load_file(file)
     name = tensor if tensor == "logits_merged" else next(n for n in stored if n.endswith("experts.1.up_proj.weight"))
@@ -124,8 +135,6 @@ def check_logits(case: GoldenCase, model: UniMoeForCausalLM, name: str) -> None:
 
 
 def check_weights(case: GoldenCase, model: UniMoeForCausalLM) -> None:
-    if not case.names("*", "merged_weights"):
-        pytest.skip(f"{case.name} holds no merged weights")
     state = model.state_dict()
     audio = "whisper" if model.config.speech_connector is not None else "beats"
     stored = load_file(case.path / "merged_weights.safetensors")

@@ -11,7 +11,7 @@ from golden import GoldenCase, GoldenMismatchError, planted_error
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from unimoe_case import AUDIO, IMAGE, VIDEO, encoder_weights
+from unimoe_case import AUDIO, IMAGE, VIDEO, encoder_weights, of_row
 
 from unimoe.conversion.llava_keys import VISION_TOWER, vision_prefix
 from unimoe.conversion.unimoe_keys import ALIGNER, AUDIO_TOWER
@@ -176,7 +176,7 @@ def check_query_decoder(case: GoldenCase, attention: str = "sdpa") -> None:
 
 @torch.no_grad()
 def check_image(case: GoldenCase) -> None:
-    patches = clip_patches(case, case.input("batch.images")[:1])
+    patches = clip_patches(case, of_row(case.input("batch.images"), 0, "image"))
     case.check_if_present("clip.patch_features", patches)
     if case.has("clip.image_tokens"):
         case.check("clip.image_tokens", image_connector(case)(patches))
@@ -199,7 +199,11 @@ def check_merged(case: GoldenCase) -> None:
     ids, embeddings = case.input("batch.input_ids"), case.weights["model.embed_tokens.weight"]
     has_image, has_video = case.input("batch.image_mask"), case.input("batch.video_mask")
     connect = image_connector(case)
-    images = iter(connect(clip_patches(case, image[None])) for image in case.input("batch.images")[has_image])
+    pictures = case.input("batch.images")
+    images = iter(
+        connect(clip_patches(case, of_row(pictures, row, "image"))).flatten(0, 1)[None]
+        for row in has_image.nonzero().flatten().tolist()
+    )
     videos = iter(
         connect(clip_patches(case, video)).mean(dim=0, keepdim=True) for video in case.input("batch.videos")[has_video]
     )

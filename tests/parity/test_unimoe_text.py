@@ -1,12 +1,12 @@
 """Uni-MoE's prompts, token ids, labels and orders of samples against golden data.
 
-A folder whose name starts with `unimoe-text` holds `cases.json`, made by the original code, and its tokenizer. Every field
-of every case is an input or is compared; a field or a kind of case that this file does not know is a failure.
+A folder with a `cases.json` of Uni-MoE's conversations or groupings, made by the original code, and its tokenizer. Every
+field of every case is an input or is compared; a field or a kind of case that this file does not know is a failure.
 """
 
 import copy
 import json
-import shutil
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 import tiny_media
 import torch
-from golden import GoldenMismatchError, golden_root, leave_for_lack_of_data
+from golden import CASES_FILE, GoldenMismatchError, golden_root, leave_for_lack_of_data, record_case
 from prompt_checks import captured_warnings, counts_in, require
 from transformers import AutoTokenizer
 
@@ -48,17 +48,26 @@ GROUPING_RULES = {
 
 def text_folders() -> list[Path]:
     root = golden_root()
-    files = root.rglob("cases.json") if root.is_dir() else []
-    return sorted(file.parent for file in files if file.parent.name.startswith("unimoe-text"))
+    files = root.rglob(CASES_FILE) if root.is_dir() else []
+    return sorted(file.parent for file in files if is_ours(json.loads(file.read_text(encoding="utf-8"))))
+
+
+def is_ours(data: Any) -> bool:
+    """Whether it is of Uni-MoE, by what it holds: other systems have a `cases.json` of another form."""
+    if not isinstance(data, dict):
+        return False
+    needed = {"cases": {"conversations", "modalities"}, "grouping": {"lengths", "types"}}
+    first = {kind: next(iter(data.get(kind) or []), None) for kind in needed}
+    return any(isinstance(entry, dict) and needed[kind] <= set(entry) for kind, entry in first.items())
 
 
 def entries(kind: str) -> list[Any]:
-    """(folder, entry) of every entry of a kind, as pytest's parameters."""
+    """(folder, index, entry) of every entry of a kind, as pytest's parameters."""
     found = []
     for folder in text_folders():
-        for index, entry in enumerate(json.loads((folder / "cases.json").read_text(encoding="utf-8")).get(kind, [])):
+        for index, entry in enumerate(json.loads((folder / CASES_FILE).read_text(encoding="utf-8")).get(kind, [])):
             name = f"{folder.name}-{kind}-{index}-{entry.get('name', entry.get('seed'))}"
-            found.append(pytest.param((folder, entry), id=name))
+            found.append(pytest.param((folder, index, entry), id=name))
     return found or [pytest.param(None, id="no-golden-data")]
 
 
@@ -73,13 +82,14 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("given", entries("cases"))
 def test_prompts_tokens_and_labels_are_the_originals(given: Any, media: Path) -> None:
-    folder, case = given or leave_for_lack_of_data()
-    check_case(folder, case, media)
+    folder, index, case = given or leave_for_lack_of_data()
+    compared = check_case(folder, case, media)
+    record_case(folder / CASES_FILE, "cases", index, compared=compared, read=CASE_INPUTS)
 
 
 @pytest.mark.parametrize("given", entries("cases"))
 def test_default_rules_agree_where_the_original_is_right(given: Any, media: Path) -> None:
-    folder, case = given or leave_for_lack_of_data()
+    folder, _, case = given or leave_for_lack_of_data()
     if case.get("error") or case.get("warning"):
         pytest.skip(f"{case['name']}: the original gave this sample up")
     if any(mark in turn["value"] for turn in case["conversations"] for mark in ("<s>", "</s>", "<unk>", "ASSISTANT:")):
@@ -97,13 +107,14 @@ def test_default_rules_agree_where_the_original_is_right(given: Any, media: Path
 
 @pytest.mark.parametrize("given", entries("grouping"))
 def test_orders_of_samples_are_the_originals(given: Any) -> None:
-    _, grouping = given or leave_for_lack_of_data()
-    check_grouping(grouping)
+    folder, index, grouping = given or leave_for_lack_of_data()
+    compared = check_grouping(grouping)
+    record_case(folder / CASES_FILE, "grouping", index, compared=compared, read=GROUPING_INPUTS)
 
 
 @pytest.mark.parametrize("given", entries("grouping"))
 def test_our_own_sampler_never_mixes_types_in_a_megabatch(given: Any) -> None:
-    _, grouping = given or leave_for_lack_of_data()
+    _, _, grouping = given or leave_for_lack_of_data()
     types, per_step = grouping["types"], grouping["world_size"]
     groups = {str(kind): [i for i, own in enumerate(types) if own == kind] for kind in sorted(set(types))}
     sampler = ModalityBatchSampler(groups, grouping["batch_size"], seed=grouping["seed"], batches_per_step=per_step)
@@ -118,7 +129,7 @@ def test_our_own_sampler_never_mixes_types_in_a_megabatch(given: Any) -> None:
 
 @pytest.mark.parametrize("folder", text_folders() or [None], ids=lambda folder: getattr(folder, "name", "none"))
 def test_no_kind_of_case_is_unknown(folder: Path | None) -> None:
-    kinds = json.loads(((folder or leave_for_lack_of_data()) / "cases.json").read_text(encoding="utf-8"))
+    kinds = json.loads(((folder or leave_for_lack_of_data()) / CASES_FILE).read_text(encoding="utf-8"))
     check_kinds(folder.name, kinds)
 
 
@@ -129,56 +140,57 @@ def flip(value: Any) -> Any:
     """A value of the same type that differs in one place."""
     if isinstance(value, list):
         return [*value[:-1], value[-1] + 1]
+    if " vs. " in value:  # of a warning only the two counts are compared
+        return value.replace(" vs. ", "0 vs. ")
     return "WARNING: tokenization mismatch: 7 vs. 8. (ignored)" if not value else value[:-1] + "#"
 
 
+def entry_with(kind: str, field: str) -> tuple[Path, Any]:
+    """A folder, and a fresh copy of an entry of it that holds the field and on which the original did not fail."""
+    for folder in text_folders():
+        for entry in json.loads((folder / CASES_FILE).read_text(encoding="utf-8")).get(kind, []):
+            if field in entry and not entry.get("error"):
+                return folder, entry
+    leave_for_lack_of_data()
+
+
 @pytest.mark.parametrize("field", sorted(CASE_RESULTS - {"error"}))
-def test_a_flipped_value_of_a_case_fails(field: str, media: Path, tmp_path: Path) -> None:
-    folder = copied_golden(tmp_path, lambda data: data["cases"][0].update({field: flip(data["cases"][0][field])}))
-    changed = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"][0]
-    with pytest.raises(GoldenMismatchError, match=rf"{changed['name']}: {field}"):
+def test_a_flipped_value_of_a_case_fails(field: str, media: Path) -> None:
+    folder, case = entry_with("cases", field)
+    changed = {**case, field: flip(case[field])}
+    with pytest.raises(GoldenMismatchError, match=re.escape(f"{case['name']}: {field}")):
         check_case(folder, changed, media)
 
 
-def test_an_error_that_we_do_not_raise_fails(media: Path, tmp_path: Path) -> None:
-    folder = copied_golden(tmp_path, lambda data: None)
-    case = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"][0]
+def test_an_error_that_we_do_not_raise_fails(media: Path) -> None:
+    folder, case = entry_with("cases", "conversations")
     failed = {name: case[name] for name in CASE_INPUTS} | {"error": "AssertionError: 0"}
     with pytest.raises(GoldenMismatchError, match="the original raised"):
         check_case(folder, failed, media)
 
 
 @pytest.mark.parametrize("field", sorted(GROUPING_RULES))
-def test_a_flipped_index_of_an_order_fails(field: str, tmp_path: Path) -> None:
-    def flip_one(data: dict[str, Any]) -> None:
-        data["grouping"][0][field] = flip(data["grouping"][0][field])
-
-    folder = copied_golden(tmp_path, flip_one)
-    changed = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["grouping"][0]
+def test_a_flipped_index_of_an_order_fails(field: str) -> None:
+    _, grouping = entry_with("grouping", field)
     with pytest.raises(GoldenMismatchError, match=field):
-        check_grouping(changed)
+        check_grouping({**grouping, field: flip(grouping[field])})
 
 
-def test_unknown_kinds_and_fields_fail_by_name(media: Path, tmp_path: Path) -> None:
-    folder = copied_golden(tmp_path, lambda data: data["cases"][0].update({"positions": [1]}))
-    data = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+def test_unknown_fields_of_a_case_fail_by_name(media: Path) -> None:
+    folder, case = entry_with("cases", "conversations")
     with pytest.raises(GoldenMismatchError, match="positions"):
-        check_case(folder, data["cases"][0], media)
+        check_case(folder, {**case, "positions": [1]}, media)
+
+
+def test_unknown_fields_of_a_grouping_fail_by_name() -> None:
+    _, grouping = entry_with("grouping", "lengths")
     with pytest.raises(GoldenMismatchError, match="packing"):
-        check_grouping({**data["grouping"][0], "packing": []})
+        check_grouping({**grouping, "packing": []})
+
+
+def test_unknown_kinds_of_cases_fail_by_name() -> None:
     with pytest.raises(GoldenMismatchError, match="styles"):
-        check_kinds(folder.name, {**data, "styles": []})
-
-
-def copied_golden(to: Path, change: Any) -> Path:
-    folders = text_folders() or [leave_for_lack_of_data()]
-    folder = to / folders[0].name
-    shutil.copytree(folders[0], folder, copy_function=shutil.copyfile)
-    folder.chmod(0o755)
-    data = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
-    change(data)
-    (folder / "cases.json").write_text(json.dumps(data), encoding="utf-8")
-    return folder
+        check_kinds("unimoe-text", {"cases": [], "styles": []})
 
 
 # ---- the checks
@@ -188,8 +200,8 @@ def check_kinds(name: str, data: dict[str, Any]) -> None:
     require(f"{name}: kinds of cases", sorted(set(data) - {"cases", "grouping"}), [])
 
 
-def check_case(folder: Path, case: dict[str, Any], media: Path) -> None:
-    """Compare everything that the original made of a case with what we make by its rules."""
+def check_case(folder: Path, case: dict[str, Any], media: Path) -> set[str]:
+    """Compare everything that the original made of a case with what we make by its rules; returns the fields compared."""
     name = case["name"]
     require(f"{name}: unknown fields", sorted(set(case) - CASE_INPUTS - CASE_RESULTS), [])
     require(f"{name}: unknown modalities", sorted(set(case["modalities"]) - set(KEYS.values())), [])
@@ -200,7 +212,7 @@ def check_case(folder: Path, case: dict[str, Any], media: Path) -> None:
         try:
             convert(record_of(case), name, MediaPaths(media), original_rules="unimoe")
         except DataError:
-            return
+            return CASE_RESULTS
         raise GoldenMismatchError(f"{name}: the original raised {case['error']!r}, ours does not")
     messages = convert(record_of(case), name, MediaPaths(media), original_rules="unimoe")["messages"]
     processor = processor_of(folder, "original")
@@ -208,7 +220,8 @@ def check_case(folder: Path, case: dict[str, Any], media: Path) -> None:
         check_training(processor, case, messages)
     if "warning" in case:
         require(f"{name}: warning", counts_in("".join(warnings)), counts_in(case["warning"]))
-    check_generation(processor, case, messages)
+    opened = check_generation(processor, case, messages)
+    return {"prompt", "input_ids", "labels", "warning", *opened, *({"error"} if "error" in case else ())}
 
 
 def check_training(processor: UniMoeProcessor, case: dict[str, Any], messages: list[dict[str, Any]]) -> None:
@@ -232,8 +245,8 @@ def check_training(processor: UniMoeProcessor, case: dict[str, Any], messages: l
         require(f"{case['name']}: labels", labels, expected)
 
 
-def check_generation(processor: UniMoeProcessor, case: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-    """The last turn emptied: an open answer."""
+def check_generation(processor: UniMoeProcessor, case: dict[str, Any], messages: list[dict[str, Any]]) -> set[str]:
+    """The last turn emptied: an open answer. Returns the fields compared; ids need all of the media."""
     if messages[-1]["role"] == "assistant":
         question, options = messages[:-1], {"add_generation_prompt": True}
     else:
@@ -245,10 +258,12 @@ def check_generation(processor: UniMoeProcessor, case: dict[str, Any], messages:
         batch = processor.apply_chat_template(question, tokenize=True, return_dict=True, **options)
         ids = public(processor, batch["input_ids"][0])
         require(f"{case['name']}: generation_input_ids", ids, case["generation_input_ids"])
+        return {"generation_prompt", "generation_input_ids"}
+    return {"generation_prompt"}
 
 
-def check_grouping(grouping: dict[str, Any]) -> None:
-    """Compare the original's orders index for index, and what they promise about megabatches."""
+def check_grouping(grouping: dict[str, Any]) -> set[str]:
+    """Compare the original's orders index for index, and what they promise about megabatches; returns their fields."""
     require(
         f"unknown fields of seed {grouping['seed']}", sorted(set(grouping) - GROUPING_INPUTS - set(GROUPING_RULES)), []
     )
@@ -265,6 +280,7 @@ def check_grouping(grouping: dict[str, Any]) -> None:
             require(f"{field}: whole megabatches", len(order) % size, 0)
             mixed = [i for i in range(0, len(order), size) if len({types[index] for index in order[i : i + size]}) > 1]
             require(f"{field}: megabatches of several types", mixed, [])
+    return set(GROUPING_RULES) & set(grouping)
 
 
 def record_of(case: dict[str, Any]) -> dict[str, Any]:

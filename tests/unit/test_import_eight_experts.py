@@ -176,11 +176,11 @@ DAMAGES: dict[str, tuple[Callable[[UniMoeFolders], object], str]] = {
             rewrite(f.experts / "mlp_basev.bin", lambda t: t.pop("model.layers.0.mlp.up_proj.weight")),
             rewrite(f.finetuned / "1_mlp_experts.bin", lambda t: t.pop(f"{SLOT}0.up_proj.weight")),
         ),
-        r"up_proj\.weight is missing, though .*deepspeed_experts\.1\.up_proj has a low-rank pair",
+        r"mlp_basev\.bin lacks model\.layers\.0\.mlp\.up_proj\.weight",
     ),
     "half a pair": (
         _e2("3_mlp_experts.bin", lambda t: t.pop(f"{SLOT}0.up_proj_lora_B.weight")),
-        r"3\.up_proj_lora_B\.weight is missing",
+        r"3_mlp_experts\.bin lacks model\.layers\.0\.mlp\.up_proj_lora_B\.weight",
     ),
     "pair of another rank": (lambda f: edit_json(f.finetuned / "config.json", lora_r=5), r"rank 5 asks for others"),
     "no scale": (lambda f: edit_json(f.finetuned / "config.json", lora_alpha=None), r"lora_alpha = None"),
@@ -190,7 +190,7 @@ DAMAGES: dict[str, tuple[Callable[[UniMoeFolders], object], str]] = {
     ),
     "unknown tensor of an expert": (
         lambda f: rewrite(f.experts / "mlp_base.bin", lambda t: t.update({"model.layers.0.mlp.extra.weight": t})),
-        r"mlp_base\.bin holds more than named tensors",
+        r"mlp_base\.bin holds more than named, dense tensors",
     ),
     "unknown part of an expert": (
         _e2("2_mlp_experts.bin", lambda t: t.update({f"{SLOT}0.extra.weight": torch.ones(2)})),

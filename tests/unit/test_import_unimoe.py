@@ -37,7 +37,12 @@ AUDIOS = ("whisper", "beats")
         {},
         {"dtype": torch.bfloat16, "max_shard_bytes": 20_000},
         {"image_connector": tiny.connector(depth=1), "vision_feature_select_strategy": "full"},
-        {"text": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}, "num_experts": 3}},
+        {
+            "text": {
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
+                "num_experts": 3,
+            }
+        },
         {"text": {"sparse_layers": [0, 1, 2], "num_experts_per_tok": 1}},
     ],
     ids=["plain", "bf16-shards", "linear-projector", "rope", "every-layer"],
@@ -370,3 +375,22 @@ def test_without_a_network_the_folder_stays_and_the_error_is_one_line(
     assert error.startswith(f"unimoe: {tmp_path / 'out'} is complete but could not be uploaded")
     assert f"hf upload someone/model {tmp_path / 'out'}" in error
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"moe_intermediate_size": 24}, "moe_intermediate_size = 24"),
+        ({"head_dim": 16}, "head_dim = 16"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, r"rope_theta = 500000\.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type = 'yarn'"),
+    ],
+)
+def test_what_the_original_has_no_field_for_is_not_exported(
+    tmp_path: Path, text: dict[str, Any], message: str
+) -> None:
+    parts = {"audio_config": None, "sound_connector": None}
+    tiny.model({"num_hidden_layers": 1, "sparse_layers": [0], **text}, **parts).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConversionError, match=message):
+        export_unimoe(tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

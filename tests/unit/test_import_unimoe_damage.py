@@ -12,12 +12,20 @@ from damage import edit_json, rewrite
 from tiny_unimoe import Released, copied, released
 
 from unimoe.conversion.import_unimoe import import_unimoe, plan_import
+from unimoe.conversion.io import finished_folder
 from unimoe.conversion.unimoe_keys import ALIGNER
 from unimoe.errors import ConversionError
 
 
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _hole(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    third = len(content) // 3
+    content[third : 2 * third] = bytes(third)
+    path.write_bytes(content)
 
 
 def _base(source: Released, change: Callable[[dict[str, Any]], object]) -> None:
@@ -75,6 +83,47 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
         lambda s: _e2(s, "adapter_model.bin", lambda t: t.pop(GATE_LORA)),
         r"without its other factor",
     ),
+    "adapter without a layer": (
+        lambda s: _e2(
+            s, "adapter_model.bin", lambda t: [t.pop(n) for n in list(t) if "layers.1.self_attn.q_proj" in n]
+        ),
+        r"adapter_model\.bin lacks LoRA of model\.layers\.1\.self_attn\.q_proj\.weight",
+    ),
+    "gate of a layer": (
+        lambda s: _e2(s, "mlp_gates.bin", lambda t: t.pop("model.layers.0.mlp.gate.weight")),
+        r"mlp_gates\.bin lacks model\.layers\.0\.mlp\.gate\.weight",
+    ),
+    "half a projector": (
+        lambda s: _e2(
+            s, "non_lora_trainables.bin", lambda t: [t.pop(n) for n in list(t) if n.endswith("mm_projector.2.bias")]
+        ),
+        r"non_lora_trainables\.bin lacks model\.mm_projector\.2\.bias",
+    ),
+    "queries": (
+        lambda s: _e2(s, "mm_audio_aligner.bin", lambda t: t.pop("model.query_tokens")),
+        r"mm_audio_aligner\.bin lacks model\.query_tokens",
+    ),
+    "hole in a download": (lambda s: _hole(s.folders.base / "pytorch_model.bin"), r"checksum of .* is wrong"),
+    "values that are no numbers": (
+        lambda s: _base(s, lambda t: t["model.norm.weight"].fill_(float("nan"))),
+        r"no finite numbers",
+    ),
+    "names that are no texts": (
+        lambda s: _e2(s, "mlp_gates.bin", lambda t: t.update({1: torch.ones(2)})),
+        r"named, dense",
+    ),
+    "sparse tensor": (
+        lambda s: _base(s, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to_sparse()})),
+        r"named, dense",
+    ),
+    "impossible configuration": (
+        lambda s: edit_json(s.folders.finetuned / "config.json", hidden_size=None),
+        r"config\.json describes no model .*hidden_size",
+    ),
+    "impossible encoder": (
+        lambda s: edit_json(s.folders.clip / "config.json", hidden_size="wide"),
+        r"clip.config\.json describes no model",
+    ),
     "adapter of another rank": (
         lambda s: edit_json(s.folders.finetuned / "adapter_config.json", r=7),
         r"rank 7 asks for others",
@@ -107,6 +156,7 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
         lambda s: (
             _base(s, lambda t: t.update({EXPERT: torch.ones(40, 32)})),
             _e2(s, "adapter_model.bin", lambda t: [t.pop(n) for n in list(t) if ".experts.1.up_proj." in n]),
+            edit_json(s.folders.finetuned / "adapter_config.json", target_modules=["self_attn.q_proj"]),
         ),
         r"differ in shape",
     ),
@@ -119,7 +169,11 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
         r"cannot be recognised.*mm_audio_aligner\.decoder.*mm_audio_aligner\.qformer",
     ),
     "two audio sides": (
-        lambda s: _base(s, lambda t: t.update({f"{ALIGNER}qformer.qformer.layernorm.weight": torch.ones(2)})),
+        lambda s: _e2(
+            s,
+            "mm_audio_aligner.bin",
+            lambda t: t.update({f"{ALIGNER}qformer.qformer.layernorm.weight": torch.ones(2)}),
+        ),
         r"holds both",
     ),
     "configuration of another model": (
@@ -174,3 +228,30 @@ def test_tables_that_should_be_shared_must_be_equal(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="share one such table"):
         import_unimoe(source.folders, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_an_index_forgets_are_not_lost(tmp_path: Path) -> None:
+    base = released(tmp_path, finetuned=False, max_shard_bytes=20_000).folders
+    shard = sorted(base.base.glob("pytorch_model-*.bin"))[0]
+    rewrite(shard, lambda content: content.update({"model.forgotten": torch.ones(2)}))
+    with pytest.raises(ConversionError, match=r"1 unexpected tensor.*model\.forgotten"):
+        plan_import(base)
+
+
+def test_a_folder_that_fills_up_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").touch()
+    with pytest.raises(ConversionError, match="is not any more"), finished_folder(out):
+        (tmp_path / "mine").rename(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_what_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConversionError, match="cannot be written"), finished_folder(tmp_path / "file" / "out"):
+        pass
+    with pytest.raises(ConversionError, match="No space left"), finished_folder(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

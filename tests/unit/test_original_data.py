@@ -187,6 +187,7 @@ def test_unknown_rules_are_named() -> None:
     [
         ({"conversations": []}, "at least one turn"),
         ({"conversations": [{"from": "human"}]}, "turn 0 must have"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 0 must have"),
         ({"conversations": [{"from": "system", "value": "x"}]}, "turn 0 must have"),
         ({"conversations": [{"from": "gpt", "value": "x"}]}, "an answer only"),
         (
@@ -321,6 +322,13 @@ def test_broken_lists_end_with_an_error(text: str, tmp_path: Path) -> None:
     *before, last = read_records(tmp_path / "list")
     assert last.error
     assert all(record.error is None for record in before)
+
+
+@pytest.mark.parametrize("form", ["{}", "[{}]"])
+def test_numbers_without_end_are_an_error_of_their_record(form: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(form.replace("{}", '{"x": ' + "1" * 5000 + "}"))
+    [record] = read_records(tmp_path / "data.json")
+    assert record.error == "a number is too long"
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:

@@ -51,6 +51,15 @@ def test_one_group_is_plain_top_k(top_k: int, normalize: bool) -> None:
         torch.testing.assert_close(weights[token], expected)
 
 
+def test_one_expert_that_counts_whole_gives_the_gate_no_gradient() -> None:
+    gate = router(num_experts_per_tok=1)
+    _, weights_T1, _ = gate(hidden())
+    assert (weights_T1 == 1).all()
+    (weights_T1 * torch.randn(TOKENS, 1)).sum().backward()
+    assert gate.weight.grad is not None
+    assert not gate.weight.grad.any()
+
+
 def test_sigmoid_scores() -> None:
     gate = router(router_scoring="sigmoid", norm_topk_prob=False)
     logits, weights, experts = gate(hidden())

@@ -40,7 +40,7 @@ from .media_inputs_unimoe import IMAGE_ASPECT_RATIOS, check_token_counts, proces
 from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, OptionError, PlaceholderError
 from .original_chat_unimoe import TOKENIZATIONS, build_encoder, needs_answer
 from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
-from .processor_parts_unimoe import PARTS, PresentParts, load_parts
+from .processor_parts_unimoe import PARTS, PresentParts, forget_code_of_processor, load_parts
 from .video_processing_unimoe import UniMoeVideoProcessor
 
 __all__ = ["DEFAULT_CHAT_TEMPLATE", "VICUNA_CHAT_TEMPLATE", "UniMoeProcessor", "prepare_tokenizer"]
@@ -324,12 +324,15 @@ class UniMoeProcessor(ProcessorMixin):
             return super().save_pretrained(*args, **kwargs)
         finally:
             UniMoeProcessor._auto_class = before
+            forget_code_of_processor(vars(self), *(vars(getattr(self, name)) for name in self.get_attributes()))
 
     def to_dict(self) -> dict[str, Any]:
         """What `processor_config.json` holds; without the tokenizer and the caches."""
         encoders, self._encoders = self._encoders, {}
         try:
-            return super().to_dict()
+            saved = super().to_dict()
+            forget_code_of_processor(*(saved.get(name) or {} for name in PARTS[:3]))
+            return saved
         finally:
             self._encoders = encoders
 

@@ -33,6 +33,15 @@ def load_parts(folder: str, saved: dict[str, Any], **kwargs: Any) -> list[Any]:
     return [parts.get(name) for name in PARTS]
 
 
+def forget_code_of_processor(*owners: dict[str, Any]) -> None:
+    """Undo what saving a processor with its code leaves in it and in its parts; where the parts' own code is stays."""
+    for fields in owners:
+        if fields.get("auto_map"):
+            fields["auto_map"].pop("AutoProcessor", None)
+            if not fields["auto_map"]:
+                del fields["auto_map"]
+
+
 def load_image_processor(settings: dict[str, Any], folder: str, **kwargs: Any) -> Any:
     """An image processor on PIL from its saved settings; `folder` and kwargs serve one that is remote code."""
     # By its name where transformers has it: AutoImageProcessor of older versions asks for torchvision.

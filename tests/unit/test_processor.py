@@ -14,6 +14,7 @@ import pytest
 import tiny_media
 import torch
 
+from unimoe.conversion.hub import code_files
 from unimoe.processing.media_policy_unimoe import ConversationError, MediaError, PlaceholderError
 from unimoe.processing.processing_unimoe import VICUNA_CHAT_TEMPLATE, UniMoeProcessor
 
@@ -324,7 +325,10 @@ def test_any_subset_of_modalities_saves_and_loads(modalities: str, tmp_path: Pat
 def test_saved_as_one_configuration_file(processor: UniMoeProcessor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     expected = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in tmp_path.iterdir()} == expected
+    code = {path.name for path in code_files() if path.parent.name == "processing"}
+    assert {path.name for path in tmp_path.iterdir()} == expected | code
+    assert "auto_map" not in processor.to_dict()
+    assert "auto_map" not in processor.image_processor.to_dict()
 
 
 REMOTE = """

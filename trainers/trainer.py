@@ -312,7 +312,7 @@ class UniMoeTrainer(Trainer):
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))  # the best one's place is only known now
             seal(written, folder / written.name)
             best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-            rotate(folder, self.args.save_total_limit or 1 << 30, spared=best and Path(best))
+            rotate(folder, self.args.save_total_limit or 1 << 30, spared=Path(best) if best else None)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:

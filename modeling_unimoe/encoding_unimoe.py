@@ -28,7 +28,7 @@ from .configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from .configuration_unimoe_text import MODALITIES
 from .connectors_unimoe import build_connector
 from .errors_unimoe import ConfigurationError, ModalityError, UniMoeError
-from .idle_branches_unimoe import must_run, without_value, zero_medium
+from .idle_branches_unimoe import must_run, not_training, without_value, zero_medium
 from .modeling_unimoe_beats import UniMoeBeatsModel
 from .multiscale_unimoe import encode_scales
 
@@ -213,7 +213,8 @@ class MediaEncoderMixin:
         reference = next(connector.parameters())
         if must_run(tower):
             medium = zero_medium(modality, tower.config, max(self.config.vision_scales or [1]), reference.device)
-            return [without_value(self._branch(modality)(**{MEDIA_INPUTS[modality][0]: medium}).pooler_output)]
+            with not_training(tower):
+                return [without_value(self._branch(modality)(**{MEDIA_INPUTS[modality][0]: medium}).pooler_output)]
         return [without_value(connector(reference.new_zeros(1, 1, config.input_size)))]
 
     def _share_speech_states(self, given: dict[str, dict[str, torch.Tensor]]) -> None:

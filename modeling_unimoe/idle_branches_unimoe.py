@@ -4,6 +4,8 @@ Ranks that average gradients, or that share out weights (FSDP, ZeRO-3), must run
 text only would make the others wait for ever. And a parameter that is trained has a gradient in every step, if only 0.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,17 @@ def must_run(module: nn.Module | None) -> bool:
     if module is None:
         return False
     return any(p.requires_grad or hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in module.parameters())
+
+
+@contextmanager
+def not_training(module: nn.Module) -> Iterator[None]:
+    """Batch norms must not learn from zeros, and need more than one medium to do so."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def zero_medium(modality: str, tower_config: Any, scale: int, device: torch.device) -> torch.Tensor:

@@ -20,7 +20,7 @@ apart. Single blocks of DCMoE and UniMoE-Audio: `dcmoe_keys`. Back to the origin
 here), `export_eight_experts`, `unimoe_originals`; `original_tokenizer` travels both ways.
 
 MoIIE: `import_moiie` (start here), `moiie_variant`, `moiie_keys`, `moiie_config`, `bunny_processor`; and back:
-`export_moiie`. Both exports read our tensors through `originals`. What its recipes start from: `bunny_start`.
+`export_moiie`. Both exports read our tensors through `originals`.
 
 The same model in other files: `layouts`, `expert_shards` (loading by rank).
 

@@ -48,7 +48,6 @@ def build_bunny_processor(
     version: str,
     tower: Path | None = None,
     image_aspect_ratio: str = "pad",
-    for_training: bool = False,
 ) -> UniMoeProcessor:
     """A processor that prepares inputs as MoIIE does.
 
@@ -58,7 +57,6 @@ def build_bunny_processor(
         version: of Bunny's chat template: "phi3" or "llama".
         tower: the vision tower's folder, whose preprocessor_config.json counts if there is one; else SigLIP's settings.
         image_aspect_ratio: "square" in the authors' stage 1, "pad" in stage 2.
-        for_training: have a second chat template, "plain", for the captions of stage 1.
     """
     vision = config.vision_config
     if tower is not None and (tower / _PREPROCESSOR).is_file():
@@ -69,14 +67,10 @@ def build_bunny_processor(
     if max(scales) > 1:
         side = max(scales) * vision.image_size
         pictures.size = {"height": side, "width": side}
-    default = bunny_chat_template(version, tokenizer)
-    template: str | dict[str, str] = default
-    if for_training:
-        template = {"default": default, "plain": bunny_chat_template("plain", tokenizer)}
     return UniMoeProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
-        chat_template=template,
+        chat_template=bunny_chat_template(version, tokenizer),
         image_tokens=(vision.image_size // vision.patch_size) ** 2,
         image_aspect_ratio=image_aspect_ratio,
     )

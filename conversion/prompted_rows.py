@@ -143,8 +143,7 @@ def read_prompts(path: str | Path | None, sparsity: Sparsity) -> Prompts:
         groups: Any = json.loads(content)
     except json.JSONDecodeError as error:
         raise ConversionError(f"--prompts {str(path)!r} is not JSON ({error}).") from error
-    parts = sparsity.granularity if sparsity.split == "virtual-groups" else 1
-    wanted = [str(index) for index in range(sparsity.num_experts // parts)]
+    wanted = [str(index) for index in range(sparsity.num_copies)]
     if not isinstance(groups, dict) or (by_expert and sorted(groups) != sorted(wanted)):
         raise ConversionError(
             f"--prompts {str(path)!r} must be an object with the keys {', '.join(wanted)}, no others."

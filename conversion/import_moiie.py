@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, SiglipVision
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .bunny_processor import build_bunny_processor, prepare_bunny_tokenizer
+from .encoder_folders import nameless
 from .import_plan import ImportPlan, account, push_import, write_import
 from .import_receipt import ImportReceipt
 from .io import Checkpoint, OutputTensor, read_json
@@ -164,9 +165,7 @@ def _vision_config(tower: Path) -> SiglipVisionConfig:
         raise ConversionError(
             f"{path} describes {found!r}, not a SigLIP tower ('siglip' or 'siglip_vision_model'), which MoIIE's models have."
         )
-    config = SiglipVisionConfig.from_pretrained(tower)
-    config._name_or_path = ""  # where the tower came from is nobody's business in a published folder
-    return config
+    return nameless(SiglipVisionConfig.from_pretrained(tower))
 
 
 def _made_routers(variant: MoiieVariant, config: UniMoeConfig) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from ..processing.video_processing_unimoe import UniMoeVideoProcessor
 from .bunny_processor import prepare_bunny_tokenizer
 from .meta_model import BUILDING_ERRORS, first_line, meta_model
 from .sources import Source
-from .unimoe_processor import read_tokenizer
+from .tokenizer_files import read_tokenizer
 from .vision_part import picture_size
 
 CHAT_TEMPLATES = ("chatml", "vicuna", "llama", "phi3")

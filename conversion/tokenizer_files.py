@@ -25,7 +25,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     _require_reader(folder)
     try:
         with _without_remarks_on_the_config():
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConversionError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}).") from error
 

@@ -13,6 +13,7 @@ from ..processing.chat_unimoe import prepare_tokenizer
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.processor_parts_unimoe import load_image_processor
 from .io import read_json
+from .picture_processor import image_features
 
 _PREPROCESSOR = "preprocessor_config.json"
 
@@ -63,14 +64,13 @@ def build_bunny_processor(
         pictures = load_image_processor(read_json(tower / _PREPROCESSOR), str(tower))
     else:
         pictures = siglip_image_processor(vision.image_size)
-    scales = getattr(config, "vision_scales", None) or [1]
-    if max(scales) > 1:
-        side = max(scales) * vision.image_size
+    if config.vision_scales is not None:
+        side = max(config.vision_scales) * vision.image_size
         pictures.size = {"height": side, "width": side}
     return UniMoeProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
         chat_template=bunny_chat_template(version, tokenizer),
-        image_tokens=(vision.image_size // vision.patch_size) ** 2,
+        image_tokens=image_features(config),
         image_aspect_ratio=image_aspect_ratio,
     )

@@ -123,7 +123,7 @@ def build_composed_processor(
     config: UniMoeConfig, chat: Chat, pictures: Any, audio: UniMoeFeatureExtractor | None, image_aspect_ratio: str
 ) -> UniMoeProcessor:
     """The processor of a configuration; media have as many placeholders as the model makes features of them."""
-    image_tokens = 0 if config.image_connector is None else image_features(config, picture_size(pictures))
+    image_tokens = 0 if config.image_connector is None else measured_image_features(config, picture_size(pictures))
     video_tokens = image_tokens if config.video_pooling == "mean" else config.video_num_frames * image_tokens
     videos = None
     if pictures is not None:
@@ -148,7 +148,7 @@ def build_composed_processor(
 
 
 @torch.no_grad()
-def image_features(config: UniMoeConfig, size: tuple[int, int]) -> int:
+def measured_image_features(config: UniMoeConfig, size: tuple[int, int]) -> int:
     """Features of a picture of so many pixels, as the model itself makes them, without memory.
 
     Raises:

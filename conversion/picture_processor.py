@@ -35,7 +35,7 @@ def picture_processor(source: Source) -> UniMoeProcessor | None:
 
 
 def image_features(config: Any) -> int:
-    """Features, and so placeholders, of one picture."""
+    """Features, and so placeholders, of one picture before CLIP or SigLIP."""
     vision = config.vision_config
     has_class_token = vision.model_type == "clip_vision_model"
     patches = (vision.image_size // vision.patch_size) ** 2 + has_class_token

@@ -13,6 +13,7 @@ from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.processor_parts_unimoe import load_image_processor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
 from .encoder_folders import preprocessor_settings, whisper_features
+from .picture_processor import image_features
 from .tokenizer_files import read_tokenizer
 from .unimoe_config import PLACEHOLDERS
 
@@ -58,8 +59,7 @@ def build_processor(
         image_aspect_ratio: of the original's config.json, where everything but "pad" leaves pictures as they are.
     """
     pictures = load_image_processor(preprocessor_settings(clip), str(clip))
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    image_tokens = image_features(config)
     speech, sound = config.speech_connector, config.sound_connector
     return UniMoeProcessor(
         image_processor=pictures,
@@ -71,8 +71,8 @@ def build_processor(
         chat_template=VICUNA_CHAT_TEMPLATE,
         tokenization="spaced",  # the token ids that the released models were trained with
         image_aspect_ratio="pad" if image_aspect_ratio == "pad" else "square",
-        image_tokens=patches,
-        video_tokens=patches,
+        image_tokens=image_tokens,
+        video_tokens=image_tokens,
         speech_tokens=speech.num_tokens if speech is not None else 0,
         sound_tokens=sound.num_tokens if sound is not None else 0,
     )

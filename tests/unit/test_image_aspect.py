@@ -131,7 +131,8 @@ def test_uni_moes_converter_reads_it(tmp_path: Path, written: str, ours: str, mo
 
 @pytest.mark.parametrize("scales", [None, [1, 2, 3]])
 def test_the_processor_of_a_moiie_model(scales: list[int] | None) -> None:
-    config = tiny.config(vision_config=SiglipVisionConfig(image_size=28, patch_size=14))
+    vision = SiglipVisionConfig(image_size=28, patch_size=14)
+    config = tiny.config(vision_config=vision, vision_feature_select_strategy="full")
     config.vision_scales = scales
     tokenizer = tiny_media.tokenizer()
     tokenizer.add_tokens(["<|end_of_text|>"], special_tokens=True)

@@ -11,7 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import ConversionError
-from .original_tokenizer import VOCABULARIES
+
+SENTENCEPIECE = "tokenizer.model"
+VOCABULARIES = (SENTENCEPIECE, "tokenizer.json")
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -70,4 +72,4 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-__all__ = ["read_tokenizer", "tokenizer_if_readable"]
+__all__ = ["SENTENCEPIECE", "VOCABULARIES", "read_tokenizer", "tokenizer_if_readable"]

@@ -14,6 +14,8 @@ examples:
   unimoe convert compose --language-model llava-hf/llava-1.5-7b-hf --speech-tower openai/whisper-small --out start-speech
   unimoe convert compose --language-model lmsys/vicuna-7b-v1.5 --vision-tower openai/clip-vit-large-patch14-336 \\
       --image-projector mm_projector.bin --beats BEATs_iter3_plus_AS2M.pt --out start-sound
+  unimoe convert compose --language-model meta-llama/Meta-Llama-3-8B --vision-tower google/siglip-so400m-patch14-384 \\
+      --scales 1,2,3 --image-aspect-ratio pad --chat-template llama --out start
 
 A LLaVA-1.5 brings its tower and projection; a dense model of ours keeps what it has, so that parts can be added one after
 another. Connectors that no part brings are new: train them first (stage 1 of a recipe), then make the model sparse with
@@ -62,6 +64,13 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     add("--projector-depth", type=int, default=2, metavar="N", help="linear layers of new mlp connectors (default: 2)")
     add("--output-norm", action="store_true", help="new connectors end with a norm, at the scale of word embeddings")
     add("--vision-feature-layer", type=int, metavar="N", help="hidden state to read (default: -2; convolutions: -1)")
+    add(
+        "--scales",
+        dest="vision_scales",
+        type=_scales,
+        metavar="1,2,3",
+        help="see pictures at these multiples of the tower's size, S2 (default: its own size)",
+    )
     add("--image-grid", type=int, metavar="N", help="pool a picture to N x N embeddings")
     add("--image-size", type=int, metavar="N", help="stretch pictures to N x N pixels")
     add("--image-aspect-ratio", choices=("square", "pad"), help="pad: pictures on a square of the mean colour")
@@ -104,3 +113,9 @@ def run(args: argparse.Namespace) -> int:
     if args.push_to_hub is not None:
         print(f"Uploaded to {push_folder(args.out, args.push_to_hub)}")
     return 0
+
+
+def _scales(text: str) -> list[int]:
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,2,3")
+    return [int(part) for part in text.split(",")]

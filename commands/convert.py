@@ -7,7 +7,6 @@ from . import (
     _convert_compose,
     _convert_layouts,
     _convert_moiie,
-    _convert_start,
     _convert_unimoe,
     _convert_upcycle,
 )
@@ -23,7 +22,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _convert_layouts.add_parser(kinds)
     _convert_unimoe.add_parser(kinds)
     _convert_moiie.add_parser(kinds)
-    _convert_start.add_parser(kinds)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,13 +20,13 @@ apart. Single blocks of DCMoE and UniMoE-Audio: `dcmoe_keys`. Back to the origin
 here), `export_eight_experts`, `unimoe_originals`; `original_tokenizer` travels both ways.
 
 MoIIE: `import_moiie` (start here), `moiie_variant`, `moiie_keys`, `moiie_config`, `bunny_processor`; and back:
-`export_moiie`. Both exports read our tensors through `originals`. What its recipes start from: `bunny_start`.
+`export_moiie`. Both exports read our tensors through `originals`.
 
 The same model in other files: `layouts`, `expert_shards` (loading by rank).
 
 For all of them: `io` (files, tensor by tensor), `read_back` (what was written, compared), `sources` (dense models to
 start from), `llama_family` (those of other classes), `fused_layouts` and `tensor_parts` (those that fuse tensors),
-`multimodal_layouts` and `picture_processor` (those that see), `encoder_folders`, `meta_model` and `parameters` (names,
-shapes, counts), `file_digests`, `licences`, `saved_receipt`, `model_card`, `hub` (the folder that loads without us).
-`description` is what the command inspect shows.
+`multimodal_layouts` and `picture_processor` (those that see), `encoder_folders`, `tokenizer_files`, `meta_model` and
+`parameters` (names, shapes, counts), `file_digests`, `licences`, `saved_receipt`, `model_card`, `hub` (the folder that
+loads without us). `description` is what the command inspect shows.
 """

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
-from .assembly_receipt import AssemblyReceipt, AssemblySource, AssemblyTarget
+from .assembly_receipt import AssemblyReceipt, AssemblySource
 from .expert_ffns import Expert, ExpertSource, open_experts
 from .file_digests import file_digests
 from .hub import complete_bundle
@@ -25,7 +25,7 @@ from .model_card import model_card, receipt_section
 from .parameters import count_parameters, total_and_active
 from .read_back import verify_written
 from .router_init import initial_router_rows
-from .saved_receipt import RECEIPT_FILE
+from .saved_receipt import RECEIPT_FILE, TensorRecord
 from .sources import Source
 from .sparsity import RouterInit, Sparsity, sparse_config
 from .stream_upcycle import in_model_order, kept_tensors, write_beside_weights
@@ -176,7 +176,7 @@ def run_assembly(
             parameters_after=after.total,
             parameters_active=after.active,
             sources=sources,
-            targets={o.name: _target(o, plan.made_of[o.name], digests[o.name]) for o in plan.outputs},
+            targets={o.name: TensorRecord.of(o, plan.made_of[o.name], digests[o.name]) for o in plan.outputs},
             notes=plan.notes(),
             tensors_read_back=len(plan.outputs),
             bytes_written=sum(path.stat().st_size for path in shards),
@@ -272,10 +272,6 @@ def _source_records(plan: AssemblyPlan, digests: dict[Path, str]) -> list[Assemb
         dropped = {**source.others, **_compared_with_base(source, base), **unused}
         records.append(AssemblySource("expert", source.public_name, ids, files(source.checkpoint), taken, dropped))
     return records
-
-
-def _target(output: OutputTensor, made_of: list[str], digest: str) -> AssemblyTarget:
-    return AssemblyTarget(list(output.shape), dtype_name(output.dtype), made_of, digest)
 
 
 def _card(plan: AssemblyPlan, name: str, receipt: AssemblyReceipt) -> str:

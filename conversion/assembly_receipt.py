@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from .saved_receipt import SavedReceipt
+from .saved_receipt import SavedReceipt, TensorRecord
 
 
 @dataclass
@@ -25,16 +25,6 @@ class AssemblySource:
     dropped: dict[str, str]
 
 
-@dataclass
-class AssemblyTarget:
-    """One tensor of the model; `made_of` in the order of its memory, `sha256` of its bytes as stored."""
-
-    shape: list[int]
-    dtype: str
-    made_of: list[str]
-    sha256: str
-
-
 @dataclass(kw_only=True)
 class AssemblyReceipt(SavedReceipt):
     """What an assembly did."""
@@ -47,7 +37,7 @@ class AssemblyReceipt(SavedReceipt):
     parameters_before: int
     parameters_after: int
     sources: list[AssemblySource]
-    targets: dict[str, AssemblyTarget]
+    targets: dict[str, TensorRecord]
     notes: list[str]
     tensors_read_back: int
 

@@ -13,6 +13,7 @@ from ..processing.chat_unimoe import prepare_tokenizer
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.processor_parts_unimoe import load_image_processor
 from .io import read_json
+from .picture_processor import image_features
 
 _PREPROCESSOR = "preprocessor_config.json"
 
@@ -48,7 +49,6 @@ def build_bunny_processor(
     version: str,
     tower: Path | None = None,
     image_aspect_ratio: str = "pad",
-    for_training: bool = False,
 ) -> UniMoeProcessor:
     """A processor that prepares inputs as MoIIE does.
 
@@ -58,25 +58,19 @@ def build_bunny_processor(
         version: of Bunny's chat template: "phi3" or "llama".
         tower: the vision tower's folder, whose preprocessor_config.json counts if there is one; else SigLIP's settings.
         image_aspect_ratio: "square" in the authors' stage 1, "pad" in stage 2.
-        for_training: have a second chat template, "plain", for the captions of stage 1.
     """
     vision = config.vision_config
     if tower is not None and (tower / _PREPROCESSOR).is_file():
         pictures = load_image_processor(read_json(tower / _PREPROCESSOR), str(tower))
     else:
         pictures = siglip_image_processor(vision.image_size)
-    scales = getattr(config, "vision_scales", None) or [1]
-    if max(scales) > 1:
-        side = max(scales) * vision.image_size
+    if config.vision_scales is not None:
+        side = max(config.vision_scales) * vision.image_size
         pictures.size = {"height": side, "width": side}
-    default = bunny_chat_template(version, tokenizer)
-    template: str | dict[str, str] = default
-    if for_training:
-        template = {"default": default, "plain": bunny_chat_template("plain", tokenizer)}
     return UniMoeProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
-        chat_template=template,
-        image_tokens=(vision.image_size // vision.patch_size) ** 2,
+        chat_template=bunny_chat_template(version, tokenizer),
+        image_tokens=image_features(config),
         image_aspect_ratio=image_aspect_ratio,
     )

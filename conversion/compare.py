@@ -19,7 +19,8 @@ from ..progress_bars import transformers_bars
 from .parameters import count_parameters, total_and_active
 from .picture_processor import image_features
 from .receipt import Comparison, Continuation
-from .sources import Source, load_dense, load_tokenizer
+from .sources import Source, load_dense
+from .tokenizer_files import tokenizer_if_readable
 
 _TEXTS = (
     "The capital of France is",
@@ -78,7 +79,7 @@ def compare_models(
     available = psutil.virtual_memory().available
     if needed > available:
         return f"running it takes about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = tokenizer_if_readable(source.folder)
     prompts = _prompts(source, config, tokenizer)
     _check_tokenizer(tokenizer, folder)
     rounding = expected_gap = None
@@ -248,7 +249,7 @@ def _picture_prompt(config: UniMoeConfig, ids: torch.Tensor, generator: torch.Ge
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     if tokenizer is None:
         return
-    copy = load_tokenizer(folder)
+    copy = tokenizer_if_readable(folder)
     if copy is None or any(copy.encode(text) != tokenizer.encode(text) for text in _TEXTS):
         raise ConversionError(
             "The tokenizer does not read back the same in the new folder; its class was taken from the source's model "

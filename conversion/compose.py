@@ -18,7 +18,6 @@ from transformers import GenerationConfig
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..processing.processing_unimoe import UniMoeProcessor
-from .assembly_receipt import AssemblyTarget
 from .composed_part import ComposedPart, Made
 from .composed_processor import (
     Chat,
@@ -40,7 +39,7 @@ from .model_card import model_card, receipt_section
 from .new_connectors import CONNECTORS, NewConnectors
 from .parameters import count_parameters, total_and_active
 from .read_back import verify_written
-from .saved_receipt import RECEIPT_FILE
+from .saved_receipt import RECEIPT_FILE, TensorRecord
 from .sound_part import CONNECTOR as SOUND_CONNECTOR
 from .sound_part import open_qformer
 from .sources import expected_tensors, open_source
@@ -189,7 +188,7 @@ def run_composition(
             parameters_new=plan.parameters_new,
             features=plan.features,
             parts=parts,
-            targets={o.name: _target(o, plan.made_of[o.name], digests[o.name]) for o in plan.outputs},
+            targets={o.name: TensorRecord.of(o, plan.made_of[o.name], digests[o.name]) for o in plan.outputs},
             notes=list(plan.notes),
             tensors_read_back=len(plan.outputs),
             bytes_written=sum(path.stat().st_size for path in shards),
@@ -282,10 +281,6 @@ def _records(plan: CompositionPlan, progress: bool) -> list[PartRecord]:
         )
         for part in plan.parts
     ]
-
-
-def _target(output: OutputTensor, made_of: tuple[str, ...], digest: str) -> AssemblyTarget:
-    return AssemblyTarget(list(output.shape), dtype_name(output.dtype), list(made_of), digest)
 
 
 def _copy_licences(parts: tuple[ComposedPart, ...], folder: Path) -> None:

@@ -13,15 +13,16 @@ from ..processing.chat_templates_unimoe import (
     BUNNY_SEPARATORS,
     DEFAULT_CHAT_TEMPLATE,
     VICUNA_CHAT_TEMPLATE,
-    bunny_chat_template,
+    bunny_chat_templates,
 )
 from ..processing.chat_unimoe import CHAT_TOKENS, prepare_tokenizer
 from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
+from .bunny_processor import prepare_bunny_tokenizer
 from .meta_model import BUILDING_ERRORS, first_line, meta_model
 from .sources import Source
-from .unimoe_processor import read_tokenizer
+from .tokenizer_files import read_tokenizer
 from .vision_part import picture_size
 
 CHAT_TEMPLATES = ("chatml", "vicuna", "llama", "phi3")
@@ -36,6 +37,7 @@ class Chat:
     """How conversations become token ids.
 
     Args:
+        template: one, or several by name: with "llama" and "phi3" also "plain", for the captions of a stage 1.
         name: of `CHAT_TEMPLATES`, or what the template was read from.
         tokenization: see `UniMoeProcessor`.
         end_of_answer: the token that ends an answer, if the template is one of ours.
@@ -77,10 +79,12 @@ def prepare_chat(source: Source, wanted: str | None) -> Chat:
         return Chat(tokenizer, DEFAULT_CHAT_TEMPLATE, name, "plain", CHAT_TOKENS[1])
     if name in _ENDS:
         _require_token(tokenizer, _ENDS[name], name)
+        if name in BUNNY_SEPARATORS:
+            prepare_bunny_tokenizer(tokenizer, name)
+            return Chat(tokenizer, bunny_chat_templates(name, tokenizer), name, "plain", _ENDS[name])
         prepare_tokenizer(tokenizer, chat_tokens=False)
-        template = VICUNA_CHAT_TEMPLATE if name == "vicuna" else bunny_chat_template(name, tokenizer)
-        spaced = name == "vicuna" and _begins_with_space(tokenizer)  # as Vicuna and LLaVA were trained
-        return Chat(tokenizer, template, name, "spaced" if spaced else "plain", _ENDS[name])
+        spaced = _begins_with_space(tokenizer)  # as Vicuna and LLaVA were trained
+        return Chat(tokenizer, VICUNA_CHAT_TEMPLATE, name, "spaced" if spaced else "plain", _ENDS[name])
     template, named = _read_template(name)
     prepare_tokenizer(tokenizer, chat_tokens=CHAT_TOKENS[0] in template)
     return Chat(tokenizer, template, named, "plain", None)
@@ -119,7 +123,7 @@ def build_composed_processor(
     config: UniMoeConfig, chat: Chat, pictures: Any, audio: UniMoeFeatureExtractor | None, image_aspect_ratio: str
 ) -> UniMoeProcessor:
     """The processor of a configuration; media have as many placeholders as the model makes features of them."""
-    image_tokens = 0 if config.image_connector is None else image_features(config, picture_size(pictures))
+    image_tokens = 0 if config.image_connector is None else measured_image_features(config, picture_size(pictures))
     video_tokens = image_tokens if config.video_pooling == "mean" else config.video_num_frames * image_tokens
     videos = None
     if pictures is not None:
@@ -144,7 +148,7 @@ def build_composed_processor(
 
 
 @torch.no_grad()
-def image_features(config: UniMoeConfig, size: tuple[int, int]) -> int:
+def measured_image_features(config: UniMoeConfig, size: tuple[int, int]) -> int:
     """Features of a picture of so many pixels, as the model itself makes them, without memory.
 
     Raises:
@@ -176,7 +180,8 @@ def composed_generation(source: Source, config: UniMoeConfig, chat: Chat) -> Gen
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     generation.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     if generation.pad_token_id is None:
-        generation.pad_token_id = text.pad_token_id
+        pads = (text.pad_token_id, chat.tokenizer.pad_token_id)
+        generation.pad_token_id = next((pad for pad in pads if pad is not None), None)
     generation.suppress_tokens = sorted(i for i in config.placeholder_ids.values() if i is not None)
     return generation
 

@@ -79,6 +79,7 @@ class ComposeOptions:
         output_norm: new connectors end with an RMSNorm that starts at the scale of word embeddings.
         vision_feature_layer: index into the vision tower's hidden states; None: the last but one (LLaVA), of a
             convolutional net the last.
+        vision_scales: S2, see `UniMoeConfig`; None: one.
         vision_token_grid: pool a picture to so many positions squared.
         image_size: stretch pictures to squares of so many pixels.
         image_aspect_ratio: "square" or "pad", see `UniMoeProcessor`; None: "square".
@@ -98,6 +99,7 @@ class ComposeOptions:
     projector_depth: int = 2
     output_norm: bool = False
     vision_feature_layer: int | None = None
+    vision_scales: list[int] | None = None
     vision_token_grid: int | None = None
     image_size: int | None = None
     image_aspect_ratio: Literal["square", "pad"] | None = None
@@ -157,7 +159,9 @@ def open_parts(source: Source, ingredients: Ingredients, options: ComposeOptions
     vision = speech = sound = None
     _require_parts(source, ingredients, options)
     if ingredients.vision_tower is not None:
-        vision = open_vision_tower(ingredients.vision_tower, options.vision_feature_layer, options.image_size)
+        vision = open_vision_tower(
+            ingredients.vision_tower, options.vision_feature_layer, options.image_size, options.vision_scales
+        )
         replaced += [VISION_TOWER, PROJECTOR, "model.video_connector."]
     projector, unused = _projector(source, ingredients, sees=vision is not None)
     if projector is not None or ingredients.image_projector == NEW_PROJECTOR:
@@ -191,8 +195,8 @@ def composed_config(
         return {**shared, "depth": options.projector_depth, **more}
 
     if opened.vision is not None:
-        width = opened.vision.states.width
-        fields |= {**states_fields(opened.vision), "vision_scales": None, "vision_token_grid": None}
+        width = opened.vision.states.width * len(options.vision_scales or [1])
+        fields |= {**states_fields(opened.vision), "vision_scales": options.vision_scales, "vision_token_grid": None}
         fields |= {"image_connector": connector(width), "video_connector": None}
         if options.separate_video_connector:
             fields["video_connector"] = connector(width)
@@ -232,6 +236,7 @@ def _require_parts(source: Source, ingredients: Ingredients, options: ComposeOpt
     )
     for name, flag, takes, towers in (
         ("vision_feature_layer", "vision-feature-layer", sees, "--vision-tower"),
+        ("vision_scales", "scales", ingredients.vision_tower is not None, "--vision-tower"),
         ("vision_token_grid", "image-grid", sees, "--vision-tower"),
         ("image_size", "image-size", sees, "--vision-tower"),
         ("video_pooling", "video-pooling", sees, "--vision-tower"),

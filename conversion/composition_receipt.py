@@ -3,8 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from .assembly_receipt import AssemblyTarget
-from .saved_receipt import SavedReceipt
+from .saved_receipt import SavedReceipt, TensorRecord
 
 
 @dataclass
@@ -29,7 +28,7 @@ class CompositionReceipt(SavedReceipt):
     parameters_new: int
     features: dict[str, int]
     parts: list[PartRecord]
-    targets: dict[str, AssemblyTarget]
+    targets: dict[str, TensorRecord]
     notes: list[str]
     tensors_read_back: int
 

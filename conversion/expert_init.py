@@ -68,7 +68,7 @@ def expected_deviation(config: UniMoeTextConfig, sparsity: Sparsity) -> float:
     k, experts, null = sparsity.num_experts_per_tok, sparsity.num_experts, sparsity.num_null_experts
     ratio, squares = sparsity.drop_ratio, 0.0
     # Copies that a token mixes; what each of them draws is averaged over these.
-    copies = k / sparsity.granularity if sparsity.split == "virtual-groups" else k
+    copies = k / sparsity.parts_per_copy
     squares += 3 * sparsity.noise**2 / copies  # each of three matrices turns its input by that much
     squares += ratio**2 + ratio * (1 - ratio) / copies + ratio / copies  # what is lost, and what comes instead
     if null:

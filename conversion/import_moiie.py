@@ -24,7 +24,7 @@ from .moiie_keys import moiie_rules
 from .moiie_variant import MoiieVariant, recognise_moiie
 from .source_tensors import SourceTensors
 from .sources import expected_tensors, resolve_folder
-from .unimoe_processor import read_tokenizer
+from .tokenizer_files import read_tokenizer
 
 RELEASED_TOWER = "google/siglip-so400m-patch14-384"
 _FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")

@@ -92,9 +92,7 @@ class ImportPlan:
         for output in self.outputs:
             made_of = list(self.targets[output.name].sources) if output.name in self.targets else []
             count = sum(original in merged for original in made_of)
-            targets[output.name] = TargetRecord(
-                list(output.shape), dtype_name(output.dtype), made_of, count, digests[output.name]
-            )
+            targets[output.name] = TargetRecord.of(output, made_of, digests[output.name], lora_merged=count)
         total = total_and_active(count_parameters(self.config))
         return ImportReceipt(
             variant=self.variant.name,

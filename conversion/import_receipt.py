@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .saved_receipt import SavedReceipt
+from .saved_receipt import SavedReceipt, TensorRecord
 
 
 @dataclass
@@ -17,14 +17,10 @@ class SourceRecord:
 
 
 @dataclass
-class TargetRecord:
-    """One tensor of ours. `sha256` is that of its bytes as stored."""
+class TargetRecord(TensorRecord):
+    """One tensor of ours. `lora_merged`: how many of the originals that it is made of LoRA was merged into."""
 
-    shape: list[int]
-    dtype: str
-    made_of: list[str]
-    lora_merged: int
-    sha256: str
+    lora_merged: int = 0
 
 
 @dataclass(kw_only=True)

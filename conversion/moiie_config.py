@@ -9,6 +9,7 @@ from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .fused_layouts import AttentionSizes
 from .io import dtype_name
 from .key_rules import Shape
 from .llava_keys import PROJECTOR
@@ -49,11 +50,8 @@ _ABSENT_COEFS = {"moiie": 0.001, "separate": 0.02, "vanilla": 0.001}
 
 def sizes_of(text: UniMoeTextConfig) -> Sizes:
     """Rows of the tensors that Phi-3 fuses."""
-    return Sizes(
-        query=text.num_attention_heads * text.head_dim,
-        key_value=text.num_key_value_heads * text.head_dim,
-        intermediate=text.intermediate_size,
-    )
+    query, key_value, _ = AttentionSizes.of(text).qkv_rows
+    return Sizes(query, key_value, text.intermediate_size)
 
 
 def our_text_config(original: Mapping[str, Any], variant: MoiieVariant) -> UniMoeTextConfig:

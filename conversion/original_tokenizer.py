@@ -8,10 +8,9 @@ import shutil
 from pathlib import Path
 
 from ..errors import ConversionError
+from .tokenizer_files import SENTENCEPIECE, VOCABULARIES
 
 CARRIED = "original_tokenizer"
-SENTENCEPIECE = "tokenizer.model"
-VOCABULARIES = (SENTENCEPIECE, "tokenizer.json")
 _FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 

@@ -8,7 +8,8 @@ from ..processing.chat_unimoe import IMAGE_TOKEN
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.processor_parts_unimoe import load_image_processor
 from .io import read_json
-from .sources import Source, load_tokenizer
+from .sources import Source
+from .tokenizer_files import tokenizer_if_readable
 
 
 def picture_processor(source: Source) -> UniMoeProcessor | None:
@@ -20,7 +21,7 @@ def picture_processor(source: Source) -> UniMoeProcessor | None:
     config = source.config
     if source.kind != "multimodal" or config.image_connector is None:
         return None
-    settings, tokenizer = image_settings(source.folder), load_tokenizer(source.folder)
+    settings, tokenizer = image_settings(source.folder), tokenizer_if_readable(source.folder)
     if settings is None or tokenizer is None:
         return None
     if tokenizer.get_vocab().get(IMAGE_TOKEN) != config.image_token_id:
@@ -34,7 +35,7 @@ def picture_processor(source: Source) -> UniMoeProcessor | None:
 
 
 def image_features(config: Any) -> int:
-    """Features, and so placeholders, of one picture."""
+    """Features, and so placeholders, of one picture before CLIP or SigLIP."""
     vision = config.vision_config
     has_class_token = vision.model_type == "clip_vision_model"
     patches = (vision.image_size // vision.patch_size) ** 2 + has_class_token

@@ -15,8 +15,9 @@ from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..progress_bars import transformers_bars
 from .parameters import count_parameters, total_and_active
 from .router_init import DATA_INITS, data_router_rows, ffn_inputs, initial_router_rows
-from .sources import Source, load_dense, load_tokenizer
+from .sources import Source, load_dense
 from .sparsity import Sparsity
+from .tokenizer_files import tokenizer_if_readable
 
 _LONGEST = 512  # tokens of one text that are read
 _BYTES_PER_PARAMETER = 4 * 1.25  # float32, and what running takes
@@ -72,7 +73,7 @@ class RouterRows:
         self._prompts: Prompts | None = None
         if sparsity.router_init in DATA_INITS:
             self._prompts = read_prompts(prompts, sparsity)
-            tokenizer = load_tokenizer(source.folder)
+            tokenizer = tokenizer_if_readable(source.folder)
             if tokenizer is None:
                 raise ConversionError(
                     f"--router-init {sparsity.router_init} reads texts, but {source.name} has no tokenizer that can be "
@@ -143,8 +144,7 @@ def read_prompts(path: str | Path | None, sparsity: Sparsity) -> Prompts:
         groups: Any = json.loads(content)
     except json.JSONDecodeError as error:
         raise ConversionError(f"--prompts {str(path)!r} is not JSON ({error}).") from error
-    parts = sparsity.granularity if sparsity.split == "virtual-groups" else 1
-    wanted = [str(index) for index in range(sparsity.num_experts // parts)]
+    wanted = [str(index) for index in range(sparsity.num_copies)]
     if not isinstance(groups, dict) or (by_expert and sorted(groups) != sorted(wanted)):
         raise ConversionError(
             f"--prompts {str(path)!r} must be an object with the keys {', '.join(wanted)}, no others."

@@ -46,10 +46,9 @@ def rows_of_experts(
     Null and shared experts, which no data speaks of, have drawn rows.
     """
     rows = _drawn_rows(config, sparsity, layer)
-    parts = sparsity.granularity if sparsity.split == "virtual-groups" else 1
     for row, expert in enumerate(_experts_of_rows(config)):
         if expert is not None:
-            rows[row] = expert_rows[expert // parts]
+            rows[row] = expert_rows[expert // sparsity.parts_per_copy]
     return rows
 
 
@@ -126,8 +125,7 @@ def data_router_rows(
         states: as `ffn_inputs` returns them.
         owners: for "prompts", the copy that each text was given for.
     """
-    copies = sparsity.num_copies if sparsity.split == "virtual-groups" else sparsity.num_experts
-    rows = {}
+    copies, rows = sparsity.num_copies, {}
     for layer, of_texts in states.items():
         if owners is None:
             found = expert_rows_from_clusters(torch.cat(list(of_texts)), copies, sparsity.seed * 1_000_003 + layer)
@@ -144,11 +142,11 @@ def _drawn_rows(config: UniMoeTextConfig, sparsity: Sparsity, layer: int) -> tor
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(sparsity.seed * 1_000_003 + layer)
     rows = torch.randn(shape, generator=generator) * config.initializer_range
-    if sparsity.granularity > 1 and sparsity.split == "virtual-groups":
+    if sparsity.parts_per_copy > 1:
         for group in _rows_of_groups(config):
             first: dict[int, int] = {}
             for row, expert in group:
-                rows[row] = rows[first.setdefault(expert // sparsity.granularity, row)]
+                rows[row] = rows[first.setdefault(expert // sparsity.parts_per_copy, row)]
     return rows
 
 

@@ -2,11 +2,29 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from .io import OutputTensor, dtype_name
 
 RECEIPT_FILE = "receipt.json"
+
+
+@dataclass
+class TensorRecord:
+    """One tensor that was written; `made_of` in the order of its memory, `sha256` of its bytes as stored."""
+
+    shape: list[int]
+    dtype: str
+    made_of: list[str]
+    sha256: str
+
+    @classmethod
+    def of(cls, output: OutputTensor, made_of: Iterable[str], digest: str, **more: Any) -> Self:
+        """`more` are the fields that a receipt adds."""
+        return cls(list(output.shape), dtype_name(output.dtype), list(made_of), digest, **more)
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from ..errors import ConversionError, PartError
@@ -136,16 +136,6 @@ def open_source(name: str) -> Source:
     if read_json(config_file).get("model_type") == UniMoeConfig.model_type:
         return _open_ours(name, checkpoint)
     return _open_foreign(name, checkpoint)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer; None where it has none, or one whose library is missing."""
-    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ImportError, OSError, ValueError):
-        return None
 
 
 def expected_tensors(config: UniMoeConfig) -> dict[str, torch.Tensor]:

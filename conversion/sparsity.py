@@ -61,9 +61,14 @@ class Sparsity:
         return int(self.routing.get("num_null_experts", 0))
 
     @property
+    def parts_per_copy(self) -> int:
+        """Experts that share a gate row, because together they are a copy of the dense FFN; slices choose for themselves."""
+        return self.granularity if self.split == "virtual-groups" else 1
+
+    @property
     def num_copies(self) -> int:
-        """How often the whole dense FFN is there, as one expert or as all of its parts."""
-        return self.num_experts // self.granularity
+        """How many such copies there are, which routers tell apart."""
+        return self.num_experts // self.parts_per_copy
 
     @property
     def is_exact(self) -> bool:
@@ -111,7 +116,7 @@ def sparse_text_config(dense: UniMoeTextConfig, sparsity: Sparsity) -> UniMoeTex
         config = UniMoeTextConfig(**fields)
     except StrictDataclassError as error:
         raise ConfigurationError(" ".join(str(error.__cause__ or error).split())) from error
-    if sparsity.granularity > 1 and sparsity.split == "virtual-groups":
+    if sparsity.parts_per_copy > 1:
         _check_virtual_groups(config, sparsity)
     return config
 

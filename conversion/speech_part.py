@@ -16,12 +16,12 @@ from transformers import WhisperConfig
 from ..errors import ConversionError
 from ..modeling_unimoe.encoding_unimoe import build_tower
 from .composed_part import ComposedPart, Made, left_over, taken
-from .encoder_folders import nameless, require_type
+from .encoder_folders import nameless, require_type, whisper_features
 from .io import Checkpoint
 from .key_rules import Shape
 from .sources import READING_ERRORS, resolve_model_folder
+from .tokenizer_files import read_tokenizer
 from .unimoe_config import QUERY_DECODER_FIELDS
-from .unimoe_processor import read_tokenizer, whisper_features
 
 TOWER, CONNECTOR = "model.speech_tower.", "model.speech_connector."
 POSITIONS_PER_SECOND = 50

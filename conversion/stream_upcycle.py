@@ -19,7 +19,7 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .compare import compare_models
 from .expert_init import expected_deviation, routed_projection, shared_projection
 from .hub import complete_bundle, save_config
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, finished_folder, write_checkpoint
 from .model_card import model_card, receipt_section
 from .parameters import count_parameters, total_and_active
 from .picture_processor import picture_processor
@@ -77,7 +77,9 @@ class UpcyclePlan:
         checkpoint, text = self.source.checkpoint, self.config.text_config
         before = total_and_active(count_parameters(self.source.config))
         after = total_and_active(count_parameters(self.config))
-        read = f"{_gigabytes(checkpoint.num_bytes)} in {len(checkpoint.files)} file(s), {_name(self.source.dtype)}"
+        read = (
+            f"{_gigabytes(checkpoint.num_bytes)} in {len(checkpoint.files)} file(s), {dtype_name(self.source.dtype)}"
+        )
         groups = [
             f"group       {group.name}: {', '.join(group.modalities)} -> {list(group.experts)}"
             for group in text.router_groups
@@ -89,7 +91,7 @@ class UpcyclePlan:
             *(f"{'recipe':<12}{line}" for line in self.recipe()),
             *groups,
             f"parameters  {before.total:,} -> {after.total:,} ({after.active:,} active per token)",
-            f"writes      {_gigabytes(self.num_bytes)}, {_name(self.dtype or self.source.dtype)}",
+            f"writes      {_gigabytes(self.num_bytes)}, {dtype_name(self.dtype or self.source.dtype)}",
         ]
 
 
@@ -151,7 +153,7 @@ def run_upcycle(
             parameters_before=total_and_active(count_parameters(source.config)).total,
             parameters_after=total_and_active(count_parameters(plan.config)).total,
             parameters_active=total_and_active(count_parameters(plan.config)).active,
-            dtype=_name(plan.dtype or source.dtype),
+            dtype=dtype_name(plan.dtype or source.dtype),
             bytes_written=sum(path.stat().st_size for path in shards),
             seconds_writing=round(seconds, 2),
             recipe=plan.recipe(),
@@ -175,7 +177,12 @@ def _compared(plan: UpcyclePlan, folder: Path) -> Comparison | str:
 
 def kept_tensors(source: Source, sparsity: Sparsity, dtype: torch.dtype | None) -> list[OutputTensor]:
     """The source's tensors that a sparse model takes over as they are: all but the FFNs of its sparse layers."""
-    return [_copied(source, key, dtype) for key in source.keys if not _is_replaced(key, sparsity)]
+    replaced = {
+        f"{LANGUAGE_PREFIX}layers.{layer}.mlp.{name}.weight"
+        for layer in sparsity.sparse_layers
+        for name in FFN_PROJECTIONS
+    }
+    return [_copied(source, key, dtype) for key in source.keys if key not in replaced]
 
 
 def in_model_order(outputs: list[OutputTensor], config: UniMoeConfig) -> tuple[OutputTensor, ...]:
@@ -215,14 +222,6 @@ def write_beside_weights(source: Source, config: UniMoeConfig, folder: Path) -> 
     if not settings.exists() or source.kind == "multimodal":
         generation.save_pretrained(folder)
     save_config(config, folder)
-
-
-def _is_replaced(key: str, sparsity: Sparsity) -> bool:
-    return key in {
-        f"{LANGUAGE_PREFIX}layers.{layer}.mlp.{name}.weight"
-        for layer in sparsity.sparse_layers
-        for name in FFN_PROJECTIONS
-    }
 
 
 def _copied(source: Source, key: str, dtype: torch.dtype | None) -> OutputTensor:
@@ -298,10 +297,6 @@ def _card(plan: UpcyclePlan, name: str, receipt: Receipt) -> str:
             "Conversion receipt": receipt_section(receipt.lines()),
         },
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -1,15 +1,8 @@
 """The processor and the generation settings of a released Uni-MoE model."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
-from logging import ERROR
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
@@ -19,70 +12,22 @@ from ..processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..processing.processor_parts_unimoe import load_image_processor
 from ..processing.video_processing_unimoe import UniMoeVideoProcessor
-from .io import read_json
-from .original_tokenizer import VOCABULARIES
+from .encoder_folders import preprocessor_settings, whisper_features
+from .picture_processor import image_features
+from .tokenizer_files import read_tokenizer
 from .unimoe_config import PLACEHOLDERS
 
-_PREPROCESSOR = "preprocessor_config.json"
 
-
-def load_tokenizer(*folders: Path | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the first folder that holds one, with the placeholder tokens added; None where none does.
+def load_tokenizer(folder: Path | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder, with the placeholder tokens added; None where there is none.
 
     Raises:
         ConversionError: see `read_tokenizer`.
     """
-    found = (read_tokenizer(folder) for folder in folders if folder is not None)
-    tokenizer = next((tokenizer for tokenizer in found if tokenizer is not None), None)
+    tokenizer = None if folder is None else read_tokenizer(folder)
     if tokenizer is not None:
         prepare_tokenizer(tokenizer, chat_tokens=False)
     return tokenizer
-
-
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder, as it is; None where there is none.
-
-    Raises:
-        ConversionError: its files are damaged, or a package that reads them is missing.
-    """
-    if not any((folder / name).is_file() for name in VOCABULARIES):
-        return None
-    _require_reader(folder)
-    try:
-        with _without_remarks_on_the_config():
-            return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConversionError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}).") from error
-
-
-@contextmanager
-def _without_remarks_on_the_config() -> Iterator[None]:
-    """transformers looks at config.json as well, and remarks on fields and a model type that it does not know."""
-    log = logging.get_logger("transformers.configuration_utils")
-    before = log.level
-    log.setLevel(ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*rope_scaling.*", category=FutureWarning)
-            yield
-    finally:
-        log.setLevel(before)
-
-
-def _require_reader(folder: Path) -> None:
-    """Without these packages transformers would make another tokenizer of a SentencePiece model, with a warning only."""
-    if (folder / "tokenizer.json").is_file() or all(map(_is_installed, ("sentencepiece", "google.protobuf"))):
-        return
-    raise ConversionError(
-        f"Reading {folder / 'tokenizer.model'} needs sentencepiece and protobuf: pip install 'unimoe[convert]'."
-    )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is in
-        return False
 
 
 def require_fitting_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int) -> None:
@@ -114,8 +59,7 @@ def build_processor(
         image_aspect_ratio: of the original's config.json, where everything but "pad" leaves pictures as they are.
     """
     pictures = load_image_processor(preprocessor_settings(clip), str(clip))
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    image_tokens = image_features(config)
     speech, sound = config.speech_connector, config.sound_connector
     return UniMoeProcessor(
         image_processor=pictures,
@@ -127,8 +71,8 @@ def build_processor(
         chat_template=VICUNA_CHAT_TEMPLATE,
         tokenization="spaced",  # the token ids that the released models were trained with
         image_aspect_ratio="pad" if image_aspect_ratio == "pad" else "square",
-        image_tokens=patches,
-        video_tokens=patches,
+        image_tokens=image_tokens,
+        video_tokens=image_tokens,
         speech_tokens=speech.num_tokens if speech is not None else 0,
         sound_tokens=sound.num_tokens if sound is not None else 0,
     )
@@ -153,26 +97,3 @@ def _feature_extractor(config: UniMoeConfig, whisper: Path | None) -> UniMoeFeat
     if config.speech_connector is None or whisper is None:
         return UniMoeFeatureExtractor(speech=False, sound=True)
     return UniMoeFeatureExtractor(speech=True, **whisper_features(whisper, config.speech_config.num_mel_bins))
-
-
-def whisper_features(folder: Path, num_mel_bins: int = 80) -> dict[str, Any]:
-    """Settings of a Whisper's log-mel spectrogram, by the names of `UniMoeFeatureExtractor`.
-
-    Raises:
-        ConversionError: the folder has none.
-    """
-    settings = preprocessor_settings(folder)
-    return {
-        "feature_size": settings.get("feature_size", num_mel_bins),
-        "sampling_rate": settings.get("sampling_rate", 16_000),
-        "window_seconds": float(settings.get("chunk_length", 30)),
-        "n_fft": settings.get("n_fft", 400),
-        "hop_length": settings.get("hop_length", 160),
-    }
-
-
-def preprocessor_settings(folder: Path) -> dict[str, Any]:
-    """An encoder's preprocessor_config.json. Raises ConversionError when there is none."""
-    if not (folder / _PREPROCESSOR).is_file():
-        raise ConversionError(f"{folder / _PREPROCESSOR} is missing: the folder is not complete. Fetch the file.")
-    return read_json(folder / _PREPROCESSOR)

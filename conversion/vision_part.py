@@ -1,6 +1,6 @@
 """A vision encoder of any kind as the vision tower: its configuration, its states, its pictures, its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,15 @@ class VisionTower:
     states: VisionStates
 
 
-def open_vision_tower(name: str, layer: int | None = None, image_size: int | None = None) -> VisionTower:
+def open_vision_tower(
+    name: str, layer: int | None = None, image_size: int | None = None, scales: Sequence[int] | None = None
+) -> VisionTower:
     """Open a folder or Hub id; only headers are read.
 
     Args:
         layer: see `VisionStates`; None takes the usual one.
         image_size: pixels, see `picture_processor_of`.
+        scales: multiples of the tower's size at which it sees every picture (S2); pictures come at the largest of them.
 
     Raises:
         ConversionError: it holds no vision encoder that transformers has, or its files do not go together.
@@ -64,7 +67,10 @@ def open_vision_tower(name: str, layer: int | None = None, image_size: int | Non
     checkpoint, config = Checkpoint(folder), _vision_config(folder)
     tower = _empty_tower(folder, config)
     pictures = picture_processor_of(folder, image_size)
-    states = _states(folder, tower, picture_size(pictures), layer)
+    size = picture_size(pictures)
+    states = _states(folder, tower, size, layer)
+    if scales is not None:
+        _stretch(pictures, max(scales) * size[0])
     expected = {key: tuple(tensor.shape) for key, tensor in tower.state_dict().items()}
     tensors = taken(checkpoint, TOWER, expected, "the vision tower", older_names(tower))
     facts = f"{config.model_type}, states {states.layer} of width {states.width}"
@@ -92,9 +98,14 @@ def picture_processor_of(folder: Path, image_size: int | None = None) -> Any:
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise ConversionError(f"The image processor of {folder} cannot be made ({first_line(error)}).") from error
     if image_size is not None:
-        pictures.size = {"height": image_size, "width": image_size}
-        pictures.do_resize, pictures.do_center_crop = True, False
+        _stretch(pictures, image_size)
     return pictures
+
+
+def _stretch(pictures: Any, side: int) -> None:
+    """Have an image processor make squares of so many pixels of whole pictures."""
+    pictures.size = {"height": side, "width": side}
+    pictures.do_resize, pictures.do_center_crop = True, False
 
 
 def picture_size(pictures: Any) -> tuple[int, int]:

@@ -33,16 +33,19 @@ class StepTotals(NamedTuple):
     samples: torch.Tensor
 
     def plus(self, other: "StepTotals") -> "StepTotals":
+        """The sums of two batches."""
         return StepTotals(*(one + another for one, another in zip(self, other, strict=True)))
 
 
 def valid_tokens(logits_TR: torch.Tensor, attention_mask_T: torch.Tensor | None) -> torch.Tensor:
+    """How much each token counts, float32 [T], on the device of the logits: the mask, or ones without it."""
     if attention_mask_T is None:
         return torch.ones(len(logits_TR), device=logits_TR.device)
     return attention_mask_T.to(logits_TR.device, torch.float32)
 
 
 def group_sizes(config: UniMoeTextConfig) -> list[int]:
+    """C of every group."""
     return [len(group.experts) + config.num_null_experts for group in config.router_groups]
 
 
@@ -61,6 +64,7 @@ def choosable_shares(logits_TR: torch.Tensor, config: UniMoeTextConfig) -> torch
 
 
 def shares(logits_TC: torch.Tensor, config: UniMoeTextConfig) -> torch.Tensor:
+    """Scores by `router_scoring`, normalised over the rows, sigmoids too; [T, C]."""
     if config.router_scoring == "softmax":
         return logits_TC.softmax(dim=-1)
     scores_TC = logits_TC.sigmoid()
@@ -68,6 +72,7 @@ def shares(logits_TC: torch.Tensor, config: UniMoeTextConfig) -> torch.Tensor:
 
 
 def over_layers(losses: list[torch.Tensor], config: UniMoeTextConfig) -> torch.Tensor:
+    """The mean over layers; as released their sum."""
     stacked = torch.stack(losses)
     return stacked.sum(dim=0) if config.router_losses_as_released else stacked.mean(dim=0)
 

@@ -38,9 +38,7 @@ def step_totals(
     attention_mask: torch.Tensor | None,
 ) -> StepTotals:
     """The sums of one batch; arguments as those of `balance_terms`."""
-    mask_BS = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask
-    mask_T = None if mask_BS is None else mask_BS.reshape(-1)
-    groups_T = None if token_groups is None else token_groups.reshape(-1)
+    mask_BS, mask_T, groups_T = _per_token(attention_mask, token_groups)
     layers = [layer_choices(*layer, config) for layer in counted_layers(router_logits, config, groups_T, mask_T, None)]
     chosen_LC, tokens_LC = (torch.stack(parts) for parts in zip(*layers, strict=True))
     _, pairs_BMM = modality_pairs(modality_ids, mask_BS, released=False)
@@ -68,9 +66,7 @@ def balance_terms(
         step: where these tokens are part of an optimizer step; the losses are then their parts of the step's losses.
             Not for losses as released.
     """
-    mask_BS = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask
-    mask_T = None if mask_BS is None else mask_BS.reshape(-1)
-    groups_T = None if token_groups is None else token_groups.reshape(-1)
+    mask_BS, mask_T, groups_T = _per_token(attention_mask, token_groups)
     aux_loss_G = group_balance_losses(router_logits, config, groups_T, mask_T, step=step)
     losses = {"aux_loss": aux_loss_G.sum(), "z_loss": router_z_loss(router_logits, mask_T, config, groups_T, step)}
     if config.router_modality_loss_coef:
@@ -99,13 +95,27 @@ def router_z_loss(
         valid_T = valid_tokens(logits_TR, attention_mask_T)
         own_TR = logits_TR.float()
         if token_group_T is not None and config is not None:
-            sizes = group_sizes(config)
-            groups = torch.arange(len(sizes), device=own_TR.device)
-            row_group_C = groups.repeat_interleave(torch.tensor(sizes, device=own_TR.device))
-            foreign_TC = row_group_C != token_group_T[:, None]
-            shared = own_TR.shape[1] - foreign_TC.shape[1]  # every token's rows
-            own_TR = own_TR.masked_fill(torch.nn.functional.pad(foreign_TC, (0, shared)), float("-inf"))
+            own_TR = _own_rows(own_TR, token_group_T, config)
         z_T = own_TR.logsumexp(dim=-1).square()
         tokens = valid_T.sum() if step is None else step.tokens
         per_layer.append((z_T * valid_T).sum() / tokens.clamp(min=1))
     return torch.stack(per_layer).mean()
+
+
+def _per_token(
+    attention_mask: torch.Tensor | None, token_groups: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The mask as [B, S] and [T], None where it masks no padding, and the groups as [T]."""
+    mask_BS = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask
+    mask_T = None if mask_BS is None else mask_BS.reshape(-1)
+    return mask_BS, mask_T, None if token_groups is None else token_groups.reshape(-1)
+
+
+def _own_rows(logits_TR: torch.Tensor, token_group_T: torch.Tensor, config: UniMoeTextConfig) -> torch.Tensor:
+    """The logits, -inf on the rows of other groups; rows of shared experts are every token's."""
+    sizes = group_sizes(config)
+    groups = torch.arange(len(sizes), device=logits_TR.device)
+    row_group_C = groups.repeat_interleave(torch.tensor(sizes, device=logits_TR.device))
+    foreign_TC = row_group_C != token_group_T[:, None]
+    shared = logits_TR.shape[1] - foreign_TC.shape[1]
+    return logits_TR.masked_fill(torch.nn.functional.pad(foreign_TC, (0, shared)), float("-inf"))

@@ -34,6 +34,7 @@ class UniMoeRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [B, S, head_dim] of positions [B, S], in the dtype and on the device of `x`."""
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -41,6 +42,7 @@ class UniMoeRotaryEmbedding(nn.Module):
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(a, b) -> (-b, a) of the two halves of the last dimension."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 

@@ -110,6 +110,16 @@ def bunny_chat_template(version: str, tokenizer: PreTrainedTokenizerBase) -> str
     return _two_separators(*BUNNY_SEPARATORS[version], begins)
 
 
+def bunny_chat_templates(version: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What a model that is to be trained carries: the template as "default", and "plain", which a stage 1 asks for by name.
+
+    Raises:
+        OptionError: see `bunny_chat_template`.
+    """
+    names = {"default": version, "plain": "plain"}
+    return {name: bunny_chat_template(of, tokenizer) for name, of in names.items()}
+
+
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself puts a BOS before every text."""
     bos = tokenizer.bos_token_id

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion import unimoe_processor
+from unimoe.conversion import tokenizer_files
 from unimoe.conversion.export_unimoe import export_unimoe
 from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import, run_import
 from unimoe.conversion.key_rules import KeyMap
@@ -274,9 +274,9 @@ def test_a_sentencepiece_model_is_not_read_without_sentencepiece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"model")
-    monkeypatch.setattr(unimoe_processor, "find_spec", lambda name: None)
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: None)
     with pytest.raises(ConversionError, match=r"needs sentencepiece and protobuf: pip install 'unimoe\[convert\]'"):
-        unimoe_processor.load_tokenizer(tmp_path)
+        tokenizer_files.read_tokenizer(tmp_path)
 
 
 def test_the_originals_tokenizer_goes_through_both_ways(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from unimoe import UniMoeForCausalLM
 from unimoe.conversion.bunny_processor import build_bunny_processor, prepare_bunny_tokenizer
 from unimoe.conversion.group_presets import group_preset
 from unimoe.errors import RecipeError
+from unimoe.processing.chat_templates_unimoe import bunny_chat_templates
 from unimoe.processing.processing_unimoe import UniMoeProcessor
 from unimoe.trainers import curriculum
 from unimoe.trainers.collator import RawCollator
@@ -124,7 +125,8 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         vision_feature_select_strategy="full",
         **dict.fromkeys(absent),
     )
-    processor = build_bunny_processor(config, tokenizer, version, for_training=True)
+    processor = build_bunny_processor(config, tokenizer, version)
+    processor.chat_template = bunny_chat_templates(version, tokenizer)
     torch.manual_seed(0)
     UniMoeForCausalLM(config).save_pretrained(folder / "start")
     processor.save_pretrained(folder / "start")

@@ -1,4 +1,4 @@
-"""The model that MoIIE's recipes start from: a language model and a SigLIP tower in one folder, and a new connector."""
+"""`unimoe convert compose` as runs/moiie_* call it: Phi-3 and SigLIP, in one scale or several, with Bunny's templates."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.bunny_start import write_bunny_start
-from unimoe.errors import ConversionError
+from unimoe.conversion.bunny_processor import siglip_image_processor
+from unimoe.conversion.compose import ComposeOptions, Ingredients, plan_composition
+from unimoe.errors import ConfigurationError, ConversionError
 from unimoe.processing.processing_unimoe import UniMoeProcessor
 
 HIDDEN = 32
@@ -37,14 +38,16 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     Phi3ForCausalLM(config).save_pretrained(language)
     vision = SiglipVisionConfig(num_attention_heads=2, image_size=8, patch_size=4, **sizes)
     SiglipVisionModel(vision).save_pretrained(tower)
+    siglip_image_processor(8).save_pretrained(tower)
     return language, tower
 
 
 @pytest.mark.parametrize("scales", [None, [1, 2]])
 def test_the_folder_holds_both_and_answers(parts: tuple[Path, Path], scales: list[int] | None, tmp_path: Path) -> None:
     language, tower = parts
-    command = ["convert", "start", str(language), str(tower), "--template", "phi3", "--dtype", "fp32"]
-    assert cli.main([*command, "--out", str(tmp_path / "start"), *(["--scales", "1,2"] if scales else [])]) == 0
+    command = ["convert", "compose", "--language-model", str(language), "--vision-tower", str(tower)]
+    command += ["--chat-template", "phi3", "--image-aspect-ratio", "pad", *(["--scales", "1,2"] if scales else [])]
+    assert cli.main([*command, "--out", str(tmp_path / "start")]) == 0
     model = UniMoeForCausalLM.from_pretrained(tmp_path / "start").eval()
     processor = UniMoeProcessor.from_pretrained(tmp_path / "start")
     assert model.config.vision_scales == scales
@@ -63,30 +66,18 @@ def test_the_folder_holds_both_and_answers(parts: tuple[Path, Path], scales: lis
         question, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
     assert model.generate(**batch, max_new_tokens=2, do_sample=False).shape[1] > batch["input_ids"].shape[1]
+    assert batch["pixel_values"].shape[-1] == 8 * max(scales or [1])
     assert set(processor.chat_template) == {"default", "plain"}
+    assert processor.image_aspect_ratio == "pad"
+    assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
 
 
-def test_seeds_draw_other_connectors(parts: tuple[Path, Path], tmp_path: Path) -> None:
-    weights = [
-        write_bunny_start(*map(str, parts), "phi3", tmp_path / str(i), seed=seed, dtype=torch.float32)
-        .model.image_connector.layers[0]
-        .weight
-        for i, seed in enumerate((0, 0, 1))
-    ]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
-def test_what_cannot_work_is_named(
-    parts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(ConversionError, match=r"has no <\|end_of_text\|>, with which the template 'llama'"):
-        write_bunny_start(*map(str, parts), "llama", tmp_path / "out")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    command = ["convert", "start", *map(str, parts), "--template", "phi3", "--out", str(tmp_path / "full")]
-    assert cli.main(command) == 2
-    assert "is not empty: name another folder" in capsys.readouterr().err
+def test_what_cannot_work_is_named(parts: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    language, tower = map(str, parts)
+    with pytest.raises(ConversionError, match=r"--scales is \[1, 2\], but no part takes it: add --vision-tower"):
+        plan_composition(Ingredients(language), ComposeOptions(vision_scales=[1, 2]))
+    with pytest.raises(ConfigurationError, match=r"vision_scales is \[2, 1\]; give different multiples"):
+        plan_composition(Ingredients(language, tower), ComposeOptions(vision_scales=[2, 1]))
     with pytest.raises(SystemExit):
-        cli.main([*command, "--scales", "1,x"])
+        cli.main(["convert", "compose", "--language-model", language, "--out", "out", "--scales", "1,x"])
     assert "'1,x' is no list of whole numbers" in capsys.readouterr().err

@@ -150,7 +150,7 @@ def _fused_outputs(checkpoint: Checkpoint, config: UniMoeConfig) -> list[OutputT
             ]
         infos = _infos(checkpoint, sources)
         used.update(sources)
-        if sum(info.num_bytes // info.dtype.itemsize for info in infos) != tensor.numel():
+        if any(info.shape != _shape_of(source, tensor) for source, info in zip(sources, infos, strict=True)):
             raise ConversionError(
                 f"{checkpoint.folder}: {sources[0]} has shape {list(infos[0].shape)}, which does not make {name} "
                 f"{list(tensor.shape)} of config.json. Save the model again."
@@ -161,6 +161,15 @@ def _fused_outputs(checkpoint: Checkpoint, config: UniMoeConfig) -> list[OutputT
     if unknown:
         raise ConversionError(f"{checkpoint.folder} holds {unknown[0]}, which is no part of its model. Save it again.")
     return outputs
+
+
+def _shape_of(source: str, made: torch.Tensor) -> tuple[int, ...]:
+    """The shape that one of a tensor's sources must have: an expert's matrix, or all of the tensor."""
+    match = _ONE_EXPERT.fullmatch(source)
+    if match is None:
+        return tuple(made.shape)
+    _, rows, columns = made.shape
+    return (rows if match["projection"] == "down" else rows // 2, columns)
 
 
 def _infos(checkpoint: Checkpoint, names: list[str]) -> list[TensorInfo]:

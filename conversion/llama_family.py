@@ -19,7 +19,7 @@ from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from .fused_layouts import Shapes, unfused_parts
+from .fused_layouts import AttentionSizes, Shapes, unfused_parts
 from .tensor_parts import Part
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -236,7 +236,7 @@ def _why_not_config(config: PreTrainedConfig) -> str | None:
         if value not in neutral:
             return f"its configuration sets {field}={value!r}, which our decoder lacks"
     scale = getattr(config, "attention_multiplier", None)
-    if scale is not None and abs(scale - config.head_dim**-0.5) > 1e-9:
+    if scale is not None and abs(scale - AttentionSizes.of(config).head_dim ** -0.5) > 1e-9:
         return f"its configuration sets attention_multiplier={scale!r}, which our decoder lacks"
     if not all(getattr(config, "no_rope_layers", None) or [1]):
         return "some of its layers have no RoPE (no_rope_layers)"
@@ -245,9 +245,11 @@ def _why_not_config(config: PreTrainedConfig) -> str | None:
         return f"its rope_parameters are {rope!r}; one set for all layers is needed"
     if rope["rope_type"] not in _ROPE_TYPES:
         return f"its rope_parameters ask for rope_type={rope['rope_type']!r}; our decoder has {', '.join(_ROPE_TYPES)}"
+    if rope.get("llama_4_scaling_beta"):
+        return f"its queries grow with the position (llama_4_scaling_beta={rope['llama_4_scaling_beta']!r})"
     if rope.get("partial_rotary_factor", 1) != 1:
         return f"it rotates only a share of each head (partial_rotary_factor={rope['partial_rotary_factor']})"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set((_has_field(config, "layer_types") and config.layer_types) or ["full_attention"])
     if len(kinds) != 1 or not kinds <= {"full_attention", "sliding_attention"}:
         return f"its layers attend in different ways ({sorted(kinds)})"
     return None
@@ -285,10 +287,19 @@ def _why_not_shapes(config: PreTrainedConfig, shapes: Shapes) -> str | None:
 
 
 def _sliding_window(config: PreTrainedConfig) -> int | None:
-    """The window of every layer. Families with `layer_types` slide only where these say so."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
+    """The window of every layer. Families with `layer_types` slide only where these say so.
+
+    A family whose configuration has no such field ignores what a config.json says of it: LLaMA never slides, though
+    checkpoints that were Mistral's before may still hold its window.
+    """
+    window = getattr(config, "sliding_window", None) if _has_field(config, "sliding_window") else None
+    kinds = getattr(config, "layer_types", None) if _has_field(config, "layer_types") else None
     return window if not kinds or kinds[0] == "sliding_attention" else None
+
+
+def _has_field(config: PreTrainedConfig, name: str) -> bool:
+    """Whether the configuration's class knows a field; transformers keeps any other beside them, without effect."""
+    return name in type(config).__dataclass_fields__
 
 
 __all__ = ["Shapes", "dense_from", "expected_shapes", "other_structure", "our_key", "text_config_from", "why_not"]

@@ -109,8 +109,11 @@ def sparse_text_config(dense: UniMoeTextConfig, sparsity: Sparsity) -> UniMoeTex
         "sparse_layers": list(sparsity.sparse_layers),
         "expert_groups": sparsity.expert_groups,
         "modality_groups": sparsity.modality_groups,
-        **sparsity.routing,
     }
+    if sparsity.granularity > 1 and sparsity.split == "virtual-groups":
+        # Rounded to bfloat16 the logits of different copies are often equal, and a token would mix parts of both.
+        fields["router_in_float32"] = True
+    fields |= sparsity.routing
     fields.pop("model_type", None)
     try:
         config = UniMoeTextConfig(**fields)

@@ -85,6 +85,18 @@ def test_virtual_groups_share_their_gate_rows() -> None:
     assert len({tuple(row.tolist()) for row in rows}) == 4
 
 
+def test_virtual_groups_choose_whole_copies_in_bfloat16() -> None:
+    dense = tiny.model({"num_experts": 0, "sparse_layers": None})
+    fields = vars(sparsity(num_experts=8, num_experts_per_tok=2, granularity=2))
+    gate = upcycle_model(dense, **fields).to(torch.bfloat16).model.language_model.layers[0].mlp.gate
+    x_TH = torch.randn(4000, gate.weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        _, _, index_TK = gate(x_TH)
+    parts_TK = index_TK.sort(dim=-1).values
+    assert torch.equal(parts_TK[:, 0] + 1, parts_TK[:, 1])
+    assert not (parts_TK[:, 0] % 2).any()
+
+
 def test_slices_are_consecutive_unscaled_and_wrap_around() -> None:
     ffn = dense_ffn()
     slices = [expert(i, ffn, num_experts=4, granularity=3, split="slices") for i in range(4)]

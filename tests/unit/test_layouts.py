@@ -1,6 +1,7 @@
 """`unimoe convert layouts`: every layout loads, nothing changes on the way there and back, ranks have files of their own."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,22 @@ def test_what_cannot_be_laid_out_is_refused(fused: Path, tmp_path: Path, capsys:
     content["model.more"] = gone.clone()
     save_file(content, apart / "model.safetensors")
     assert "holds model.more" in refusal(apart, "--to", "fused")
+
+    def with_turned(source: Path, ending: str) -> Path:
+        content = tensors(source)
+        turned = {n: t.transpose(-2, -1).contiguous() if n.endswith(ending) else t for n, t in content.items()}
+        assert not same(turned, content)
+        save_file(turned, source / "model.safetensors")
+        return source
+
+    # As many values in another order: what came out would load, and be nonsense.
+    for ending in ("mlp.experts.gate_up_proj", "layers.1.mlp.gate_proj.weight"):
+        shutil.rmtree(tmp_path / "turned", ignore_errors=True)
+        shutil.copytree(fused, tmp_path / "turned")
+        assert "has shape" in refusal(with_turned(tmp_path / "turned", ending), "--to", "per-expert")
+    content.pop("model.more")
+    save_file(content, apart / "model.safetensors")
+    turned = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    for ending in turned:
+        with_turned(apart, ending)
+    assert "has shape" in refusal(apart, "--to", "fused")

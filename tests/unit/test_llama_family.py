@@ -98,6 +98,9 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
 def test_sliding_window_is_read_per_family() -> None:
     assert text_config_from(CONFIGS["mistral"]).sliding_window == 8
     assert text_config_from(Qwen2Config(**SIZES, sliding_window=8)).sliding_window is None
+    # LLaMA never slides, whatever is left in a config.json of a model that was Mistral's before.
+    left = LlamaConfig(**SIZES, sliding_window=8, layer_types=["sliding_attention"] * SIZES["num_hidden_layers"])
+    assert text_config_from(left).sliding_window is None
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,8 @@ def test_sliding_window_is_read_per_family() -> None:
         ("gemma2", {"head_dim": 8}, "further norms"),
         ("gpt2", {}, "GPT style"),
         ("granite", {"residual_multiplier": 0.5}, "residual_multiplier=0.5"),
+        ("granite", {}, "attention_multiplier=1.0"),
+        ("ministral3", {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta=0.1"),
         ("llama", {"mlp_bias": True}, "feed-forward networks have biases"),
         ("smollm3", {}, "no_rope_layers"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "attend in different ways"),

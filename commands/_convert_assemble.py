@@ -3,7 +3,7 @@
 import argparse
 
 from ..errors import ConversionError
-from ._convert_options import add_dtype, add_out, add_sparsity, chosen_dtype, parse_layers
+from ._convert_options import add_dtype, add_out, add_sparsity, chosen_dtype, parse_layers, seed
 
 _EPILOG = """\
 examples:
@@ -48,7 +48,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         help="normal: random rows; zeros: all tokens start on the first K experts (default: normal)",
     )
     add_dtype(parser, "BASE")
-    parser.add_argument("--seed", type=int, default=0, help="of the router's rows (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the router's rows (default: 0)")
     parser.set_defaults(run=run)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ._convert_options import add_out
+from ._convert_options import add_out, seed
 
 _EPILOG = """\
 examples:
@@ -37,7 +37,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--scales", type=_scales, metavar="1,2,3", help="look at pictures in these sizes, S2 (default: one)"
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="store weights so (default: bf16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the connector (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the connector (default: 0)")
     parser.set_defaults(run=run)
 
 

@@ -88,6 +88,16 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
         lambda s: _e2(s, "mlp_gates.bin", lambda t: t.pop("model.layers.0.mlp.gate.weight")),
         r"mlp_gates\.bin lacks model\.layers\.0\.mlp\.gate\.weight",
     ),
+    "gate under two names": (
+        lambda s: _e2(
+            s,
+            "mlp_gates.bin",
+            lambda t: t.update(
+                {"base_model.model.model.layers.0.mlp.gate.weight": t["model.layers.0.mlp.gate.weight"]}
+            ),
+        ),
+        r"mlp_gates\.bin holds model\.layers\.0\.mlp\.gate\.weight twice",
+    ),
     "half a projector": (
         lambda s: _e2(
             s, "non_lora_trainables.bin", lambda t: [t.pop(n) for n in list(t) if n.endswith("mm_projector.2.bias")]

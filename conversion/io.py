@@ -207,7 +207,7 @@ def load_pickle(path: Path, *, mapped: bool = True) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UNPICKLING_ERRORS as error:
         raise ConversionError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"{path} cannot be read as plain tensors ({type(error).__name__}): it is damaged, or holds more than that. "
             "Pickles that hold code are never run; fetch the file again, or save its plain tensors anew."
         ) from error
 

@@ -189,7 +189,7 @@ DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
     ),
     "pickle with code": (
         lambda s: (s.folders.base / "pytorch_model.bin").write_bytes(pickle.dumps({"x": _Code()})),
-        r"cannot be read as plain tensors",
+        r"cannot be read as plain tensors \(\w+\): it is damaged, or holds more than that\. Pickles",
     ),
 }
 

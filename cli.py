@@ -3,10 +3,14 @@
 import argparse
 import os
 import pkgutil
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 from . import __version__, commands
 from .errors import UniMoeError
@@ -66,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        with _cleanup_when_stopped():
+            return args.run(args) or 0
     except UniMoeError as error:
         if args.debug:
             traceback.print_exc()
@@ -80,6 +85,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`unimoe ... | head`); Python's flush at exit must not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+@contextmanager
+def _cleanup_when_stopped() -> Iterator[None]:
+    """SIGTERM and SIGHUP, which end a process at once, end it as exceptions: what is half written is removed."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # Others' handlers stay, and so does nohup.
+    ours = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _command_names() -> list[str]:

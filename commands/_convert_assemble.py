@@ -3,7 +3,16 @@
 import argparse
 
 from ..errors import ConversionError
-from ._convert_options import add_dtype, add_out, add_routing, add_sparsity, chosen_dtype, chosen_routing, parse_layers
+from ._convert_options import (
+    add_dtype,
+    add_out,
+    add_routing,
+    add_sparsity,
+    chosen_dtype,
+    chosen_routing,
+    parse_layers,
+    seed,
+)
 
 _EPILOG = """\
 examples:
@@ -49,7 +58,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     add_routing(parser)
     add_dtype(parser, "BASE")
-    parser.add_argument("--seed", type=int, default=0, help="of the router's rows (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the router's rows (default: 0)")
     parser.set_defaults(run=run)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from ..errors import ConversionError
-from ._convert_options import add_dtype, add_out, chosen_dtype
+from ._convert_options import add_dtype, add_out, chosen_dtype, seed
 
 _EPILOG = """\
 examples:
@@ -45,7 +45,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     add("--qformer-weights", metavar="FILE|" + where, help="a trained Q-Former (default: a new one)")
     _add_choices(parser)
     add_dtype(parser, "--language-model")
-    add("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
+    add("--seed", type=seed, default=0, help="of everything that is drawn (default: 0)")
     add("--push-to-hub", metavar="REPO", help="upload OUT to this model repository")
     parser.set_defaults(run=run)
 

@@ -31,6 +31,13 @@ def add_dtype(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help=f"store weights so (default: as in {source})")
 
 
+def seed(text: str) -> int:
+    """The type of `--seed`: what every random generator takes."""
+    if not text.isdecimal() or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 0 to {(1 << 32) - 1}")
+    return int(text)
+
+
 def chosen_dtype(args: argparse.Namespace) -> "torch.dtype | None":
     """What `--dtype` asks for; None keeps the source's."""
     import torch

@@ -8,7 +8,16 @@ from typing import Any
 
 from ..conversion.group_presets import GROUP_PRESETS, group_preset
 from ..errors import ConversionError
-from ._convert_options import add_dtype, add_out, add_routing, add_sparsity, chosen_dtype, chosen_routing, parse_layers
+from ._convert_options import (
+    add_dtype,
+    add_out,
+    add_routing,
+    add_sparsity,
+    chosen_dtype,
+    chosen_routing,
+    parse_layers,
+    seed,
+)
 
 _EPILOG = """\
 examples:
@@ -64,7 +73,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     add_routing(parser)
     _add_initialisation(parser)
     add_dtype(parser, "SOURCE")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of everything that is drawn (default: 0)")
     parser.add_argument(
         "--allow-gap", type=float, metavar="X", help="let logits differ from SOURCE's by up to X (inf: by anything)"
     )

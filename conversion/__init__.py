@@ -24,7 +24,7 @@ MoIIE: `import_moiie` (start here), `moiie_variant`, `moiie_keys`, `moiie_config
 
 The same model in other files: `layouts`, `expert_shards` (loading by rank).
 
-For all of them: `io` (files, tensor by tensor), `read_back` (what was written, compared), `sources` (dense models to
+For all of them: `io` (files, tensor by tensor), `finished_folder` (complete or not there), `read_back` (what was written, compared), `sources` (dense models to
 start from), `llama_family` (those of other classes), `fused_layouts` and `tensor_parts` (those that fuse tensors),
 `multimodal_layouts` and `picture_processor` (those that see), `encoder_folders`, `tokenizer_files`, `meta_model` and
 `parameters` (names, shapes, counts), `file_digests`, `licences`, `saved_receipt`, `model_card`, `hub` (the folder that

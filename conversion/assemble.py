@@ -19,8 +19,9 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .assembly_receipt import AssemblyReceipt, AssemblySource
 from .expert_ffns import Expert, ExpertSource, open_experts
 from .file_digests import file_digests
+from .finished_folder import finished_folder
 from .hub import complete_bundle
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, finished_folder, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, write_checkpoint
 from .model_card import model_card, receipt_section
 from .parameters import count_parameters, total_and_active
 from .read_back import verify_written

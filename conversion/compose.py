@@ -30,9 +30,10 @@ from .composed_processor import (
 from .composition import ComposeOptions, Ingredients, OpenedParts, composed_config, open_parts
 from .composition_receipt import CompositionReceipt, PartRecord
 from .file_digests import file_digests
+from .finished_folder import finished_folder
 from .hub import complete_bundle, save_config
 from .image_projector import CONNECTOR as PROJECTOR
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, finished_folder, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, write_checkpoint
 from .key_rules import Shape
 from .language_part import grown_config, grown_rows, language_part, word_scale
 from .model_card import model_card, receipt_section

@@ -14,8 +14,9 @@ from typing import Any
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .finished_folder import finished_folder
 from .import_moiie import moiie_key_map
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, finished_folder, read_json, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, read_json, write_checkpoint
 from .llava_keys import VISION_TOWER, vision_prefix, without_numbers
 from .moiie_config import SCALES, original_moiie_config
 from .moiie_keys import Backbone, Kind, Pools

@@ -23,12 +23,12 @@ from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from .export_eight_experts import DEEPSPEED_MOE, absent_pairs, eight_expert_fields, write_eight_experts
+from .finished_folder import finished_folder
 from .io import (
     DEFAULT_SHARD_BYTES,
     PICKLE,
     PICKLE_INDEX,
     Checkpoint,
-    finished_folder,
     read_json,
     shard_names,
     split_into_shards,

@@ -12,7 +12,8 @@ from typing import Any
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import AUTO_MAP, UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from .io import finished_folder, read_json
+from .finished_folder import finished_folder
+from .io import read_json
 from .model_card import model_card
 from .parameters import count_parameters
 

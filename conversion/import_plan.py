@@ -13,9 +13,10 @@ from transformers import GenerationConfig
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..processing.processing_unimoe import UniMoeProcessor
+from .finished_folder import finished_folder
 from .hub import complete_bundle, push_folder, save_config
 from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
-from .io import DEFAULT_SHARD_BYTES, OutputTensor, dtype_name, finished_folder, refuse_damaged, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, OutputTensor, dtype_name, refuse_damaged, write_checkpoint
 from .key_rules import KeyMap, Shape, Target
 from .model_card import model_card, receipt_section
 from .original_tokenizer import carry_tokenizer

@@ -24,8 +24,8 @@ from .llava_keys import vision_prefix
 from .original_tokenizer import tokenizer_folder
 from .sources import expected_tensors
 from .unimoe_adapter import require_one_lora_each, write_adapter
-from .unimoe_config import Encoders, our_config
-from .unimoe_experts import add_absent_pairs, add_experts, integrate_pairs
+from .unimoe_config import MODALITY_EXPERTS, Encoders, our_config, preferred_experts
+from .unimoe_experts import MODALITY_MAPS, add_absent_pairs, add_experts, integrate_pairs, require_equal_copies
 from .unimoe_files import BeatsFile, Gathered, add_encoder, gather, lay_over, reader
 from .unimoe_keys import rules_for
 from .unimoe_processor import (
@@ -39,6 +39,7 @@ from .unimoe_variant import Variant, layout_of, recognise
 
 # The base of the 8-expert variant ships its configuration under this name, beside that of the 4-expert model.
 _EIGHT_EXPERT_CONFIG = "8config.json"
+_WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,11 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
     if tokenizer is not None:
         aspect = original.get("image_aspect_ratio", "square")
         processor = build_processor(config, tokenizer, folders.clip, folders.whisper, aspect)
-    notes = _notes(original, variant, pairs_absent, has_processor=processor is not None) + _unused(folders, variant)
+    notes = [
+        *_notes(original, variant, pairs_absent, has_processor=processor is not None),
+        *_unused(folders, variant),
+        *_unread(folders.finetuned, gathered.files),
+    ]
     origin = (
         f"Converted from the released Uni-MoE model, variant *{variant.name}* (arXiv 2405.11273). The terms of its "
         "authors, of the language model and of the encoders hold."
@@ -162,8 +167,10 @@ def run_import(
     """Write the model as a complete Hugging Face folder, and with `keep_lora` the adapter beside it (`OUT-lora`).
 
     Raises:
-        ConversionError: a folder is not empty, or a file turned out to be damaged. Then nothing is left behind.
+        ConversionError: a folder is not empty, or a file turned out to be damaged or another's. Then nothing is left
+            behind.
     """
+    require_equal_copies(plan.gathered)
     loras = plan.gathered.loras
     beside: tuple[Path, WriteBeside] | None = None
     if plan.keep_lora and loras:
@@ -265,6 +272,10 @@ def _notes(original: dict[str, Any], variant: Variant, pairs_absent: bool, *, ha
                 "losses of the routers are means over layers and samples, where the original takes sums "
                 "(router_losses_as_released: true does as well)"
             )
+        kept = preferred_experts(original, variant)
+        short = [field for name, field in MODALITY_EXPERTS.items() if len(kept[name]) < len(original.get(field) or ())]
+        if short:
+            notes.append(f"{', '.join(short)}: without the experts that are not there; the loss that uses them is off")
     if pairs_absent:
         notes.append("low-rank pairs of dense layers are in no file, and random in the original: taken as zero")
     if not has_processor:
@@ -280,3 +291,12 @@ def _unused(folders: UniMoeFolders, variant: Variant) -> list[str]:
     options = ["--" + name.replace("_", "-") for name in of_the_other if getattr(folders, name) is not None]
     sides = {"whisper": "it hears through Whisper", "beats": "it hears through BEATs"}
     return [f"{option} was not used: this is the variant {variant.name}, {sides[variant.audio]}" for option in options]
+
+
+def _unread(finetuned: Path | None, read: list[Path]) -> list[str]:
+    """Which files of weights in the fine-tuned folder nothing reads."""
+    files = sorted(finetuned.iterdir()) if finetuned is not None else []
+    names = [
+        file.name for file in files if file.suffix in _WEIGHTS and file not in read and file.name != MODALITY_MAPS
+    ]
+    return [f"not read, as in the original: {', '.join(names)} of the fine-tuned folder"] if names else []

@@ -12,10 +12,8 @@ import math
 import os
 import pickle
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
@@ -209,7 +207,7 @@ def load_pickle(path: Path, *, mapped: bool = True) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UNPICKLING_ERRORS as error:
         raise ConversionError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"{path} cannot be read as plain tensors ({type(error).__name__}): it is damaged, or holds more than that. "
             "Pickles that hold code are never run; fetch the file again, or save its plain tensors anew."
         ) from error
 
@@ -416,40 +414,3 @@ def _bytes_of(output: OutputTensor) -> Iterator[memoryview]:
                     "dtype of a wider range, or fetch the source again."
                 )
             yield made.view(torch.uint8).numpy().data
-
-
-@contextmanager
-def finished_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new folder that becomes `target` if the block ends well, and vanishes if it does not.
-
-    Args:
-        replace: take the place of an existing folder; otherwise one that is not empty is refused.
-
-    Raises:
-        ConversionError: `target` is a file, or not empty (also if it was empty at first), or cannot be written.
-    """
-    if target.exists() and not target.is_dir():
-        raise ConversionError(f"{target} is a file; name a folder.")
-    if not replace and target.is_dir() and any(target.iterdir()):
-        raise ConversionError(f"{target} is not empty: name a new folder, or remove it first.")
-    target = target.resolve()  # of a link: beside the folder that it leads to
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
-            folder = Path(work) / "new"
-            folder.mkdir()
-            yield folder
-            if target.is_dir() and replace:
-                os.replace(target, Path(work) / "old")
-            elif target.exists():
-                _remove_empty(target)
-            os.replace(folder, target)
-    except OSError as error:
-        raise ConversionError(f"{target} cannot be written ({error}). Nothing of it is left there.") from error
-
-
-def _remove_empty(target: Path) -> None:
-    try:
-        target.rmdir()
-    except OSError as error:
-        raise ConversionError(f"{target} was empty at the start and is not any more: name another folder.") from error

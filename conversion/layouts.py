@@ -21,6 +21,7 @@ import torch
 
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
+from .finished_folder import finished_folder
 from .io import (
     DEFAULT_SHARD_BYTES,
     PICKLE,
@@ -29,7 +30,6 @@ from .io import (
     Checkpoint,
     OutputTensor,
     TensorInfo,
-    finished_folder,
     split_into_shards,
     write_checkpoint,
     write_shards,

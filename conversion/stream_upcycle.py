@@ -18,8 +18,9 @@ from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .compare import compare_models
 from .expert_init import expected_deviation, routed_projection, shared_projection
+from .finished_folder import finished_folder
 from .hub import complete_bundle, save_config
-from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, finished_folder, write_checkpoint
+from .io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, write_checkpoint
 from .model_card import model_card, receipt_section
 from .parameters import count_parameters, total_and_active
 from .picture_processor import picture_processor

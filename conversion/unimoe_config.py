@@ -198,9 +198,15 @@ def _text_config(original: Mapping[str, Any], variant: Variant) -> UniMoeTextCon
     )
 
 
-def _eight_expert_routing(original: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
-    experts = {name: original.get(field) for name, field in MODALITY_EXPERTS.items()}
+def preferred_experts(original: Mapping[str, Any], variant: Variant) -> dict[str, list[int]]:
+    """The experts that each modality's tokens shall prefer; without the loss, only those that are there."""
+    named = {name: list(original.get(field) or ()) for name, field in MODALITY_EXPERTS.items()}
+    if original.get("aux_multimodal_loss"):
+        return named
+    return {name: [expert for expert in ids if expert in range(variant.num_experts)] for name, ids in named.items()}
 
+
+def _eight_expert_routing(original: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
     def coefficient(loss: str) -> float:
         return float(_required(original, f"{loss}_coef")) if original.get(loss) else 0.0
 
@@ -209,7 +215,7 @@ def _eight_expert_routing(original: Mapping[str, Any], variant: Variant) -> dict
         # DeepSpeed divides by the sum of two weights, but leaves a single one as it is.
         "norm_topk_prob": variant.num_experts_per_tok > 1,
         "router_aux_loss_counts": "first",
-        "modality_experts": {name: list(ids) for name, ids in experts.items() if ids} or None,
+        "modality_experts": {name: ids for name, ids in preferred_experts(original, variant).items() if ids} or None,
         "router_aux_loss_coef": coefficient("aux_balance_loss"),
         "router_modality_loss_coef": coefficient("aux_multimodal_loss"),
         "router_divergence_loss_coef": coefficient("aux_kl_loss"),

@@ -36,10 +36,12 @@ EXPERT_FILES = (
 )
 FINETUNED_FILE = "{expert}_mlp_experts.bin"
 # Maps in front of the routers, empty unless config.json has use_fm_block.
-_MODALITY_MAPS = "fm_adapter.bin"
+MODALITY_MAPS = "fm_adapter.bin"
 _FACTORS = tuple(f"{projection}_lora_{factor}" for projection in FFN_PROJECTIONS for factor in "AB")
 _FACTOR = re.compile(r"(?P<weight>.+\.(?:gate|up|down)_proj)_lora_[AB]\.weight")
 _DENSE_MLP = re.compile(r"model\.layers\.(\d+)\.mlp\.(?:gate|up|down)_proj(?:_lora_[AB])?\.weight")
+# Relative rounding of bfloat16, the coarsest type that files are saved in, and the step of float16 near zero.
+_ROUNDING, _SUBNORMAL = 2.0**-8, 2.0**-24
 _SLOT = re.compile(r"\.deepspeed_experts\.(\d+)\.")
 
 
@@ -69,8 +71,8 @@ def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config
                 tensor.drop("no expert of the 8-expert model comes from this file")
     if finetuned is not None:
         require_finetuned(finetuned)
-        if (finetuned / _MODALITY_MAPS).is_file():
-            gathered.add_file("finetuned", TensorFile(finetuned / _MODALITY_MAPS))  # what it holds stays unexpected
+        if (finetuned / MODALITY_MAPS).is_file():
+            gathered.add_file("finetuned", TensorFile(finetuned / MODALITY_MAPS))  # what it holds stays unexpected
     for expert in range(num_experts):
         if finetuned is not None:
             file = TensorFile(finetuned / FINETUNED_FILE.format(expert=expert))
@@ -78,6 +80,21 @@ def add_experts(gathered: Gathered, folder: Path, finetuned: Path | None, config
             refuse_incomplete(file, _leaves(layers, _FACTORS), _leaves_of(file))
             _place(gathered, gathered.add_file("finetuned", file), expert, layers, (*FFN_PROJECTIONS, *_FACTORS))
         _place(gathered, sources[_file_of(expert)], expert, layers, FFN_PROJECTIONS)
+
+
+def require_equal_copies(gathered: Gathered) -> None:
+    """The files of fine-tuned experts hold the frozen weights too: they tell files that are swapped. Reads all of both.
+
+    Raises:
+        ConversionError: a weight differs by more than rounding from that of the file that the expert was tuned in.
+    """
+    for copy, source in gathered.copies:
+        found, expected = copy.read().float(), source.read().float()
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=_ROUNDING, atol=_SUBNORMAL):
+            raise ConversionError(
+                f"{copy.file} holds other values than {source.file} in {copy.name}, which training left as it was: the two "
+                "are not of the same expert. Check that no file was swapped or renamed, and fetch both again."
+            )
 
 
 def add_absent_pairs(gathered: Gathered, finetuned: Path, config: Mapping[str, Any]) -> bool:
@@ -202,7 +219,10 @@ def _place(
         if layer not in layers:
             tensor.drop(f"layer {layer} has no experts")
             continue
-        gathered.put(f"model.layers.{layer}.mlp.{EXPERTS['deepspeed']}.{expert}.{parts[-2]}.weight", tensor)
+        original = f"model.layers.{layer}.mlp.{EXPERTS['deepspeed']}.{expert}.{parts[-2]}.weight"
+        if original in gathered.live:
+            gathered.copies.append((gathered.live[original], tensor))
+        gathered.put(original, tensor)
 
 
 @dataclass(frozen=True)

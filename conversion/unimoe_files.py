@@ -72,9 +72,11 @@ class Gathered(SourceTensors):
 
     Args:
         loras: original name of a weight -> everything that is added to it.
+        copies: pairs of tensors that the original's savers wrote with the same values.
     """
 
     loras: dict[str, list[Lora]] = field(default_factory=dict)
+    copies: list[tuple[SourceTensor, SourceTensor]] = field(default_factory=list)
     base_dtype: torch.dtype = torch.float32
 
     def read(self, original: str) -> torch.Tensor:
@@ -200,12 +202,18 @@ def _replace(gathered: Gathered, file: TensorFile, whole: re.Pattern[str]) -> No
     refuse_incomplete(
         file, [name for name in gathered.live if whole.fullmatch(name)], map(without_wrappers, file.tensors)
     )
+    seen: dict[str, str] = {}
     for tensor in gathered.add_file("finetuned", file):
         original = without_wrappers(tensor.name)
         if is_lora_of_router(original):
             tensor.drop("LoRA of a router, which the original does not load")
-        else:
-            gathered.put(original, tensor)
+            continue
+        if original in seen:
+            raise ConversionError(
+                f"{file.path} holds {original} twice, as {seen[original]} and {tensor.name}. Fetch the file again."
+            )
+        seen[original] = tensor.name
+        gathered.put(original, tensor)
 
 
 def refuse_incomplete(file: TensorFile, needed: Iterable[str], there: Iterable[str], what: str = "") -> None:

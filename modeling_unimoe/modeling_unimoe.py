@@ -327,7 +327,6 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         if restarts_at_longer_rope(self.config.text_config, input_ids.shape[1], kwargs.get("past_key_values")):
             kwargs |= {"past_key_values": None, "next_sequence_length": None}
             is_first_iteration = True
-            is_first_iteration = True
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         inputs.pop("mm_token_type_ids", None)
         if not is_first_iteration and kwargs.get("use_cache", True):

@@ -97,7 +97,7 @@ class UniMoeDynamicRouter(UniMoeRouter):
         taken_TC = _at_rows(rows_TK, taken_TK, logits_TC)
         weights_TC = _at_rows(rows_TK, pick_weights_TK * taken_TK, logits_TC)
         if token_mask_T is not None:
-            taken_TC = taken_TC & token_mask_T[:, None]
+            taken_TC = taken_TC & token_mask_T.bool()[:, None]
         chosen_TR = F.pad(taken_TC, (0, self.num_shared_experts), value=True)
         kept_TR = self._drop(chosen_TR, logits_TC)
         if self.capacity_factor is not None:

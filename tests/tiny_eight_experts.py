@@ -79,8 +79,8 @@ def _write_experts(
                 a, b = noise(RANK, columns), noise(rows, RANK)
                 content[f"{slot}0.{projection}_lora_A.weight"] = a
                 content[f"{slot}0.{projection}_lora_B.weight"] = b
-                content[f"{slot}0.{projection}.weight"] = noise(rows, columns)  # stale: the expert's file wins
                 weight = full[f"model.layers.{layer}.mlp.{projection}.weight"]
+                content[f"{slot}0.{projection}.weight"] = weight.half().float()  # rounded: the expert's file wins
                 merged[f"{slot}{expert}.{projection}.weight"] = weight + ALPHA / RANK * (b @ a)
         torch.save(content, e2 / f"{expert}_mlp_experts.bin")
     return merged

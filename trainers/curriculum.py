@@ -49,7 +49,7 @@ from .recipe_file import save_recipe
 from .recipe_parts import ExpertConfig
 from .sampler import ModalityBatchSampler
 from .stage import CHECKPOINTS_FOLDER, OnProgress, OnStageStart, RunSettings, StageReport, run_training
-from .stage_processor import processor_of
+from .stage_processor import confined, processor_of
 
 STAGE_FILE = "stage.json"
 SETTINGS_FILE = "settings.json"
@@ -151,7 +151,8 @@ class _Curriculum:
         self.augment = augment
         self.on_stage_end = on_stage_end
         self.expert_folders: list[Path] = []
-        self.processors = {stage.name: processor_of(stage, self.processor) for stage in recipe.stages}
+        self.reader = confined(self.processor, recipe.media_root)
+        self.processors = {stage.name: processor_of(stage, self.reader) for stage in recipe.stages}
         self.settings = RunSettings(
             self.processor, self.collator, seed=recipe.seed, precision=recipe.precision, **run_options
         )
@@ -283,7 +284,7 @@ class _Curriculum:
             dataset = self.dataset
         dataset = dataset.select(stage.modalities)
         if self.cache is None and self.recipe.cache is not None:
-            self.cache = EncoderCache(self.recipe.cache, self.model, self.processor)
+            self.cache = EncoderCache(self.recipe.cache, self.model, self.reader)
         if self.cache is not None:
             self.cache.build(dataset.samples, self.settings.progress_bar, skip_unreadable=True)
         return dataset

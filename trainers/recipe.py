@@ -162,6 +162,7 @@ class Recipe:
         model: folder of the model that the first stage starts from, with its processor.
         data: files of conversations, in our form or in LLaVA's, see `data`; their media paths are relative
             to `media_root`, or to the file's folder when that is None.
+        media_root: folder of the media; no file outside of it is opened then, also where a symbolic link in it leads.
         out: folder of the stages' results.
         moe: needed by stages of kind "experts" and "moe".
         precision: "bfloat16" runs the matrix products in it; weights and optimizer stay float32.

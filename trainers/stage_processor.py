@@ -1,10 +1,21 @@
 """The processor that a stage trains with: the model's, in other settings if the stage has any."""
 
 import copy
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
 from .recipe import StageConfig
+
+
+def confined(processor: Any, media_root: str | Path | None) -> Any:
+    """The processor itself, or a copy that opens no file outside of `media_root`, wherever symbolic links lead."""
+    if media_root is None:
+        return processor
+    own = copy.copy(processor)
+    own.media_policy = dataclasses.replace(processor.media_policy, media_root=str(Path(media_root).absolute()))
+    return own
 
 
 def processor_of(stage: StageConfig, processor: Any) -> Any:

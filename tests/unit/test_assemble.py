@@ -365,6 +365,13 @@ def test_a_wrong_order_of_experts_would_be_noticed(sources: Path) -> None:
     assert stream_upcycle.in_model_order(list(plan.outputs)[::-1], plan.config) == plan.outputs
 
 
+@pytest.mark.parametrize("seed", [str(10**30), "-1", "x"])
+def test_seeds_that_no_generator_takes_are_refused(capsys: pytest.CaptureFixture[str], seed: str) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "assemble", "--seed", seed])
+    assert "is no whole number from 0 to 4294967295" in capsys.readouterr().err
+
+
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["convert", "assemble", "--help"])

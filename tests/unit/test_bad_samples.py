@@ -56,6 +56,28 @@ def test_none_are_allowed_with_zero(tmp_path: Path) -> None:
         run(tmp_path / "broken", {"1.png": b""}, 0.0)
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["raw", "cached"])
+def test_nothing_outside_of_the_media_root_is_opened(tmp_path: Path, cached: bool) -> None:
+    processor = tiny_training.processor()
+    data = tiny_training.write_jsonl(tmp_path / "data", 6)
+    root = data.parent
+    (root / "1.png").rename(tmp_path / "secret.png")
+    (root / "1.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "other").mkdir()
+    (root / "2.png").rename(tmp_path / "other" / "2.png")
+    (root / "folder").symlink_to(tmp_path / "other", target_is_directory=True)
+    data.write_text(data.read_text().replace('"2.png"', '"folder/2.png"').replace('"3.png"', '"../secret.png"'))
+
+    stage = StageConfig("tune", modalities=["image"], steps=2, batch_size=6, log_every=1)
+    recipe = Recipe("in memory", [str(data)], str(tmp_path / "out"), [stage], max_bad_samples=0.9)
+    recipe.media_root, recipe.cache = str(root), str(tmp_path / "cache") if cached else None
+    run_curriculum(recipe, tiny_training.model(processor), processor, progress_bar=False)
+    listed = [json.loads(line) for line in (tmp_path / "out" / "tune" / FILE).read_text().splitlines()]
+    assert sorted(record["id"] for record in listed) == ["image-1", "image-2", "image-3"]
+    assert all("outside of media_root" in record["reason"] for record in listed)
+    assert processor.media_policy.media_root is None
+
+
 def test_the_rest_of_a_batch_stays_as_it_is(tmp_path: Path) -> None:
     processor = tiny_training.processor()
     dataset = ConversationDataset([tiny_training.write_jsonl(tmp_path, 4)]).select(["image"])

@@ -160,6 +160,14 @@ def _e2(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[UniM
 
 
 SLOT = "model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts."
+
+
+def _swap(one: Path, other: Path) -> None:
+    aside = one.rename(one.with_suffix(".aside"))
+    other.rename(one)
+    aside.rename(other)
+
+
 DAMAGES: dict[str, tuple[Callable[[UniMoeFolders], object], str]] = {
     "expert file missing": (lambda f: (f.experts / "mlp_base4.bin").unlink(), r"mlp_base4\.bin is missing"),
     "expert file truncated": (
@@ -177,6 +185,14 @@ DAMAGES: dict[str, tuple[Callable[[UniMoeFolders], object], str]] = {
             rewrite(f.finetuned / "1_mlp_experts.bin", lambda t: t.pop(f"{SLOT}0.up_proj.weight")),
         ),
         r"mlp_basev\.bin lacks model\.layers\.0\.mlp\.up_proj\.weight",
+    ),
+    "expert files that changed places": (
+        lambda f: _swap(f.finetuned / "0_mlp_experts.bin", f.finetuned / "3_mlp_experts.bin"),
+        r"finetuned/0_mlp_experts\.bin holds other values than experts/mlp_audiocap\.bin",
+    ),
+    "expert file that is there twice": (
+        lambda f: shutil.copyfile(f.experts / "mlp_base1.bin", f.experts / "mlp_base4.bin"),
+        r"finetuned/4_mlp_experts\.bin holds other values than experts/mlp_base4\.bin",
     ),
     "half a pair": (
         _e2("3_mlp_experts.bin", lambda t: t.pop(f"{SLOT}0.up_proj_lora_B.weight")),
@@ -211,7 +227,12 @@ DAMAGES: dict[str, tuple[Callable[[UniMoeFolders], object], str]] = {
     ),
     "maps are configured": (lambda f: edit_json(f.finetuned / "config.json", use_fm_block=True), r"use_fm_block"),
     "experts that are not there": (
-        lambda f: edit_json(f.finetuned / "config.json", image_expert_indices=[0, 9]),
+        lambda f: edit_json(
+            f.finetuned / "config.json",
+            image_expert_indices=[0, 9],
+            aux_multimodal_loss=True,
+            aux_multimodal_loss_coef=0.1,
+        ),
         r"modality_experts\['image'\] is \[0, 9\]",
     ),
 }
@@ -230,6 +251,16 @@ def test_a_damaged_folder_is_refused_and_nothing_is_written(whole: EightExperts,
     with pytest.raises(UniMoeError, match=message):
         import_unimoe(folders, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["released"]
+
+
+def test_what_changes_nothing_is_noted(whole: EightExperts, tmp_path: Path) -> None:
+    folders = copied(whole.source.folders, tmp_path)
+    edit_json(folders.finetuned / "config.json", image_expert_indices=[0, 9])
+    shutil.copyfile(folders.finetuned / "7_mlp_experts.bin", folders.finetuned / "8_mlp_experts.bin")
+    plan = plan_import(folders)
+    assert plan.config.text_config.modality_experts == {"image": [0]}
+    assert any(note.startswith("image_expert_indices: without") for note in plan.notes)
+    assert any("not read, as in the original: 8_mlp_experts.bin of" in note for note in plan.notes)
 
 
 def test_the_expert_folder_is_asked_for_and_refused_where_it_does_not_belong(

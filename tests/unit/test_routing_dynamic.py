@@ -312,3 +312,9 @@ def test_with_a_cache_the_mask_is_that_of_the_new_tokens() -> None:
     new = torch.cat((mask, torch.tensor([[1, 0], [1, 1]])), dim=1)
     model(input_ids=ids[:, :2], attention_mask=new, past_key_values=cache)
     assert seen[0].tolist() == [True, False, True, True]
+
+
+def test_masks_of_numbers_are_masks() -> None:
+    gate = router(expert_capacity_factor=0.6, min_expert_capacity=1, capacity_policy="probs")
+    mask = torch.arange(TOKENS) % 3 != 0
+    assert torch.equal(gate.route(hidden(), mask.long()).kept_TR, gate.route(hidden(), mask).kept_TR)

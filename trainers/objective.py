@@ -65,7 +65,8 @@ def training_loss(
     learned = targets != IGNORED
     chosen = logits[:, :-1][learned].float()
     items = learned.sum()
-    divisor = items.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    whole = items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=items.device)
+    divisor = whole.clamp(min=1)  # a step of unreadable samples only has none
     cross_entropy = (
         functional.cross_entropy(chosen, targets[learned], reduction="sum", label_smoothing=label_smoothing) / divisor
     )

@@ -177,7 +177,8 @@ class UniMoeTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if model.training:
-            self._require_something_to_learn(loss, group)
+            if raw.get("sample_ids") != []:  # else none of them could be read
+                self._require_something_to_learn(loss, group)
             if outputs.idle_branches is not None:
                 loss = loss + outputs.idle_branches
             self._note(parts, group)

@@ -1,6 +1,7 @@
 """Unreadable samples: left out and listed while they are few, the end of the run when they are many."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,16 @@ from unimoe.trainers.data import ConversationDataset
 from unimoe.trainers.recipe import Recipe, StageConfig
 
 
-def run(folder: Path, broken: dict[str, bytes | None], allowed: float, cached: bool = False) -> list[dict[str, str]]:
+def run(
+    folder: Path, broken: dict[str, bytes | None], allowed: float, cached: bool = False, batch_size: int = 2
+) -> list[dict[str, str]]:
     """Train a few steps on pictures of which some files are broken or (None) missing; returns what was listed."""
     processor = tiny_training.processor()
     data = tiny_training.write_jsonl(folder / "data", 8)
     for name, content in broken.items():
         file = data.parent / name
         file.unlink() if content is None else file.write_bytes(content)
-    stage = StageConfig("tune", modalities=["image"], steps=6, batch_size=2, log_every=1)
+    stage = StageConfig("tune", modalities=["image"], steps=12 // batch_size, batch_size=batch_size, log_every=1)
     recipe = Recipe("in memory", [str(data)], str(folder / "out"), [stage], max_bad_samples=allowed)
     if cached:
         recipe.cache = str(folder / "cache")
@@ -37,6 +40,14 @@ def test_few_bad_samples_are_left_out_and_listed(tmp_path: Path, cached: bool) -
     reasons = {record["id"]: record["reason"] for record in listed}
     assert sorted("missing" in reason for reason in reasons.values()) == [False, True]
     assert any("MediaError" in reason for reason in reasons.values())
+
+
+def test_a_step_of_bad_samples_only_is_no_error(tmp_path: Path) -> None:
+    listed = run(tmp_path, {"1.png": b"no picture"}, 0.2, batch_size=1)
+    assert len(listed) == 1
+    losses = [json.loads(line) for line in (tmp_path / "out" / "tune" / "losses.jsonl").read_text().splitlines()]
+    assert 0.0 in [record["ce_loss"] for record in losses]
+    assert all(math.isfinite(record["loss"]) for record in losses)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["raw", "cached"])

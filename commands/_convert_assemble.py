@@ -64,8 +64,8 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, assemble, print the receipt."""
-    from ..conversion.assemble import plan_assembly, run_assembly
-    from ..conversion.sources import open_source
+    from ..conversion.dense.sources import open_source
+    from ..conversion.upcycling.assemble import plan_assembly, run_assembly
 
     experts = [parse_expert(text) for text in args.expert]
     base = open_source(args.base)

@@ -86,8 +86,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, compose, print the receipt."""
-    from ..conversion.compose import ComposeOptions, Ingredients, plan_composition, run_composition
-    from ..conversion.hub import push_folder
+    from ..conversion.composing.compose import ComposeOptions, Ingredients, plan_composition, run_composition
+    from ..conversion.publishing.hub import push_folder
 
     for name in ("speech_tokens", "sound_tokens", "projector_depth", "video_frames", "image_grid", "image_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

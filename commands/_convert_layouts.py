@@ -12,7 +12,7 @@ examples:
   unimoe convert layouts ./sparse-ep4 --to fused --out ./sparse  and back, bit-equal
 
 Every layout loads with from_pretrained. For expert parallelism:
-  from unimoe.conversion.expert_shards import load_expert_parallel
+  from unimoe.conversion.checkpoints.expert_shards import load_expert_parallel
   model = load_expert_parallel("./sparse-ep4", DistributedConfig(tp_size=4, ep_size=4))
 """
 
@@ -36,7 +36,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, write, print what was written."""
-    from ..conversion.layouts import plan_layout, run_layout
+    from ..conversion.checkpoints.layouts import plan_layout, run_layout
 
     plan = plan_layout(args.model, args.to or "per-expert", args.ep)
     print("Plan", *plan.lines(), sep="\n  ", flush=True)

@@ -49,8 +49,8 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
-    from ..conversion.import_moiie import plan_moiie
-    from ..conversion.import_plan import push_import, write_import
+    from ..conversion.released.import_moiie import plan_moiie
+    from ..conversion.released.import_plan import push_import, write_import
 
     plan = plan_moiie(args.checkpoint, vision_tower=args.vision_tower, dtype=chosen_dtype(args))
     print("Plan", *plan.lines(), sep="\n  ", flush=True)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Export and print what was written."""
-    from ..conversion.export_moiie import export_moiie
+    from ..conversion.released.export_moiie import export_moiie
 
     print("Wrote", *export_moiie(args.model, args.out, backbone=args.backbone), sep="\n  ")
     print(f"Saved in {args.out}.")

@@ -58,7 +58,7 @@ def add_routing(parser: argparse.ArgumentParser) -> None:
 
 def chosen_routing(args: argparse.Namespace) -> dict[str, Any]:
     """What `--routing` asks for. Raises ConversionError for fields that are not the routing's."""
-    from ..conversion.sparsity import ROUTING_FIELDS
+    from ..conversion.upcycling.sparsity import ROUTING_FIELDS
 
     if args.routing is None:
         return {}
@@ -70,7 +70,7 @@ def chosen_routing(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_fields(option: str, text: str) -> dict[str, Any]:
     """The JSON object that an option gives, itself or in a file. Raises ConversionError when it is none."""
-    from ..conversion.io import read_json
+    from ..conversion.checkpoints.io import read_json
 
     if not text.lstrip().startswith("{"):
         return read_json(Path(text))

@@ -68,7 +68,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
-    from ..conversion.import_unimoe import UniMoeFolders, plan_import, push_import, run_import
+    from ..conversion.released.import_unimoe import UniMoeFolders, plan_import, push_import, run_import
 
     folders = UniMoeFolders(
         base=args.base,
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Export and print what was written."""
-    from ..conversion.export_unimoe import export_unimoe
+    from ..conversion.released.export_unimoe import export_unimoe
 
     print("Wrote", *export_unimoe(args.model, args.out, tokenizer=args.tokenizer), sep="\n  ")
     print(f"Saved in {args.out}.")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..conversion.group_presets import GROUP_PRESETS, group_preset
+from ..conversion.upcycling.group_presets import GROUP_PRESETS, group_preset
 from ..errors import ConversionError
 from ._convert_options import (
     add_dtype,
@@ -27,7 +27,7 @@ examples:
   unimoe convert upcycle ./dense --out ./sparse --experts 8 --drop-ratio 0.5 --allow-gap 20
   unimoe convert upcycle ./dense --out ./sparse --experts 6 --layers 1,3,5 --groups groups.json
 
-groups: a preset, JSON, or a file that holds it. Presets (see conversion/group_presets.py):
+groups: a preset, JSON, or a file that holds it. Presets (see conversion/upcycling/group_presets.py):
   uni-moe   one group of all experts            modality  two experts, one for vision and one for language
   moiie     a quarter each, the rest shared     separate  half of the experts for vision, half for language
   five      image, video, speech, sound and text have own experts, the rest is shared
@@ -114,10 +114,10 @@ def _add_initialisation(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
-    from ..conversion.hub import push_folder
-    from ..conversion.sources import open_source
-    from ..conversion.sparsity import Sparsity
-    from ..conversion.stream_upcycle import plan_upcycle, run_upcycle
+    from ..conversion.dense.sources import open_source
+    from ..conversion.publishing.hub import push_folder
+    from ..conversion.upcycling.sparsity import Sparsity
+    from ..conversion.upcycling.stream_upcycle import plan_upcycle, run_upcycle
 
     source = open_source(args.source)
     expert_groups, modality_groups = parse_groups(args.groups, args.experts)

@@ -177,7 +177,7 @@ def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Ans
     """
     from transformers import TextStreamer
 
-    from ..conversion.sources import resolve_folder
+    from ..conversion.dense.sources import resolve_folder
     from ..progress_bars import transformers_bars
 
     place = _usable_device(device)
@@ -225,8 +225,8 @@ def _usable_device(name: str | None) -> "torch.device":
 
 def _check_files(folder: Path) -> None:
     """What transformers would answer with a traceback: files that are missing, truncated or not what they should be."""
-    from ..conversion.io import Checkpoint, read_json
-    from ..conversion.sources import read_our_config
+    from ..conversion.checkpoints.io import Checkpoint, read_json
+    from ..conversion.dense.sources import read_our_config
 
     read_our_config(folder)
     Checkpoint(folder)

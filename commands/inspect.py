@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..conversion.description import ModelDescription, RouterLoad
+    from ..conversion.checkpoints.description import ModelDescription, RouterLoad
 
 # From no token to at least three times an even share.
 _SHADES = " ░▒▓█"
@@ -23,7 +23,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the description of a model."""
-    from ..conversion.description import describe_model
+    from ..conversion.checkpoints.description import describe_model
 
     description = describe_model(args.model)
     print(json.dumps(description.to_dict(), indent=2) if args.json else "\n".join(describe_lines(description)))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from ..conversion.compose import plan_composition, run_composition
-from ..conversion.composition import ComposeOptions, Ingredients
+from ..conversion.composing.compose import plan_composition, run_composition
+from ..conversion.composing.composition import ComposeOptions, Ingredients
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .language import COMPACT_CHAT_TEMPLATE, compact_decoder
 

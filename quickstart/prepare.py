@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..conversion.upcycle import upcycle_model
+from ..conversion.upcycling.upcycle import upcycle_model
 from ..errors import ConversionError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..conversion.hub import save_bundle
-from ..conversion.model_card import model_card
-from ..conversion.parameters import count_parameters
+from ..conversion.checkpoints.parameters import count_parameters
+from ..conversion.publishing.hub import save_bundle
+from ..conversion.publishing.model_card import model_card
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..trainers.checkpoints import write_durably

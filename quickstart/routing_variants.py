@@ -7,9 +7,9 @@ of half FFNs start as copies of the whole one (virtual groups, arXiv 2410.07524)
 
 from dataclasses import dataclass
 
-from ..conversion.group_presets import group_preset
-from ..conversion.parameters import ParameterCount, count_parameters
-from ..conversion.upcycle import upcycle_model
+from ..conversion.checkpoints.parameters import ParameterCount, count_parameters
+from ..conversion.upcycling.group_presets import group_preset
+from ..conversion.upcycling.upcycle import upcycle_model
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .stages import sparse_layers

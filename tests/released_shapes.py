@@ -6,9 +6,9 @@ import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, CLIPVisionConfig, CLIPVisionModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
 
-from unimoe.conversion.key_rules import Shape
-from unimoe.conversion.llava_keys import VISION_TOWER
-from unimoe.conversion.unimoe_keys import ALIGNER, AUDIO_TOWER
+from unimoe.conversion.checkpoints.key_rules import Shape
+from unimoe.conversion.checkpoints.llava_keys import VISION_TOWER
+from unimoe.conversion.released.unimoe_keys import ALIGNER, AUDIO_TOWER
 
 HIDDEN, INNER, VOCABULARY, LAYERS, EXPERTS, QUERIES = 4096, 11_008, 32_000, 32, 4, 50
 FFN: dict[str, Shape] = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tiny_unimoe import Released, base_weights, released
 
-from unimoe.conversion.unimoe_experts import EXPERT_FILES
+from unimoe.conversion.released.unimoe_experts import EXPERT_FILES
 
 LAYERS, SPARSE, EXPERTS = 3, (0, 2), 8
 RANK, ALPHA, PEFT_RANK, PEFT_ALPHA = 2, 8, 3, 6

@@ -29,7 +29,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from unimoe.conversion.export_unimoe import BEATS_FILE, export_unimoe
+from unimoe.conversion.released.export_unimoe import BEATS_FILE, export_unimoe
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.export_unimoe import BEATS_FILE, export_unimoe
-from unimoe.conversion.import_unimoe import UniMoeFolders
-from unimoe.conversion.unimoe_keys import AudioKind
+from unimoe.conversion.released.export_unimoe import BEATS_FILE, export_unimoe
+from unimoe.conversion.released.import_unimoe import UniMoeFolders
+from unimoe.conversion.released.unimoe_keys import AudioKind
 
 RANK, ALPHA = 2, 4
 _PEFT = "base_model.model."

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..conversion.upcycle import upcycle_model
+from ..conversion.upcycling.upcycle import upcycle_model
 from ..errors import CheckpointError, RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .recipe_parts import ExpertConfig, MoeConfig

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from ..conversion.hub import complete_bundle
-from ..conversion.model_card import model_card
-from ..conversion.parameters import count_parameters
+from ..conversion.checkpoints.parameters import count_parameters
+from ..conversion.publishing.hub import complete_bundle
+from ..conversion.publishing.model_card import model_card
 from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars

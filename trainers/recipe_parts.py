@@ -67,7 +67,7 @@ class MoeConfig:
             draws the rows, "zeros" treats every expert alike.
         router_init_scale: for "modality_means": by how much the logit of a modality's own expert exceeds the average
             over experts at the start.
-        routing: further fields of `UniMoeTextConfig` (`ROUTING_FIELDS` of conversion/sparsity.py), for example
+        routing: further fields of `UniMoeTextConfig` (`ROUTING_FIELDS` of conversion/upcycling/sparsity.py), for example
             {"router_type": "dynamic", "router_top_p": 0.7}.
     """
 
@@ -103,7 +103,7 @@ class MoeConfig:
     def _check_routing(self, where: str) -> None:
         from huggingface_hub.errors import StrictDataclassError
 
-        from ..conversion.sparsity import ROUTING_FIELDS
+        from ..conversion.upcycling.sparsity import ROUTING_FIELDS
         from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 
         known = ROUTING_FIELDS - set(self.__dataclass_fields__)

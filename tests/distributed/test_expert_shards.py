@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.layouts import plan_layout, run_layout
+from unimoe.conversion.checkpoints.layouts import plan_layout, run_layout
 
 TEXT = {"num_experts": 4, "num_experts_per_tok": 2}
 # Each rank has a copy of the folder without the files of the other's experts, so opening one is an error, and every byte
@@ -22,7 +22,7 @@ import json, sys
 from pathlib import Path
 import torch
 from transformers.distributed import DistributedConfig
-from unimoe.conversion.expert_shards import LazyFile, load_expert_parallel
+from unimoe.conversion.checkpoints.expert_shards import LazyFile, load_expert_parallel
 
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()

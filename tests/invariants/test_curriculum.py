@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.hub import code_files
+from unimoe.conversion.publishing.hub import code_files
 from unimoe.errors import CheckpointError, DataError, RecipeError
 from unimoe.trainers import curriculum
 from unimoe.trainers.assembly import assemble, connector_owners, router_rows_from_means

@@ -10,12 +10,12 @@ from golden import GoldenCase
 from transformers import SiglipVisionConfig
 
 from unimoe import UniMoeConfig, UniMoeForCausalLM
-from unimoe.conversion.key_rules import KeyMap
-from unimoe.conversion.llava_keys import vision_prefix
-from unimoe.conversion.moiie_config import our_moiie_config, sizes_of
-from unimoe.conversion.moiie_keys import moiie_rules
-from unimoe.conversion.moiie_variant import MoiieVariant, recognise_moiie
-from unimoe.conversion.sources import expected_tensors
+from unimoe.conversion.checkpoints.key_rules import KeyMap
+from unimoe.conversion.checkpoints.llava_keys import vision_prefix
+from unimoe.conversion.dense.sources import expected_tensors
+from unimoe.conversion.released.moiie_config import our_moiie_config, sizes_of
+from unimoe.conversion.released.moiie_keys import moiie_rules
+from unimoe.conversion.released.moiie_variant import MoiieVariant, recognise_moiie
 
 IMAGE = -200
 IGNORED = -100

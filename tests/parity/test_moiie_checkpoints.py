@@ -11,9 +11,9 @@ from moiie_case import is_moiie, moiie_batch, moiie_variant
 from safetensors.torch import load_file, save_file
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.export_moiie import export_moiie
-from unimoe.conversion.import_moiie import import_moiie
-from unimoe.conversion.import_receipt import ImportReceipt
+from unimoe.conversion.released.export_moiie import export_moiie
+from unimoe.conversion.released.import_moiie import import_moiie
+from unimoe.conversion.released.import_receipt import ImportReceipt
 
 checkpoint = pytest.mark.golden(
     "*.in.input_ids", "*.out.total_loss", weights=("lm_head*", "model.mm_projector*"), where=is_moiie

@@ -6,10 +6,10 @@ from golden import GoldenCase
 from moiie_case import convert, converted, group_names, has_vision_mask, is_moiie, moiie_model, moiie_variant
 
 from unimoe import UniMoeConfig, UniMoeForCausalLM, UniMoeTextConfig
-from unimoe.conversion.key_rules import KeyMap
-from unimoe.conversion.moiie_config import sizes_of
-from unimoe.conversion.moiie_keys import moiie_rules
-from unimoe.conversion.upcycle import upcycle_model
+from unimoe.conversion.checkpoints.key_rules import KeyMap
+from unimoe.conversion.released.moiie_config import sizes_of
+from unimoe.conversion.released.moiie_keys import moiie_rules
+from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.modeling_unimoe.balance_loss_unimoe import group_balance_losses
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])

@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from unimoe_case import merge_pairs, original_batch
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.import_receipt import ImportReceipt
-from unimoe.conversion.import_unimoe import UniMoeFolders, plan_import, run_import
-from unimoe.conversion.io import Checkpoint, TensorFile
-from unimoe.conversion.key_rules import KeyMap
-from unimoe.conversion.llava_keys import vision_prefix
-from unimoe.conversion.unimoe_experts import EXPERT_FILES
-from unimoe.conversion.unimoe_files import BeatsFile
-from unimoe.conversion.unimoe_keys import rules_for
-from unimoe.conversion.unimoe_variant import layout_of
+from unimoe.conversion.checkpoints.io import Checkpoint, TensorFile
+from unimoe.conversion.checkpoints.key_rules import KeyMap
+from unimoe.conversion.checkpoints.llava_keys import vision_prefix
+from unimoe.conversion.released.import_receipt import ImportReceipt
+from unimoe.conversion.released.import_unimoe import UniMoeFolders, plan_import, run_import
+from unimoe.conversion.released.unimoe_experts import EXPERT_FILES
+from unimoe.conversion.released.unimoe_files import BeatsFile
+from unimoe.conversion.released.unimoe_keys import rules_for
+from unimoe.conversion.released.unimoe_variant import layout_of
 
 CHECKPOINT = ("input_ids", "images", "image_mask", "input_features", "features_mask")
 

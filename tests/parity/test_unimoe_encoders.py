@@ -13,8 +13,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from unimoe_case import AUDIO, IMAGE, VIDEO, encoder_weights, of_row
 
-from unimoe.conversion.llava_keys import VISION_TOWER, vision_prefix
-from unimoe.conversion.unimoe_keys import ALIGNER, AUDIO_TOWER
+from unimoe.conversion.checkpoints.llava_keys import VISION_TOWER, vision_prefix
+from unimoe.conversion.released.unimoe_keys import ALIGNER, AUDIO_TOWER
 from unimoe.modeling_unimoe.configuration_unimoe import UniMoeConnectorConfig
 from unimoe.modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from unimoe.modeling_unimoe.connectors_unimoe import MlpConnector, build_connector

@@ -11,14 +11,14 @@ from golden import GoldenCase
 from transformers import CLIPVisionConfig, GenerationConfig, WhisperConfig
 
 from unimoe import UniMoeBeatsConfig, UniMoeForCausalLM
-from unimoe.conversion.key_rules import KeyMap, Place, take
-from unimoe.conversion.llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
-from unimoe.conversion.sources import expected_tensors
-from unimoe.conversion.unimoe_config import Encoders, our_config
-from unimoe.conversion.unimoe_experts import pairs_in
-from unimoe.conversion.unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, rules_for
-from unimoe.conversion.unimoe_lora import add_low_rank
-from unimoe.conversion.unimoe_variant import recognise
+from unimoe.conversion.checkpoints.key_rules import KeyMap, Place, take
+from unimoe.conversion.checkpoints.llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
+from unimoe.conversion.dense.sources import expected_tensors
+from unimoe.conversion.released.unimoe_config import Encoders, our_config
+from unimoe.conversion.released.unimoe_experts import pairs_in
+from unimoe.conversion.released.unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, rules_for
+from unimoe.conversion.released.unimoe_lora import add_low_rank
+from unimoe.conversion.released.unimoe_variant import recognise
 from unimoe.processing.placeholders_unimoe import Run, expand, pad
 
 IMAGE, AUDIO, VIDEO = -200, -300, -400

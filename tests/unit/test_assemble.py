@@ -15,12 +15,12 @@ from tiny_llama import llama
 from transformers import AutoModelForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion import stream_upcycle
-from unimoe.conversion.assemble import plan_assembly, run_assembly
-from unimoe.conversion.io import write_checkpoint
-from unimoe.conversion.llama_family import dense_from
-from unimoe.conversion.sources import open_source
-from unimoe.conversion.upcycle import upcycle_model
+from unimoe.conversion.checkpoints.io import write_checkpoint
+from unimoe.conversion.dense.llama_family import dense_from
+from unimoe.conversion.dense.sources import open_source
+from unimoe.conversion.upcycling import stream_upcycle
+from unimoe.conversion.upcycling.assemble import plan_assembly, run_assembly
+from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 from unimoe.trainers.assembly import assemble as assemble_in_memory
 from unimoe.trainers.recipe_parts import MoeConfig
@@ -347,7 +347,7 @@ def test_bases_and_results_are_protected(sources: Path, tmp_path: Path) -> None:
 def test_a_disk_that_writes_something_else_is_noticed(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unimoe.conversion.assemble.write_checkpoint", on_a_bad_disk(write_checkpoint))
+    monkeypatch.setattr("unimoe.conversion.upcycling.assemble.write_checkpoint", on_a_bad_disk(write_checkpoint))
     plan = plan_assembly(open_source(str(sources / "base")), [("a", sources / "ours")] * 2, sparse_layers=[0])
     with pytest.raises(ConversionError, match="reads back differently"):
         run_assembly(plan, tmp_path / "sparse", progress=False)

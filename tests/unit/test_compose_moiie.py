@@ -9,8 +9,8 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.bunny_processor import siglip_image_processor
-from unimoe.conversion.compose import ComposeOptions, Ingredients, plan_composition
+from unimoe.conversion.composing.compose import ComposeOptions, Ingredients, plan_composition
+from unimoe.conversion.released.bunny_processor import siglip_image_processor
 from unimoe.errors import ConfigurationError, ConversionError
 from unimoe.processing.processing_unimoe import UniMoeProcessor
 

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from unimoe import UniMoeBeatsConfig
-from unimoe.conversion.compose import ComposeOptions, CompositionPlan, Ingredients, plan_composition
-from unimoe.conversion.parameters import count_parameters, total_and_active
+from unimoe.conversion.checkpoints.parameters import count_parameters, total_and_active
+from unimoe.conversion.composing.compose import ComposeOptions, CompositionPlan, Ingredients, plan_composition
 
 ROWS, IMAGE = 32_064, 32_000
 README = (Path(__file__).parents[2] / "runs" / "unimoe_7b" / "README.md").read_text(encoding="utf-8")

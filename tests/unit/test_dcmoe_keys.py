@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unimoe import UniMoeTextConfig
-from unimoe.conversion.dcmoe_keys import dcmoe_block_tensors, dcmoe_routing_fields
+from unimoe.conversion.released.dcmoe_keys import dcmoe_block_tensors, dcmoe_routing_fields
 from unimoe.errors import ConfigurationError, ConversionError
 
 ROUTED = "dynamic_real_moe.deepspeed_moe.experts.deepspeed_experts"

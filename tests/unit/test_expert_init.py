@@ -7,9 +7,9 @@ import tiny
 import torch
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.expert_init import expected_deviation, routed_projection
-from unimoe.conversion.sparsity import Sparsity, sparse_text_config
-from unimoe.conversion.upcycle import upcycle_model
+from unimoe.conversion.upcycling.expert_init import expected_deviation, routed_projection
+from unimoe.conversion.upcycling.sparsity import Sparsity, sparse_text_config
+from unimoe.conversion.upcycling.upcycle import upcycle_model
 
 DENSE = tiny.text_config(num_experts=0, sparse_layers=None)
 WIDTH, HIDDEN = DENSE.intermediate_size, DENSE.hidden_size

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from unimoe.conversion.finished_folder import finished_folder
+from unimoe.conversion.checkpoints.finished_folder import finished_folder
 from unimoe.errors import ConversionError
 
 # Begins a folder, says so, and waits to be killed.
 BEGIN = """
 import sys
 from pathlib import Path
-from unimoe.conversion.finished_folder import finished_folder
+from unimoe.conversion.checkpoints.finished_folder import finished_folder
 with finished_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("x")
     print(flush=True)

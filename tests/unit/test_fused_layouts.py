@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.fused_layouts import AttentionSizes, internlm2_qkv, phi3_qkv
-from unimoe.conversion.io import Checkpoint
-from unimoe.conversion.sources import load_dense, open_source
-from unimoe.conversion.tensor_parts import Part, PartsView
+from unimoe.conversion.checkpoints.io import Checkpoint
+from unimoe.conversion.checkpoints.tensor_parts import Part, PartsView
+from unimoe.conversion.dense.fused_layouts import AttentionSizes, internlm2_qkv, phi3_qkv
+from unimoe.conversion.dense.sources import load_dense, open_source
 from unimoe.errors import ConversionError
 
 SIZES = AttentionSizes(heads=6, key_value_heads=2, head_dim=4)

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from unimoe.conversion.group_presets import GROUP_PRESETS, group_preset
+from unimoe.conversion.upcycling.group_presets import GROUP_PRESETS, group_preset
 from unimoe.errors import ConversionError
 
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from unimoe.conversion.group_presets import group_preset
+from unimoe.conversion.upcycling.group_presets import group_preset
 from unimoe.errors import ConfigurationError, ModalityError
 from unimoe.modeling_unimoe.balance_loss_unimoe import group_balance_losses
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES

@@ -14,7 +14,7 @@ import torch
 import twins
 
 from unimoe import UniMoeForCausalLM, UniMoeProcessor
-from unimoe.conversion.hub import PROCESSOR_AUTO_MAP, code_files, save_bundle
+from unimoe.conversion.publishing.hub import PROCESSOR_AUTO_MAP, code_files, save_bundle
 from unimoe.modeling_unimoe.configuration_unimoe import AUTO_MAP
 
 MODELS = ("everything", "moiie", "text-only", "shared-tower", "saved")

@@ -12,7 +12,7 @@ import torch
 from hub_stand_in import running_hub
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unimoe.conversion.sources import open_source
+from unimoe.conversion.dense.sources import open_source
 
 CONVERT = """
 import sys

@@ -14,9 +14,13 @@ import tiny_unimoe
 import torch
 from transformers import SiglipVisionConfig
 
-from unimoe.conversion.bunny_processor import build_bunny_processor, prepare_bunny_tokenizer, siglip_image_processor
-from unimoe.conversion.export_unimoe import export_unimoe
-from unimoe.conversion.import_unimoe import plan_import
+from unimoe.conversion.released.bunny_processor import (
+    build_bunny_processor,
+    prepare_bunny_tokenizer,
+    siglip_image_processor,
+)
+from unimoe.conversion.released.export_unimoe import export_unimoe
+from unimoe.conversion.released.import_unimoe import plan_import
 from unimoe.errors import OptionError
 from unimoe.processing.media_inputs_unimoe import padded_to_square
 from unimoe.processing.processing_unimoe import UniMoeProcessor
@@ -118,7 +122,7 @@ def test_uni_moes_converter_reads_it(tmp_path: Path, written: str, ours: str, mo
     for folder, settings in (("clip", tiny_media.image_processor().to_dict()), ("whisper", {"feature_size": 80})):
         (tmp_path / "released" / folder / "preprocessor_config.json").write_text(json.dumps(settings))
     # The tiny tokenizer has more pieces than the tiny model embeds; no token is looked up here.
-    monkeypatch.setattr("unimoe.conversion.import_unimoe.require_fitting_tokenizer", lambda *_: None)
+    monkeypatch.setattr("unimoe.conversion.released.import_unimoe.require_fitting_tokenizer", lambda *_: None)
     tiny_media.tokenizer().save_pretrained(source.folders.base)
     plan = plan_import(source.folders)
     assert plan.processor.image_aspect_ratio == ours

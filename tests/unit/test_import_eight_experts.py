@@ -17,12 +17,12 @@ from tiny_eight_experts import PROJECTIONS, EightExperts, eight_experts
 from tiny_unimoe import arguments, copied, same_tensors
 
 from unimoe import UniMoeConfig, UniMoeForCausalLM, cli
-from unimoe.conversion.export_unimoe import export_unimoe
-from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import
-from unimoe.conversion.key_rules import KeyMap
-from unimoe.conversion.llava_keys import vision_prefix
-from unimoe.conversion.unimoe_experts import EXPERT_FILES
-from unimoe.conversion.unimoe_keys import rules_for
+from unimoe.conversion.checkpoints.key_rules import KeyMap
+from unimoe.conversion.checkpoints.llava_keys import vision_prefix
+from unimoe.conversion.released.export_unimoe import export_unimoe
+from unimoe.conversion.released.import_unimoe import UniMoeFolders, import_unimoe, plan_import
+from unimoe.conversion.released.unimoe_experts import EXPERT_FILES
+from unimoe.conversion.released.unimoe_keys import rules_for
 from unimoe.errors import ConversionError, UniMoeError
 
 TOWERS = ("model.vision_tower", "model.speech_tower")

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.export_moiie import export_moiie
-from unimoe.conversion.import_moiie import import_moiie, plan_moiie
-from unimoe.conversion.moiie_variant import MODEL_TYPES
+from unimoe.conversion.released.export_moiie import export_moiie
+from unimoe.conversion.released.import_moiie import import_moiie, plan_moiie
+from unimoe.conversion.released.moiie_variant import MODEL_TYPES
 from unimoe.errors import ConversionError
 
 POOLS = {"num_vis_experts": 3, "num_lan_experts": 2}

@@ -19,12 +19,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion import tokenizer_files
-from unimoe.conversion.export_unimoe import export_unimoe
-from unimoe.conversion.import_unimoe import UniMoeFolders, import_unimoe, plan_import, run_import
-from unimoe.conversion.key_rules import KeyMap
-from unimoe.conversion.llava_keys import vision_prefix
-from unimoe.conversion.unimoe_keys import rules_for
+from unimoe.conversion.checkpoints.key_rules import KeyMap
+from unimoe.conversion.checkpoints.llava_keys import vision_prefix
+from unimoe.conversion.dense import tokenizer_files
+from unimoe.conversion.released.export_unimoe import export_unimoe
+from unimoe.conversion.released.import_unimoe import UniMoeFolders, import_unimoe, plan_import, run_import
+from unimoe.conversion.released.unimoe_keys import rules_for
 from unimoe.errors import ConversionError
 
 AUDIOS = ("whisper", "beats")
@@ -215,7 +215,7 @@ def test_with_a_tokenizer_the_folder_is_complete(tmp_path: Path, audio: Any) -> 
 
 _PEAK = """
 import pathlib, re, sys
-from unimoe.conversion.import_unimoe import UniMoeFolders, plan_import, run_import
+from unimoe.conversion.released.import_unimoe import UniMoeFolders, plan_import, run_import
 
 def memory(kind):
     return int(re.search(rf"{kind}:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024

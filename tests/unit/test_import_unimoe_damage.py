@@ -11,8 +11,8 @@ import torch
 from damage import edit_json, rewrite
 from tiny_unimoe import Released, copied, released
 
-from unimoe.conversion.import_unimoe import import_unimoe, plan_import
-from unimoe.conversion.unimoe_keys import ALIGNER
+from unimoe.conversion.released.import_unimoe import import_unimoe, plan_import
+from unimoe.conversion.released.unimoe_keys import ALIGNER
 from unimoe.errors import ConversionError
 
 

@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands.inspect import router_load_lines
-from unimoe.conversion.description import RouterLoad, describe_model
-from unimoe.conversion.hub import save_bundle
-from unimoe.conversion.parameters import count_parameters, total_and_active
+from unimoe.conversion.checkpoints.description import RouterLoad, describe_model
+from unimoe.conversion.checkpoints.parameters import count_parameters, total_and_active
+from unimoe.conversion.publishing.hub import save_bundle
 from unimoe.errors import ConversionError
 
 
@@ -121,7 +121,7 @@ def test_no_weights_are_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("unimoe.conversion.io.Checkpoint.read", forbidden)
+    monkeypatch.setattr("unimoe.conversion.checkpoints.io.Checkpoint.read", forbidden)
     monkeypatch.setattr(UniMoeForCausalLM, "from_pretrained", forbidden)
     assert describe_model(str(folder)).num_experts == 4
 

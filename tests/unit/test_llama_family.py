@@ -17,8 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from unimoe.conversion.llama_family import dense_from, text_config_from, why_not
-from unimoe.conversion.upcycle import upcycle_model
+from unimoe.conversion.dense.llama_family import dense_from, text_config_from, why_not
+from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 
 SIZES = tiny_llama.SIZES | {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

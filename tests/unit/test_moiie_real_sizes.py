@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from unimoe.conversion.import_moiie import plan_moiie
-from unimoe.conversion.moiie_variant import MODEL_TYPES
-from unimoe.conversion.parameters import count_parameters
+from unimoe.conversion.checkpoints.parameters import count_parameters
+from unimoe.conversion.released.import_moiie import plan_moiie
+from unimoe.conversion.released.moiie_variant import MODEL_TYPES
 
 Shape = tuple[int, ...]
 LAYERS = 32

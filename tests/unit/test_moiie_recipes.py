@@ -15,8 +15,8 @@ import torch
 from transformers import SiglipVisionConfig
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.bunny_processor import build_bunny_processor, prepare_bunny_tokenizer
-from unimoe.conversion.group_presets import group_preset
+from unimoe.conversion.released.bunny_processor import build_bunny_processor, prepare_bunny_tokenizer
+from unimoe.conversion.upcycling.group_presets import group_preset
 from unimoe.errors import RecipeError
 from unimoe.processing.chat_templates_unimoe import bunny_chat_templates
 from unimoe.processing.processing_unimoe import UniMoeProcessor

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.io import Checkpoint
-from unimoe.conversion.sources import load_dense, open_source
+from unimoe.conversion.checkpoints.io import Checkpoint
+from unimoe.conversion.dense.sources import load_dense, open_source
 from unimoe.errors import ConversionError
 
 TEXT: dict[str, Any] = {

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from unimoe import hub_access
-from unimoe.conversion.sources import resolve_folder
+from unimoe.conversion.dense.sources import resolve_folder
 from unimoe.errors import ConversionError, PartError
 from unimoe.quickstart import parts, wheels
 from unimoe.quickstart.parts import Part, resolve_part

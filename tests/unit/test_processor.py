@@ -14,7 +14,7 @@ import pytest
 import tiny_media
 import torch
 
-from unimoe.conversion.hub import code_files
+from unimoe.conversion.publishing.hub import code_files
 from unimoe.processing.media_policy_unimoe import ConversationError, MediaError, PlaceholderError
 from unimoe.processing.processing_unimoe import VICUNA_CHAT_TEMPLATE, UniMoeProcessor
 

@@ -12,7 +12,7 @@ import torch
 from hub_stand_in import HubStandIn, running_hub
 from safetensors.torch import load as load_safetensors
 
-from unimoe.conversion.hub import code_files
+from unimoe.conversion.publishing.hub import code_files
 
 TESTS = Path(hub_checks.__file__).parent
 PUSH = """

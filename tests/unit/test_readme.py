@@ -42,9 +42,17 @@ def test_which_file_to_open_names_files() -> None:
         assert (ROOT / target).is_file(), target
 
 
-def test_the_map_of_conversion_names_its_files() -> None:
-    named = set(re.findall(r"`(\w+)`", conversion.__doc__))
-    assert named == {path.stem for path in (ROOT / "conversion").glob("*.py")} - {"__init__"}
+CONVERSIONS = sorted(path.parent.name for path in (ROOT / "conversion").glob("*/__init__.py"))
+
+
+def test_the_map_of_conversion_names_its_folders() -> None:
+    assert set(CONVERSIONS) <= set(re.findall(r"`(\w+)`", conversion.__doc__))
+
+
+@pytest.mark.parametrize("folder", CONVERSIONS)
+def test_the_map_of_a_folder_names_its_files(folder: str) -> None:
+    named = set(re.findall(r"`(\w+)`", importlib.import_module(f"unimoe.conversion.{folder}").__doc__))
+    assert named == {path.stem for path in (ROOT / "conversion" / folder).glob("*.py")} - {"__init__"}
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

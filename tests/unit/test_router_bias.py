@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from test_trainers_trainer import Bench
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.sources import open_source
-from unimoe.conversion.sparsity import Sparsity
-from unimoe.conversion.stream_upcycle import plan_upcycle, run_upcycle
-from unimoe.conversion.upcycle import upcycle_model
+from unimoe.conversion.dense.sources import open_source
+from unimoe.conversion.upcycling.sparsity import Sparsity
+from unimoe.conversion.upcycling.stream_upcycle import plan_upcycle, run_upcycle
+from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConfigurationError
 from unimoe.modeling_unimoe.gate_rows_unimoe import expert_load
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter

@@ -8,9 +8,14 @@ import pytest
 import tiny
 import torch
 
-from unimoe.conversion.prompted_rows import read_prompts
-from unimoe.conversion.router_init import data_router_rows, expert_rows_from_clusters, ffn_inputs, rows_of_experts
-from unimoe.conversion.sparsity import Sparsity, sparse_text_config
+from unimoe.conversion.upcycling.prompted_rows import read_prompts
+from unimoe.conversion.upcycling.router_init import (
+    data_router_rows,
+    expert_rows_from_clusters,
+    ffn_inputs,
+    rows_of_experts,
+)
+from unimoe.conversion.upcycling.sparsity import Sparsity, sparse_text_config
 from unimoe.errors import ConversionError
 
 DENSE = tiny.text_config(num_experts=0, sparse_layers=None)

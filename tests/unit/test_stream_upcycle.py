@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3Fo
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands._convert_options import parse_layers
 from unimoe.commands._convert_upcycle import parse_groups
-from unimoe.conversion import stream_upcycle
-from unimoe.conversion.io import write_checkpoint
-from unimoe.conversion.llama_family import dense_from
-from unimoe.conversion.sources import open_source
-from unimoe.conversion.sparsity import Sparsity
-from unimoe.conversion.stream_upcycle import plan_upcycle, run_upcycle
-from unimoe.conversion.upcycle import upcycle_model
+from unimoe.conversion.checkpoints.io import write_checkpoint
+from unimoe.conversion.dense.llama_family import dense_from
+from unimoe.conversion.dense.sources import open_source
+from unimoe.conversion.upcycling import stream_upcycle
+from unimoe.conversion.upcycling.sparsity import Sparsity
+from unimoe.conversion.upcycling.stream_upcycle import plan_upcycle, run_upcycle
+from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 
 SPARSITY = Sparsity(num_experts=4, num_experts_per_tok=2, sparse_layers=(0, 2))
@@ -308,9 +308,9 @@ def test_layers_and_groups_are_parsed(tmp_path: Path) -> None:
 _MEASURE = """
 import json, sys, torch
 from pathlib import Path
-from unimoe.conversion.sources import open_source
-from unimoe.conversion.stream_upcycle import plan_upcycle, run_upcycle
-from unimoe.conversion.sparsity import Sparsity
+from unimoe.conversion.dense.sources import open_source
+from unimoe.conversion.upcycling.stream_upcycle import plan_upcycle, run_upcycle
+from unimoe.conversion.upcycling.sparsity import Sparsity
 
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -14,9 +14,9 @@ import torch
 from released_shapes import AUDIO_TOWER, FFN, HIDDEN, LAYERS, VISION_TOWER, Shape
 
 from unimoe import UniMoeBeatsConfig
-from unimoe.conversion.import_unimoe import ImportPlan, UniMoeFolders, plan_import
-from unimoe.conversion.parameters import count_parameters, total_and_active
-from unimoe.conversion.unimoe_experts import EXPERT_FILES
+from unimoe.conversion.checkpoints.parameters import count_parameters, total_and_active
+from unimoe.conversion.released.import_unimoe import ImportPlan, UniMoeFolders, plan_import
+from unimoe.conversion.released.unimoe_experts import EXPERT_FILES
 
 RANK, INNER_RANK = 8, 8
 CONFIG = {**real.ORIGINAL, "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}

@@ -13,8 +13,8 @@ import tiny_training
 from recipe_checks import changed
 
 from unimoe import cli
-from unimoe.conversion.assemble import plan_assembly, run_assembly
-from unimoe.conversion.sources import open_source
+from unimoe.conversion.dense.sources import open_source
+from unimoe.conversion.upcycling.assemble import plan_assembly, run_assembly
 from unimoe.trainers.curriculum import run_curriculum
 from unimoe.trainers.recipe import Recipe
 from unimoe.trainers.recipe_file import load_recipe

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.upcycle import upcycle_model
+from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConfigurationError, ConversionError
 
 DENSE = {"num_experts": 0, "sparse_layers": None}

@@ -11,8 +11,8 @@ from tiny_tokenizer import WORDS, save_word_tokenizer
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.llama_family import dense_from
-from unimoe.conversion.upcycle import upcycle_model
+from unimoe.conversion.dense.llama_family import dense_from
+from unimoe.conversion.upcycling.upcycle import upcycle_model
 
 
 @pytest.fixture

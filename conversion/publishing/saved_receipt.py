@@ -1,0 +1,55 @@
+"""What the receipts of all conversions have in common."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from ..checkpoints.io import OutputTensor, dtype_name
+
+RECEIPT_FILE = "receipt.json"
+
+
+@dataclass
+class TensorRecord:
+    """One tensor that was written; `made_of` in the order of its memory, `sha256` of its bytes as stored."""
+
+    shape: list[int]
+    dtype: str
+    made_of: list[str]
+    sha256: str
+
+    @classmethod
+    def of(cls, output: OutputTensor, made_of: Iterable[str], digest: str, **more: Any) -> Self:
+        """`more` are the fields that a receipt adds."""
+        return cls(list(output.shape), dtype_name(output.dtype), list(made_of), digest, **more)
+
+
+@dataclass(kw_only=True)
+class SavedReceipt:
+    """A receipt that is saved as JSON beside the model that it is about.
+
+    Args:
+        out: name of the folder.
+        dtype: of most tensors that were written.
+        parameters_active: those that one token goes through.
+    """
+
+    out: str
+    dtype: str
+    parameters_active: int
+    bytes_written: int = 0
+    seconds_writing: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def written(self) -> str:
+        """How much was written and how fast, for a reader."""
+        rate = self.bytes_written / max(self.seconds_writing, 1e-3) / 1e6
+        return f"{self.bytes_written / 1e6:,.1f} MB {self.dtype} in {self.seconds_writing:.1f} s ({rate:,.0f} MB/s)"

@@ -75,8 +75,11 @@ def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path: Path) -> Non
 
 
 COMMAND = f"""
-import argparse
+import argparse, signal
 from unimoe import cli
+
+# Under nohup, which tests may run under, a process starts with this signal ignored, and the command leaves it so.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def run(args):
     exec({BEGIN!r})
@@ -98,5 +101,5 @@ def test_a_stopped_command_leaves_nothing(tmp_path: Path, number: signal.Signals
         process.stdout.readline()
         assert len(os.listdir(tmp_path)) == 1
         process.send_signal(number)
-        assert process.wait() == 128 + number
+        assert process.wait(timeout=60) == 128 + number
     assert os.listdir(tmp_path) == []

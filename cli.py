@@ -45,7 +45,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every module of `unimoe.commands`; each offers add_parser(subparsers) and run(args)."""
+    """The parser with every module of `unimoe.commands`.
+
+    Each offers add_parser(subparsers), and run(args) unless commands below its own bring theirs.
+    """
     parser = argparse.ArgumentParser(
         prog="unimoe", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=HelpFormatter
     )
@@ -57,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_parser(subparsers)
         for added in set(subparsers.choices) - known:
             subparser = subparsers.choices[added]
-            if subparser.get_default("run") is None:
+            if subparser.get_default("run") is None and hasattr(module, "run"):
                 subparser.set_defaults(run=module.run)
     _add_debug_option(parser)
     return parser

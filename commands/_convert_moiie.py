@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ._convert_options import add_dtype, add_out, chosen_dtype
+from ._convert_released import carry_out, report_export
 
 _EPILOG = """\
 examples:
@@ -50,22 +51,14 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
     from ..conversion.released.import_moiie import plan_moiie
-    from ..conversion.released.import_plan import push_import, write_import
+    from ..conversion.released.import_plan import write_import
 
     plan = plan_moiie(args.checkpoint, vision_tower=args.vision_tower, dtype=chosen_dtype(args))
-    print("Plan", *plan.lines(), sep="\n  ", flush=True)
-    receipt = write_import(plan, args.out)
-    print("Receipt", *receipt.lines(), sep="\n  ")
-    print(f"Saved in {args.out} (with receipt.json).", *(f"Warning: {text}" for text in plan.warnings), sep="\n")
-    if args.push_to_hub is not None:
-        print(f"Uploaded to {', '.join(push_import(receipt, args.out, args.push_to_hub))}")
-    return 0
+    return carry_out(args, plan, write_import)
 
 
 def run_export(args: argparse.Namespace) -> int:
     """Export and print what was written."""
     from ..conversion.released.export_moiie import export_moiie
 
-    print("Wrote", *export_moiie(args.model, args.out, backbone=args.backbone), sep="\n  ")
-    print(f"Saved in {args.out}.")
-    return 0
+    return report_export(args, export_moiie(args.model, args.out, backbone=args.backbone))

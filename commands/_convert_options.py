@@ -70,7 +70,7 @@ def chosen_routing(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_fields(option: str, text: str) -> dict[str, Any]:
     """The JSON object that an option gives, itself or in a file. Raises ConversionError when it is none."""
-    from ..conversion.checkpoints.io import read_json
+    from ..conversion.checkpoints.checkpoint_reader import read_json
 
     if not text.lstrip().startswith("{"):
         return read_json(Path(text))

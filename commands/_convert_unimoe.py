@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ._convert_options import add_dtype, add_out, chosen_dtype, read_fields
+from ._convert_released import carry_out, report_export
 
 _EPILOG = """\
 examples:
@@ -68,7 +69,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
-    from ..conversion.released.import_unimoe import UniMoeFolders, plan_import, push_import, run_import
+    from ..conversion.released.import_unimoe import UniMoeFolders, plan_import, run_import
 
     folders = UniMoeFolders(
         base=args.base,
@@ -79,20 +80,11 @@ def run(args: argparse.Namespace) -> int:
         experts=args.experts,
         qformer_config=None if args.qformer_config is None else read_fields("--qformer-config", args.qformer_config),
     )
-    plan = plan_import(folders, dtype=chosen_dtype(args), keep_lora=args.keep_lora)
-    print("Plan", *plan.lines(), sep="\n  ", flush=True)
-    receipt = run_import(plan, args.out)
-    print("Receipt", *receipt.lines(), sep="\n  ")
-    print(f"Saved in {args.out} (with receipt.json).", *(f"Warning: {text}" for text in plan.warnings), sep="\n")
-    if args.push_to_hub is not None:
-        print(f"Uploaded to {', '.join(push_import(receipt, args.out, args.push_to_hub))}")
-    return 0
+    return carry_out(args, plan_import(folders, dtype=chosen_dtype(args), keep_lora=args.keep_lora), run_import)
 
 
 def run_export(args: argparse.Namespace) -> int:
     """Export and print what was written."""
     from ..conversion.released.export_unimoe import export_unimoe
 
-    print("Wrote", *export_unimoe(args.model, args.out, tokenizer=args.tokenizer), sep="\n  ")
-    print(f"Saved in {args.out}.")
-    return 0
+    return report_export(args, export_unimoe(args.model, args.out, tokenizer=args.tokenizer))

@@ -225,7 +225,7 @@ def _usable_device(name: str | None) -> "torch.device":
 
 def _check_files(folder: Path) -> None:
     """What transformers would answer with a traceback: files that are missing, truncated or not what they should be."""
-    from ..conversion.checkpoints.io import Checkpoint, read_json
+    from ..conversion.checkpoints.checkpoint_reader import Checkpoint, read_json
     from ..conversion.dense.sources import read_our_config
 
     read_our_config(folder)

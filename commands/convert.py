@@ -14,7 +14,6 @@ from . import (
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("convert", help="dense checkpoints and released models become ours")
-    parser.set_defaults(run=run)
     kinds = parser.add_subparsers(title="conversions", metavar="CONVERSION", required=True)
     _convert_compose.add_parser(kinds)
     _convert_upcycle.add_parser(kinds)
@@ -22,8 +21,3 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _convert_layouts.add_parser(kinds)
     _convert_unimoe.add_parser(kinds)
     _convert_moiie.add_parser(kinds)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Every conversion has a function of its own, which argparse puts in the place of this one."""
-    raise NotImplementedError(args)

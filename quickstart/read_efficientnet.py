@@ -34,7 +34,7 @@ def read_state_dict(path: Path) -> dict[str, "torch.Tensor"]:
     """
     import torch
 
-    from ..conversion.checkpoints.io import UNPICKLING_ERRORS
+    from ..conversion.checkpoints.pickle_files import UNPICKLING_ERRORS
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

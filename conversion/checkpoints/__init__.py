@@ -1,9 +1,10 @@
 """Tensors in files and their names, whatever model they belong to.
 
-`io` (safetensors and pickled files, read and written tensor by tensor), `read_back` (what was written, compared),
-`file_digests`, `finished_folder` (all of it or nothing). Names: `key_rules` (the language of the rules that pair another's names with ours), `llava_keys` (what
-descendants of LLaVA share), `tensor_parts` (fused tensors, seen one by one). What a configuration's model holds, without
-memory: `meta_model` (names and shapes), `parameters` (counts). `description` is what the command inspect shows.
+`checkpoint_reader` and `checkpoint_writer` (tensor by tensor), `pickle_files`, `read_back` (what was written,
+compared), `file_digests`, `finished_folder` (all of it or nothing). Names: `key_rules` (the language of the rules
+that pair another's names with ours), `llava_keys` (what descendants of LLaVA share), `tensor_parts` (fused tensors,
+seen one by one). What a configuration's model holds, without memory: `meta_model` (names and shapes), `parameters`
+(counts). `description` is what the command inspect shows.
 
 The same model in other files: `layouts`, `expert_shards` (loading by rank).
 """

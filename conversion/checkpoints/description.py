@@ -10,7 +10,7 @@ from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..dense.sources import expected_tensors, read_our_config, resolve_folder
 from ..publishing.model_card import modalities_of
-from .io import Checkpoint, read_json
+from .checkpoint_reader import Checkpoint, read_json
 from .parameters import ParameterCount, count_parameters, total_and_active
 
 ROUTER_LOAD_FILE = "router_load.json"

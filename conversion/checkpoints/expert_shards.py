@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from ...errors import ConversionError
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..dense.sources import read_our_config
-from .io import SAFETENSORS_INDEX, plain_file_name, read_json
+from .checkpoint_reader import SAFETENSORS_INDEX, plain_file_name, read_json
 from .layouts import experts_by_file
 
 

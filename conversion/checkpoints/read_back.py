@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from ...errors import ConversionError
-from .io import Checkpoint, OutputTensor
+from .checkpoint_reader import Checkpoint
+from .checkpoint_writer import OutputTensor
 
 # Values that are read back at once, so that memory holds each piece once.
 _BLOCK = 1 << 20

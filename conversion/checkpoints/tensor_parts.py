@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...errors import ConversionError
-from .io import Checkpoint, TensorInfo
+from .checkpoint_reader import Checkpoint, TensorInfo
 
 RowRange = tuple[int, int]  # first row, and the row behind the last
 

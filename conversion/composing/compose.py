@@ -18,9 +18,10 @@ from transformers import GenerationConfig
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.processing_unimoe import UniMoeProcessor
+from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, write_checkpoint
 from ..checkpoints.file_digests import file_digests
 from ..checkpoints.finished_folder import finished_folder
-from ..checkpoints.io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, dtype_name, write_checkpoint
 from ..checkpoints.key_rules import Shape
 from ..checkpoints.parameters import count_parameters, total_and_active
 from ..checkpoints.read_back import verify_written

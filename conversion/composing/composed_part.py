@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ...errors import ConversionError
-from ..checkpoints.io import Checkpoint
+from ..checkpoints.checkpoint_reader import Checkpoint
 from ..checkpoints.key_rules import Shape
 from ..publishing.licences import licence_metadata
 

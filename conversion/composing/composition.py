@@ -9,7 +9,7 @@ import torch
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from ..checkpoints.io import Checkpoint
+from ..checkpoints.checkpoint_reader import Checkpoint
 from ..dense.sources import Source
 from .composed_part import ComposedPart
 from .image_projector import CONNECTOR as PROJECTOR

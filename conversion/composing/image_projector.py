@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ...errors import ConversionError
-from ..checkpoints.io import Checkpoint, TensorFile
+from ..checkpoints.checkpoint_reader import Checkpoint, TensorFile
 from .composed_part import ComposedPart, Made
 
 CONNECTOR = "model.image_connector."

@@ -8,7 +8,7 @@ from typing import Any
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
-from ..checkpoints.io import Checkpoint, TensorFile, read_json
+from ..checkpoints.checkpoint_reader import Checkpoint, TensorFile, read_json
 from ..checkpoints.key_rules import KeyMap, Shape
 from ..dense.sources import resolve_model_folder
 from ..released.import_plan import account

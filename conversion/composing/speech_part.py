@@ -15,7 +15,7 @@ from transformers import WhisperConfig
 
 from ...errors import ConversionError
 from ...modeling_unimoe.encoding_unimoe import build_tower
-from ..checkpoints.io import Checkpoint
+from ..checkpoints.checkpoint_reader import Checkpoint
 from ..checkpoints.key_rules import Shape
 from ..dense.encoder_folders import nameless, require_type, whisper_features
 from ..dense.sources import READING_ERRORS, resolve_model_folder

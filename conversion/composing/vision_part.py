@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ...errors import ConversionError
 from ...modeling_unimoe.encoding_unimoe import build_tower
 from ...processing.processor_parts_unimoe import load_image_processor
-from ..checkpoints.io import Checkpoint
+from ..checkpoints.checkpoint_reader import Checkpoint
 from ..checkpoints.meta_model import BUILDING_ERRORS, first_line
 from ..dense.encoder_folders import nameless
 from ..dense.picture_processor import image_settings

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ...errors import ConversionError, UniMoeError
-from ..checkpoints.io import read_json
+from ..checkpoints.checkpoint_reader import read_json
 
 # What configuration classes raise on values that make no sense.
 _IMPOSSIBLE = (

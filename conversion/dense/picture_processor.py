@@ -7,7 +7,7 @@ from ...processing.chat_templates_unimoe import VICUNA_CHAT_TEMPLATE
 from ...processing.chat_unimoe import IMAGE_TOKEN
 from ...processing.processing_unimoe import UniMoeProcessor
 from ...processing.processor_parts_unimoe import load_image_processor
-from ..checkpoints.io import read_json
+from ..checkpoints.checkpoint_reader import read_json
 from .sources import Source
 from .tokenizer_files import tokenizer_if_readable
 

@@ -15,7 +15,7 @@ from ...errors import ConversionError, PartError
 from ...hub_access import hub_snapshot
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from ..checkpoints.io import Checkpoint, read_json
+from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.meta_model import first_line, meta_model
 from ..checkpoints.tensor_parts import Part, PartsView
 from ..publishing.licences import licence_metadata

@@ -12,8 +12,8 @@ from typing import Any
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import AUTO_MAP, UniMoeConfig
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..checkpoints.checkpoint_reader import read_json
 from ..checkpoints.finished_folder import finished_folder
-from ..checkpoints.io import read_json
 from ..checkpoints.parameters import count_parameters
 from .model_card import model_card
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ..checkpoints.io import OutputTensor, dtype_name
+from ..checkpoints.checkpoint_reader import dtype_name
+from ..checkpoints.checkpoint_writer import OutputTensor
 
 RECEIPT_FILE = "receipt.json"
 

@@ -12,7 +12,7 @@ from ...processing.chat_templates_unimoe import BUNNY_SEPARATORS, bunny_chat_tem
 from ...processing.chat_unimoe import prepare_tokenizer
 from ...processing.processing_unimoe import UniMoeProcessor
 from ...processing.processor_parts_unimoe import load_image_processor
-from ..checkpoints.io import read_json
+from ..checkpoints.checkpoint_reader import read_json
 from ..dense.picture_processor import image_features
 
 _PREPROCESSOR = "preprocessor_config.json"

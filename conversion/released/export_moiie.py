@@ -14,8 +14,9 @@ from typing import Any
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from ..checkpoints.checkpoint_reader import Checkpoint, read_json
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, write_checkpoint
 from ..checkpoints.finished_folder import finished_folder
-from ..checkpoints.io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, read_json, write_checkpoint
 from ..checkpoints.llava_keys import VISION_TOWER, vision_prefix, without_numbers
 from ..dense.sources import read_our_config
 from .import_moiie import moiie_key_map

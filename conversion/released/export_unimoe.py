@@ -22,16 +22,9 @@ from safetensors.torch import save_file
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from ..checkpoints.checkpoint_reader import PICKLE, PICKLE_INDEX, Checkpoint, read_json
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, shard_names, split_into_shards
 from ..checkpoints.finished_folder import finished_folder
-from ..checkpoints.io import (
-    DEFAULT_SHARD_BYTES,
-    PICKLE,
-    PICKLE_INDEX,
-    Checkpoint,
-    read_json,
-    shard_names,
-    split_into_shards,
-)
 from ..checkpoints.key_rules import KeyMap
 from ..checkpoints.llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
 from ..publishing.saved_receipt import RECEIPT_FILE

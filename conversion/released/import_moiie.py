@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, SiglipVision
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..checkpoints.io import Checkpoint, OutputTensor, read_json
+from ..checkpoints.checkpoint_reader import Checkpoint, read_json
+from ..checkpoints.checkpoint_writer import OutputTensor
 from ..checkpoints.key_rules import KeyMap, Shape, Target
 from ..checkpoints.llava_keys import VISION_TOWER, vision_prefix
 from ..dense.encoder_folders import named_config, nameless

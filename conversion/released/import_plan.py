@@ -13,10 +13,12 @@ from transformers import GenerationConfig
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.processing_unimoe import UniMoeProcessor
+from ..checkpoints.checkpoint_reader import dtype_name
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, write_checkpoint
 from ..checkpoints.finished_folder import finished_folder
-from ..checkpoints.io import DEFAULT_SHARD_BYTES, OutputTensor, dtype_name, refuse_damaged, write_checkpoint
 from ..checkpoints.key_rules import KeyMap, Shape, Target
 from ..checkpoints.parameters import count_parameters, total_and_active
+from ..checkpoints.pickle_files import refuse_damaged
 from ..publishing.hub import complete_bundle, push_folder, save_config
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE

@@ -15,7 +15,8 @@ from transformers import CLIPVisionConfig, WhisperConfig
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
-from ..checkpoints.io import DEFAULT_SHARD_BYTES, Checkpoint, OutputTensor, read_json
+from ..checkpoints.checkpoint_reader import Checkpoint, read_json
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.key_rules import KeyMap, Target
 from ..checkpoints.llava_keys import vision_prefix
 from ..dense.encoder_folders import named_config, nameless, require_type

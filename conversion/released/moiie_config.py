@@ -9,7 +9,7 @@ from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from ..checkpoints.io import dtype_name
+from ..checkpoints.checkpoint_reader import dtype_name
 from ..checkpoints.key_rules import Shape
 from ..checkpoints.llava_keys import PROJECTOR
 from ..checkpoints.meta_model import first_line

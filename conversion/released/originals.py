@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..checkpoints.io import Checkpoint
+from ..checkpoints.checkpoint_reader import Checkpoint
 from ..checkpoints.key_rules import KeyMap
 
 

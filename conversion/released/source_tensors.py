@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from ..checkpoints.io import Checkpoint, TensorInfo
+from ..checkpoints.checkpoint_reader import Checkpoint, TensorInfo
 from ..checkpoints.key_rules import Shape
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import ConversionError
-from ..checkpoints.io import TensorFile, TensorInfo
+from ..checkpoints.checkpoint_reader import TensorFile, TensorInfo
 from ..checkpoints.key_rules import Shape
 from ..upcycling.upcycle import FFN_PROJECTIONS
 from .source_tensors import SourceTensor

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 
 from ...errors import ConversionError
-from ..checkpoints.io import Checkpoint, TensorFile, TensorInfo, load_pickle, read_json
+from ..checkpoints.checkpoint_reader import Checkpoint, TensorFile, TensorInfo, read_json
 from ..checkpoints.llava_keys import PROJECTOR, VISION_TOWER
+from ..checkpoints.pickle_files import load_pickle
 from .source_tensors import SourceTensor, SourceTensors
 from .unimoe_keys import ALIGNER, AUDIO_TOWER, Layout
 from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, lora_modules, read_lora_scale

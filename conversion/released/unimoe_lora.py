@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from ...errors import ConversionError
-from ..checkpoints.io import TensorInfo, read_json
+from ..checkpoints.checkpoint_reader import TensorInfo, read_json
 from ..checkpoints.key_rules import Shape
 
 LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")

@@ -1,7 +1,7 @@
 """The tensors of a Uni-MoE model of ours under the names that the original's code loads."""
 
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..checkpoints.io import Checkpoint
+from ..checkpoints.checkpoint_reader import Checkpoint
 from ..checkpoints.key_rules import KeyMap
 from ..checkpoints.llava_keys import without_numbers
 from .originals import Originals

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from ..checkpoints.io import Checkpoint, TensorFile
+from ..checkpoints.checkpoint_reader import Checkpoint, TensorFile
 from ..dense.sources import Source, open_source
 from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from unimoe_case import merge_pairs, original_batch
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.checkpoints.io import Checkpoint, TensorFile
+from unimoe.conversion.checkpoints.checkpoint_reader import Checkpoint, TensorFile
 from unimoe.conversion.checkpoints.key_rules import KeyMap
 from unimoe.conversion.checkpoints.llava_keys import vision_prefix
 from unimoe.conversion.released.import_receipt import ImportReceipt

@@ -15,7 +15,7 @@ from tiny_llama import llama
 from transformers import AutoModelForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.checkpoints.io import write_checkpoint
+from unimoe.conversion.checkpoints.checkpoint_writer import write_checkpoint
 from unimoe.conversion.dense.llama_family import dense_from
 from unimoe.conversion.dense.sources import open_source
 from unimoe.conversion.upcycling import stream_upcycle

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModel, CLIPVisionModel
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.checkpoints.io import Checkpoint
+from unimoe.conversion.checkpoints.checkpoint_reader import Checkpoint
 from unimoe.conversion.composing.compose import ComposeOptions, Ingredients, plan_composition, run_composition
 from unimoe.errors import ConversionError
 from unimoe.processing.processing_unimoe import UniMoeProcessor

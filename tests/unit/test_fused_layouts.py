@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.checkpoints.io import Checkpoint
+from unimoe.conversion.checkpoints.checkpoint_reader import Checkpoint
 from unimoe.conversion.checkpoints.tensor_parts import Part, PartsView
 from unimoe.conversion.dense.fused_layouts import AttentionSizes, internlm2_qkv, phi3_qkv
 from unimoe.conversion.dense.sources import load_dense, open_source

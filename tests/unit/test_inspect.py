@@ -121,7 +121,7 @@ def test_no_weights_are_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("unimoe.conversion.checkpoints.io.Checkpoint.read", forbidden)
+    monkeypatch.setattr("unimoe.conversion.checkpoints.checkpoint_reader.Checkpoint.read", forbidden)
     monkeypatch.setattr(UniMoeForCausalLM, "from_pretrained", forbidden)
     assert describe_model(str(folder)).num_experts == 4
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unimoe import UniMoeForCausalLM, cli
+from unimoe.conversion.checkpoints.checkpoint_reader import Checkpoint
 from unimoe.conversion.checkpoints.expert_shards import closed_tensors
-from unimoe.conversion.checkpoints.io import Checkpoint
 from unimoe.conversion.checkpoints.layouts import plan_layout, run_layout
 from unimoe.errors import ConversionError
 

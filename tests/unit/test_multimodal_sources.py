@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.checkpoints.io import Checkpoint
+from unimoe.conversion.checkpoints.checkpoint_reader import Checkpoint
 from unimoe.conversion.dense.sources import load_dense, open_source
 from unimoe.errors import ConversionError
 

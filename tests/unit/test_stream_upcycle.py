@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3Fo
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands._convert_options import parse_layers
 from unimoe.commands._convert_upcycle import parse_groups
-from unimoe.conversion.checkpoints.io import write_checkpoint
+from unimoe.conversion.checkpoints.checkpoint_writer import write_checkpoint
 from unimoe.conversion.dense.llama_family import dense_from
 from unimoe.conversion.dense.sources import open_source
 from unimoe.conversion.upcycling import stream_upcycle

@@ -1,27 +1,21 @@
-"""Checkpoint folders, read and written one tensor at a time.
+"""Tensors in a folder's safetensors or pickled files, read one at a time, whole or in part.
 
-A reader looks at the headers only and reads each tensor's bytes when it is asked for, so that memory holds one tensor
-and never a shard. A writer knows every shape beforehand, writes the headers first and then the tensors' pieces as they
-come. What is read may come from strangers: an index may only name plain files of its own folder, every offset is
-checked against the file, and pickled files are opened with `weights_only=True` alone.
+Headers are read at once and each tensor's bytes when it is asked for, so that memory holds one tensor and never a
+shard. Files may come from strangers: an index may only name plain files of its own folder, and every offset is checked
+against the file.
 """
 
-import hashlib
 import json
 import math
-import os
-import pickle
 import struct
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ...errors import ConversionError
+from .pickle_files import load_pickle, refuse_truncated
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,17 +31,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
-DEFAULT_SHARD_BYTES = 4 << 30
-_BLOCK = 1 << 20  # values that are written at once
-_LFS_POINTER = b"version https://git-lfs"
-# What torch.load raises on pickles that are damaged, too old to be mapped, or hold code.
-UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,20 +45,6 @@ class TensorInfo:
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """A tensor to write: the pieces, made when they are needed, follow each other in its memory."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    pieces: tuple[Callable[[], torch.Tensor], ...]
 
     @property
     def num_bytes(self) -> int:
@@ -193,61 +166,10 @@ class TensorFile(Checkpoint):
         return self._tensors_of(self.path)
 
 
-def load_pickle(path: Path, *, mapped: bool = True) -> Any:
-    """What torch.save wrote, on the CPU; code in it is not run.
-
-    Args:
-        mapped: leave tensors in the file until they are used, which files from before torch 1.6 do not allow.
-
-    Raises:
-        ConversionError: the file is damaged, of such an old form, or holds code.
-    """
-    refuse_truncated(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except UNPICKLING_ERRORS as error:
-        raise ConversionError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}): it is damaged, or holds more than that. "
-            "Pickles that hold code are never run; fetch the file again, or save its plain tensors anew."
-        ) from error
-
-
-def refuse_truncated(path: Path) -> None:
-    """Raises ConversionError for a file that was not fetched, or one of torch.save whose end is missing."""
-    with open(path, "rb") as file:
-        begin = file.read(len(_LFS_POINTER))
-    if begin == _LFS_POINTER:
-        raise ConversionError(
-            f"{path} is a pointer of Git LFS, not the file itself. Run `git lfs pull` in its folder."
-        )
-    if begin.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
-        raise ConversionError(
-            f"{path} is truncated ({path.stat().st_size} bytes, its end is missing). Fetch it again."
-        )
-    if path.stat().st_size == 0:
-        raise ConversionError(f"{path} is empty. Fetch it again.")
-
-
-def refuse_damaged(path: Path) -> None:
-    """Raises ConversionError for a file of torch.save whose content does not fit the checksums in it.
-
-    It reads the whole file. Interrupted downloads in parts have the right size and end, and holes in between.
-    """
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ConversionError(f"{path} is damaged ({error}). Fetch it again.") from error
-    if damaged is not None:
-        raise ConversionError(f"{path} is damaged: the checksum of {damaged} in it is wrong. Fetch it again.")
-
-
 def _is_plain(name: Any, tensor: Any) -> bool:
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         return False
-    return tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPE_NAMES
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in DTYPE_NAMES
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -307,110 +229,3 @@ def _tensor_info(path: Path, entry: dict[str, Any], data_start: int) -> TensorIn
     if end - start != info.num_bytes:
         raise ValueError(f"{end - start} bytes for shape {entry['shape']} of {entry['dtype']}")
     return info
-
-
-def write_checkpoint(
-    folder: Path,
-    outputs: Iterable[OutputTensor],
-    *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    progress: bool = True,
-    digests: dict[str, str] | None = None,
-) -> list[Path]:
-    """Write safetensors shards and, when there are several, their index into an existing folder; returns the shards.
-
-    `digests` receives the SHA-256 of every tensor's bytes by its name.
-
-    Raises:
-        ConversionError: the pieces of a tensor do not fill it.
-    """
-    shards = split_into_shards(outputs, lambda output: output.num_bytes, max_shard_bytes)
-    names = shard_names(SAFETENSORS, len(shards))
-    return write_shards(folder, dict(zip(names, shards, strict=True)), progress=progress, digests=digests)
-
-
-def write_shards(
-    folder: Path,
-    shards: Mapping[str, list[OutputTensor]],
-    *,
-    progress: bool = True,
-    digests: dict[str, str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-) -> list[Path]:
-    """Write files of these names and tensors, and their index unless there is one file alone.
-
-    `metadata` goes into the index; for the rest see `write_checkpoint`.
-    """
-    total = sum(output.num_bytes for shard in shards.values() for output in shard)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not progress) as bar:
-        for name, shard in shards.items():
-            _write_shard(folder / name, shard, bar.update, digests)
-    if len(shards) > 1:
-        weight_map = {output.name: name for name, shard in shards.items() for output in shard}
-        index = {"metadata": {"total_size": total, **(metadata or {})}, "weight_map": weight_map}
-        (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [folder / name for name in shards]
-
-
-def split_into_shards(tensors: Iterable[T], num_bytes: Callable[[T], int], max_shard_bytes: int) -> list[list[T]]:
-    """The tensors in order, cut where a shard would become too big; a tensor that is too big by itself has its own."""
-    shards: list[list[T]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        size = num_bytes(tensor)
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += size
-    return shards
-
-
-def shard_names(whole: str, count: int) -> list[str]:
-    """File names of shards, by that of the file that holds everything: model-00001-of-00002.safetensors, ..."""
-    stem, _, suffix = whole.rpartition(".")
-    return [whole] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.{suffix}" for i in range(1, count + 1)]
-
-
-def _write_shard(
-    path: Path, outputs: list[OutputTensor], wrote: Callable[[int], Any], digests: dict[str, str] | None
-) -> None:
-    # Wide types first keeps every tensor aligned to its own size without holes, which the format forbids.
-    outputs = sorted(outputs, key=lambda output: -output.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for output in outputs:
-        entry = {"dtype": _DTYPE_NAMES[output.dtype], "shape": list(output.shape)}
-        header[output.name] = entry | {"data_offsets": [offset, offset + output.num_bytes]}
-        offset += output.num_bytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for output in outputs:
-            written, digest = 0, hashlib.sha256()
-            for piece in _bytes_of(output):
-                file.write(piece)
-                if digests is not None:
-                    digest.update(piece)
-                written += len(piece)
-                wrote(len(piece))
-            if written != output.num_bytes:
-                raise ConversionError(f"{output.name} got {written} bytes; its shape needs {output.num_bytes}.")
-            if digests is not None:
-                digests[output.name] = digest.hexdigest()
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _bytes_of(output: OutputTensor) -> Iterator[memoryview]:
-    for make in output.pieces:
-        # Block by block, so that a conversion of the dtype makes no second tensor of the whole size.
-        for block in make().detach().cpu().contiguous().reshape(-1).split(_BLOCK):
-            made = block.to(output.dtype)
-            if made.is_floating_point() and not made.isfinite().all():
-                raise ConversionError(
-                    f"{output.name} holds values that are no finite numbers in {dtype_name(output.dtype)}: choose a "
-                    "dtype of a wider range, or fetch the source again."
-                )
-            yield made.view(torch.uint8).numpy().data

@@ -115,7 +115,8 @@ def run_curriculum(
             on_progress=on_progress,
             progress_bar=progress_bar,
             max_bad_samples=recipe.max_bad_samples,
-            training_arguments={"gradient_checkpointing": recipe.gradient_checkpointing, **(training_arguments or {})},
+            gradient_checkpointing=recipe.gradient_checkpointing,
+            training_arguments=dict(training_arguments or {}),
         )
         for stage in recipe.stages:
             run.require_same_settings(stage)

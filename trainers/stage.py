@@ -29,6 +29,9 @@ logger = logging.get_logger(__name__)
 LOSSES_FILE = "losses.jsonl"
 PLAN_FILE = "plan.json"
 CHECKPOINTS_FOLDER = "checkpoints"
+# Newer releases of transformers have renamed it, and warn of the old name.
+_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+_CHECKPOINTING = next(name for name in _NAMES if name in TrainingArguments.__dataclass_fields__)
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 # A stage that has a time limit keeps this share of it for saving and for steps that are slower than measured.
 _TIME_RESERVE = 0.05
@@ -83,6 +86,7 @@ class RunSettings:
     seed: int = 0
     precision: str = "float32"
     max_bad_samples: float = 0.01
+    gradient_checkpointing: bool = False
     progress_bar: bool = True
     on_progress: OnProgress | None = None
     on_start: OnStageStart | None = None
@@ -241,6 +245,7 @@ def _build_trainer(
         "seed": settings.seed,
         "bf16": settings.precision == "bfloat16",
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused on machines without accelerator
+        _CHECKPOINTING: settings.gradient_checkpointing,
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,

@@ -33,6 +33,10 @@ class ConversionError(UniMoeError):
     """A source model cannot be converted, or its receipt does not add up."""
 
 
+class RequestError(UniMoeError):
+    """A request to a server asks for something that cannot be answered."""
+
+
 class PartError(UniMoeError):
     """An encoder or language model could not be had from any source."""
 
@@ -50,6 +54,7 @@ __all__ = [
     "PartError",
     "PlaceholderError",
     "RecipeError",
+    "RequestError",
     "TrainingError",
     "UniMoeError",
 ]

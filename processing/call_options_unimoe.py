@@ -141,20 +141,5 @@ def is_batched(conversation: Any) -> bool:
     return isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "messages")
 
 
-def messages_of(conversation: Any, sound_tracks: bool = False) -> Any:
-    """The messages of a conversation; `sound_tracks` asks for that of every video that does not say otherwise."""
-    messages = getattr(conversation, "messages", conversation)
-    if not sound_tracks or not isinstance(messages, list | tuple):
-        return messages
-    return [_with_sound_tracks(message) for message in messages]
-
-
-def _with_sound_tracks(message: Any) -> Any:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if not isinstance(content, list | tuple):
-        return message
-    shown = [
-        {"sound_track": True, **item} if isinstance(item, Mapping) and item.get("type") == "video" else item
-        for item in content
-    ]
-    return {**message, "content": shown}
+def messages_of(conversation: Any) -> Any:
+    return getattr(conversation, "messages", conversation)

@@ -144,7 +144,7 @@ def _read_content(content: Any, media: list[MediaItem], place: str) -> str | lis
             else:
                 items.append({"type": "text", "text": item["text"]})
         elif kind in MEDIA_KINDS or kind == "image_url":
-            for medium in _read_media(item, where):
+            for medium in read_media(item, where):
                 media.append(medium)
                 items.append({"type": medium.kind, **_after(item, where)})
         else:
@@ -152,7 +152,7 @@ def _read_content(content: Any, media: list[MediaItem], place: str) -> str | lis
     return items
 
 
-def _read_media(item: Mapping[str, Any], where: str) -> list[MediaItem]:
+def read_media(item: Mapping[str, Any], where: str) -> list[MediaItem]:
     """The medium of an item, and before a video its sound track if asked for: Uni-MoE's order of placeholders."""
     kind = item["type"]
     value = None

@@ -6,7 +6,7 @@ for named hosts.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -91,6 +91,10 @@ class MediaPolicy:
     network_seconds: float = 20.0
     network_bytes: int = 64 << 20
     limits: MediaLimits = field(default_factory=MediaLimits)
+
+    def rooted(self, media_root: str | None) -> "MediaPolicy":
+        """This policy with another `media_root`; as it is for None."""
+        return self if media_root is None else replace(self, media_root=str(media_root))
 
 
 DEFAULT_POLICY = MediaPolicy()

@@ -5,7 +5,6 @@ Every medium has one placeholder in the text, which is expanded to as many token
 branch. `mm_token_type_ids` says what every position is: 0 text, 1 image, 2 video, 3 speech, 4 sound.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,10 +36,11 @@ from .chat_unimoe import (
 )
 from .feature_extraction_unimoe import UniMoeFeatureExtractor
 from .media_inputs_unimoe import IMAGE_ASPECT_RATIOS, check_token_counts, process_media, waiting_runs
-from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, OptionError, PlaceholderError
+from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, MediaPolicy, OptionError, PlaceholderError
 from .original_chat_unimoe import TOKENIZATIONS, build_encoder, needs_answer
 from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
 from .processor_parts_unimoe import PARTS, PresentParts, forget_code_of_processor, load_parts
+from .sound_tracks_unimoe import with_sound_tracks
 from .video_processing_unimoe import UniMoeVideoProcessor
 
 __all__ = ["DEFAULT_CHAT_TEMPLATE", "VICUNA_CHAT_TEMPLATE", "UniMoeProcessor", "prepare_tokenizer"]
@@ -181,7 +181,8 @@ class UniMoeProcessor(ProcessorMixin):
         Contents are strings or lists of items {"type": "text", "text": ...}, {"type": "image", "image": PIL | array |
         bytes | path} (also under "path", "url", "base64"), likewise "video" and "audio"; audio items take
         "sampling_rate" (for arrays) and "encoder": "speech", "sound" or "both". Control tokens in texts stay text.
-        A video with "sound_track": True is two media, its sound and its pictures; so is each with load_audio_from_video.
+        A video with "sound_track": True is two media, its sound and its pictures; with load_audio_from_video so is
+        each that has a sound track.
 
         Returns:
             `tokenize=False`: the prompt(s), unescaped. Else with `return_dict` a BatchFeature with input_ids,
@@ -192,7 +193,7 @@ class UniMoeProcessor(ProcessorMixin):
         Raises:
             ConversationError, MediaError, PlaceholderError: the message names conversation, message and content.
         """
-        sound_tracks = bool(kwargs.pop("load_audio_from_video", False))
+        sound_tracks = kwargs.pop("load_audio_from_video", False) and self.feature_extractor is not None
         kwargs.pop("sanitize_control_tokens", None)  # always on
         flat = {name: kwargs.pop(name) for name in CALL_OPTIONS & set(kwargs)}
         options = merge_options({**(processor_kwargs or {}), **flat})
@@ -208,13 +209,16 @@ class UniMoeProcessor(ProcessorMixin):
             "continue_final_message": continue_final_message,
             **kwargs,
         }
-        batched = is_batched(conversation)
-        conversations = [messages_of(one, sound_tracks) for one in (conversation if batched else [conversation])]
+        batched, policy = is_batched(conversation), self.media_policy.rooted(media_root)
+        conversations = [messages_of(one) for one in (conversation if batched else [conversation])]
+        if sound_tracks:
+            conversations = [with_sound_tracks(messages, policy) for messages in conversations]
         if not tokenize:
-            limits = self.media_policy.limits
-            prompts = [encoder.render(read_messages(one, limits)[0], **template_options)[0] for one in conversations]
+            prompts = [
+                encoder.render(read_messages(one, policy.limits)[0], **template_options)[0] for one in conversations
+            ]
             return prompts if batched else prompts[0]
-        samples, tensors = self._process_conversations(conversations, encoder, template_options, options, media_root)
+        samples, tensors = self._process_conversations(conversations, encoder, template_options, options, policy)
         if not return_assistant_tokens_mask:
             samples = [{k: v for k, v in sample.items() if k != "assistant_masks"} for sample in samples]
         output = self._batch(samples, tensors, options)
@@ -243,7 +247,8 @@ class UniMoeProcessor(ProcessorMixin):
             raise ConversationError("training_inputs needs one conversation at least, got none.")
         given = {"padding_side": padding_side, "pad_to_multiple_of": pad_to_multiple_of, "max_length": max_length}
         options = merge_options({**given, "return_tensors": return_tensors, "truncation": max_length is not None})
-        samples, tensors = self._process_conversations(conversations, self._encoder(None), {}, options, media_root)
+        policy = self.media_policy.rooted(media_root)
+        samples, tensors = self._process_conversations(conversations, self._encoder(None), {}, options, policy)
         strict = needs_answer(self.tokenization)
         labelled = [with_labels(sample, f"conversation {index}", strict) for index, sample in enumerate(samples)]
         return self._batch(labelled, tensors, options)
@@ -363,12 +368,9 @@ class UniMoeProcessor(ProcessorMixin):
         encoder: ChatEncoder,
         template_options: dict[str, Any],
         options: dict[str, Any],
-        media_root: str | None,
+        policy: MediaPolicy,
     ) -> tuple[list[Sample], dict[str, Any]]:
         """Token lists (with assistant_masks) per conversation, and the tensors of all their media."""
-        policy = self.media_policy
-        if media_root is not None:
-            policy = dataclasses.replace(policy, media_root=str(media_root))
         read = [
             read_messages(messages, policy.limits, f"conversation {index}, " if len(conversations) > 1 else "")
             for index, messages in enumerate(conversations)

@@ -105,6 +105,9 @@ def test_the_sound_track_is_the_videos_own(processor: UniMoeProcessor, tmp_path:
         processor, user({"type": "video", "path": str(tmp_path / "clip.mp4")}), load_audio_from_video=True
     )
     assert everywhere["speech_features"].equal(expected["speech_features"])
+    silent = user({"type": "video", "video": tiny_media.video(frames=5)}, FRAMES_ITEM)
+    batch = encode(processor, silent, load_audio_from_video=True)
+    assert batch["input_ids"].equal(encode(processor, silent)["input_ids"])
     speech_only = user({"type": "video", "path": str(tmp_path / "clip.mp4"), "sound_track": True, "encoder": "speech"})
     assert media_runs(encode(processor, speech_only)["mm_token_type_ids"][0]) == [(SPEECH, 6), (VIDEO, 5)]
 

@@ -1,0 +1,58 @@
+"""`unimoe serve`: a model over HTTP, as OpenAI's clients talk to it."""
+
+import argparse
+
+_EPILOG = """\
+examples:
+  unimoe serve quickstart-out/model
+  unimoe serve you/your-model --port 9000 --device cuda
+
+  from openai import OpenAI
+  client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+  client.chat.completions.create(model="quickstart-out/model", messages=[{"role": "user", "content": [
+      {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
+      {"type": "text", "text": "What is in the picture?"}]}])
+
+Pictures, video (video_url) and audio (audio_url, input_audio) come inside the request, as data: URLs; the server opens no
+files and no addresses for its clients. It answers on this machine only unless --host says otherwise, and it knows no
+passwords: put a proxy in front of it before you open it to a network.
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve a model over HTTP (OpenAI-compatible)",
+        description="Serve a model over HTTP at /v1/chat/completions, with streaming, through transformers' server.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id; also its name for clients")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: that of the weights)")
+    parser.add_argument(
+        "--max-request-mb", type=int, default=64, metavar="N", help="longest request, media included (default: 64)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the model, say where it is, serve until stopped."""
+    from ..conversion.dense.sources import resolve_folder
+    from ..errors import UniMoeError
+    from ..hub_access import MODEL_FILES
+    from ..serving.server import ModelServer, ServerSettings
+
+    if not 1 <= args.port <= 65535:
+        raise UniMoeError(f"--port is {args.port}; it must be from 1 to 65535.")
+    if args.max_request_mb < 1:
+        raise UniMoeError(f"--max-request-mb is {args.max_request_mb}; it must be at least 1.")
+    resolve_folder(args.model, MODEL_FILES)
+    settings = ServerSettings(
+        args.model, args.host, args.port, args.device, args.dtype, longest_body=args.max_request_mb << 20
+    )
+    server = ModelServer(settings)
+    print(f"{args.model} at http://{args.host}:{args.port}/v1 (Ctrl-C stops)", flush=True)
+    server.run()
+    return 0

@@ -1,0 +1,93 @@
+"""What a chat request may say, checked before the model sees it: an OpenAI-style body has many ways to be wrong."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import RequestError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Content parts, and where their text, URL or data is.
+_PARTS: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "image_url": ("image_url", "url"),
+    "video_url": ("video_url", "url"),
+    "audio_url": ("audio_url", "url"),
+    "input_audio": ("input_audio", "data"),
+}
+
+
+def require_chat_request(body: Any, longest_answer: int) -> None:
+    """Refuse what cannot be answered.
+
+    Args:
+        body: the decoded JSON of a request to /v1/chat/completions.
+        longest_answer: the most tokens that may be asked for.
+
+    Raises:
+        RequestError: names the field, its value and what it may be.
+    """
+    if not isinstance(body, dict):
+        raise RequestError(f"The body is a JSON {type(body).__name__}; it must be an object with `messages`.")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("`messages` must be a list of at least one message.")
+    for number, message in enumerate(messages):
+        _require_message(message, f"messages[{number}]")
+    tokens = f"a whole number from 1 to {longest_answer}"
+    for name, allowed, is_allowed in (
+        ("max_tokens", tokens, lambda value: _is_whole(value) and 1 <= value <= longest_answer),
+        ("max_completion_tokens", tokens, lambda value: _is_whole(value) and 1 <= value <= longest_answer),
+        ("temperature", "a number from 0 to 2", lambda value: _is_number(value) and 0 <= value <= 2),
+        ("top_p", "a number above 0 and up to 1", lambda value: _is_number(value) and 0 < value <= 1),
+        ("frequency_penalty", "a number from -2 to 2", lambda value: _is_number(value) and -2 <= value <= 2),
+        ("seed", "a whole number", _is_whole),
+        ("stream", "true or false", lambda value: isinstance(value, bool)),
+        ("n", "1", lambda value: value == 1 and not isinstance(value, bool)),
+        ("stop", "a text or a list of texts", _is_stop),
+    ):
+        _require_field(body, name, allowed, is_allowed)
+
+
+def _require_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise RequestError(f"{where} must be an object with a `role`, one of {', '.join(ROLES)}.")
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return
+    if not isinstance(content, list) or not content:
+        raise RequestError(f"{where}.content must be a text or a list of parts.")
+    for number, part in enumerate(content):
+        _require_part(part, f"{where}.content[{number}]")
+
+
+def _require_part(part: Any, where: str) -> None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in _PARTS:
+        raise RequestError(f"{where}.type is {kind!r}; it must be one of {', '.join(_PARTS)}.")
+    value: Any = part
+    for name in _PARTS[kind]:
+        value = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        raise RequestError(f"{where} needs a text at {'.'.join(_PARTS[kind])}.")
+    if kind == "input_audio" and not isinstance(part["input_audio"].get("format"), str):
+        raise RequestError(f"{where} needs input_audio.format, such as 'wav'.")
+
+
+def _require_field(body: dict[str, Any], name: str, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
+    value = body.get(name)
+    if value is not None and not is_allowed(value):
+        raise RequestError(f"`{name}` is {str(value)[:80]!r}; it must be {allowed}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_stop(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return isinstance(texts, list) and bool(texts) and all(isinstance(text, str) and text for text in texts)

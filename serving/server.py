@@ -1,0 +1,113 @@
+"""transformers' OpenAI-compatible server for one model of ours.
+
+`transformers serve MODEL` works on our folders too. What is added here: a request that cannot be answered gets a 4xx that
+says why (there it is a 500 without a reason), clients cannot name files or addresses for the server to open, requests
+and prompts have a greatest length, /v1/models lists the model that is served, and no request loads another.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.cli.serve import Serve
+from transformers.utils.import_utils import is_serve_available
+
+from ..errors import MissingPackageError, RequestError, UniMoeError
+from ..processing.media_policy_unimoe import MediaLimits, MediaPolicy
+from .request_guard import CHAT, RequestGuard, error_body
+
+# Of transformers' routes these stay: others load models by name, unload ours, or are not checked here.
+_ROUTES = (CHAT, "/health")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a model is served.
+
+    Args:
+        model: folder or Hub id; also the name that clients may give.
+        host, port: where it listens.
+        device, dtype: as in `transformers serve`.
+        longest_body: bytes of one request, media included.
+        limits: of the media in a request.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    dtype: str = "auto"
+    longest_body: int = 64 << 20
+    limits: MediaLimits = field(default_factory=lambda: MediaLimits(max_audio_seconds=600.0, max_video_seconds=600.0))
+
+
+class ModelServer(Serve):
+    """Loads the model at once; `run()` then serves until it is stopped.
+
+    Raises:
+        MissingPackageError: the extra `serve` is not installed.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        if not is_serve_available():
+            raise MissingPackageError("Serving needs the extra `serve`: pip install 'unimoe[serve]'.")
+        super().__init__(
+            force_model=settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            host=settings.host,
+            port=settings.port,
+            non_blocking=True,
+        )
+        self.settings = settings
+        [loaded] = self._model_manager.loaded_models.values()
+        context = loaded.model.config.get_text_config().max_position_embeddings
+        loaded.processor.media_policy = MediaPolicy(allow_paths=False, limits=settings.limits)
+        _limit_prompts(loaded.processor, context)
+        self._add_to_app(self.server.config.app, context)
+
+    def start_server(self) -> None:
+        """Nothing yet: transformers calls this before the app is complete."""
+
+    def run(self) -> None:
+        """Serve until the process is interrupted, or `stop` is called from another thread."""
+        self.server.run()
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+
+    def _add_to_app(self, app: Any, context: int) -> None:
+        from fastapi import Request
+        from fastapi.responses import JSONResponse
+        from starlette.exceptions import HTTPException
+
+        async def refused(_: Request, error: Exception) -> JSONResponse:
+            status, reason = (error.status_code, error.detail) if isinstance(error, HTTPException) else (400, error)
+            return JSONResponse(error_body(str(reason)), status_code=status)
+
+        def served_models() -> dict[str, Any]:
+            return {"object": "list", "data": [{"id": self.settings.model, "object": "model", "owned_by": "unimoe"}]}
+
+        for kind in (UniMoeError, HTTPException):
+            app.add_exception_handler(kind, refused)
+        app.add_middleware(RequestGuard, longest_body=self.settings.longest_body, longest_answer=context)
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in _ROUTES]
+        app.get("/v1/models")(served_models)
+
+
+def _limit_prompts(processor: Any, context: int) -> None:
+    """Refuse prompts that the model has no positions for; transformers would generate behind its last one."""
+    make_inputs = processor.apply_chat_template
+
+    @functools.wraps(make_inputs)
+    def within_context(*args: Any, **kwargs: Any) -> Any:
+        inputs = make_inputs(*args, **kwargs)
+        length = len(inputs["input_ids"][0])
+        if length >= context:
+            raise RequestError(
+                f"The conversation has {length} tokens, media included; the model takes fewer than {context}: "
+                "shorten it."
+            )
+        return inputs
+
+    processor.apply_chat_template = within_context

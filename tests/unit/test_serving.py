@@ -1,0 +1,204 @@
+"""A tiny model is served on this machine; OpenAI's client and raw requests talk to it."""
+
+import base64
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_media
+import tiny_training
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+
+from unimoe.errors import RequestError  # noqa: E402
+from unimoe.serving.request_checks import require_chat_request  # noqa: E402
+from unimoe.serving.server import ModelServer, ServerSettings  # noqa: E402
+
+NAME = "tiny"
+BODY_LIMIT = 200_000
+
+
+def data_url(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": data_url(tiny_media.encoded_picture(), "image/png")}}
+WAV = base64.b64encode(tiny_media.wav(tiny_media.sound())).decode()
+AUDIO = {"type": "input_audio", "input_audio": {"data": WAV, "format": "wav"}}
+VIDEO = {"type": "video_url", "video_url": {"url": data_url(tiny_media.video(frames=5), "video/mp4")}}
+LOUD_VIDEO = {"type": "video_url", "video_url": {"url": data_url(tiny_media.video(frames=5, track=True), "video/mp4")}}
+QUESTION = {"type": "text", "text": "What is it?"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / NAME
+    processor = tiny_training.processor()
+    tiny_training.model(processor, sparse=True).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = ServerSettings(str(folder), port=port, device="cpu", longest_body=BODY_LIMIT)
+    server = ModelServer(settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    address = f"http://127.0.0.1:{port}"
+    while not server.server.started:
+        thread.join(0.02)
+        assert thread.is_alive()
+    yield address
+    server.stop()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Any:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def ask(client: Any, folder: Path, content: Any, **options: Any) -> str:
+    answer = client.chat.completions.create(
+        model=str(folder), messages=[{"role": "user", "content": content}], max_tokens=6, **options
+    )
+    return answer.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[IMAGE, QUESTION], [AUDIO, QUESTION], [VIDEO, QUESTION], [LOUD_VIDEO, QUESTION], [QUESTION], "What is it?"],
+    ids=["image", "audio", "video", "video and its sound", "text part", "text"],
+)
+def test_the_answer_is_the_models_own(client: Any, folder: Path, content: Any) -> None:
+    from unimoe import UniMoeForCausalLM, UniMoeProcessor
+
+    model, processor = UniMoeForCausalLM.from_pretrained(folder), UniMoeProcessor.from_pretrained(folder)
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else [ours(item) for item in content]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": items}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        load_audio_from_video=True,
+    )
+    output = model.generate(**inputs, max_new_tokens=6)
+    expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert ask(client, folder, content) == expected
+
+
+def ours(item: dict[str, Any]) -> dict[str, Any]:
+    kind = item["type"].partition("_")[0]
+    if kind == "input":
+        return {"type": "audio", "audio": base64.b64decode(WAV)}
+    return item if kind == "text" else {"type": kind, "url": item[item["type"]]["url"]}
+
+
+def test_streamed_pieces_make_the_whole_answer(client: Any, folder: Path) -> None:
+    pieces = client.chat.completions.create(
+        model=str(folder), messages=[{"role": "user", "content": [IMAGE, QUESTION]}], max_tokens=6, stream=True
+    )
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == ask(client, folder, [IMAGE, QUESTION])
+
+
+def test_sixteen_at_once_are_answered_as_one_by_one(client: Any, folder: Path) -> None:
+    questions = [
+        [IMAGE, {"type": "text", "text": f"{word} {number}"}] for word in ("red", "low") for number in range(8)
+    ]
+    with ThreadPoolExecutor(16) as threads:
+        at_once = list(threads.map(lambda question: ask(client, folder, question), questions))
+    assert at_once == [ask(client, folder, question) for question in questions]
+
+
+def test_the_served_model_is_listed(client: Any, folder: Path) -> None:
+    assert [model.id for model in client.models.list()] == [str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}], "not a readable image"),
+        ([{"type": "image_url", "image_url": {"url": __file__}}], "paths are refused"),
+        ([{"type": "image_url", "image_url": {"url": f"file://{__file__}"}}], "refused"),
+        ([{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}], "network access is off"),
+        ([{"type": "audio_url", "audio_url": {"url": data_url(b"RIFF", "audio/wav")}}], "audio"),
+        ("word " * 300, "takes fewer than 256: shorten it"),
+    ],
+)
+def test_media_and_prompts_that_cannot_be_used(client: Any, folder: Path, content: Any, reason: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=reason):
+        ask(client, folder, content)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (b"{", 400, "no JSON"),
+        (b"\xff\xfe", 400, "no JSON"),
+        (b"[" * 100_000, 400, "no JSON"),
+        (b" " * (BODY_LIMIT + 1), 413, "longer than"),
+        (b'{"messages": []}', 400, "at least one message"),
+    ],
+)
+def test_bodies_that_are_no_request(address: str, body: bytes, status: int, reason: str) -> None:
+    answer = httpx.post(f"{address}/v1/chat/completions", content=body)
+    assert answer.status_code == status
+    assert reason in answer.json()["error"]["message"]
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+
+def test_no_request_loads_or_unloads_models(address: str, client: Any, folder: Path) -> None:
+    assert httpx.post(f"{address}/load_model", json={"model": "another"}).status_code == 404
+    assert httpx.post(f"{address}/reset").status_code == 404
+    with pytest.raises(openai.BadRequestError, match="pinned"):
+        client.chat.completions.create(model="another", messages=[{"role": "user", "content": "Hi"}])
+
+
+MESSAGE = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ([], "it must be an object"),
+        ({"messages": [MESSAGE, "Hi"]}, r"messages\[1\] must be an object"),
+        ({"messages": [{"role": "boss", "content": "Hi"}]}, "one of system"),
+        ({"messages": [{"role": "user", "content": 3}]}, "a text or a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image'; it must be one of"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, r"image_url\.url"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "x"}}]}]},
+            "format",
+        ),
+        ({"messages": [MESSAGE], "max_tokens": 0}, "whole number from 1 to 256"),
+        ({"messages": [MESSAGE], "max_tokens": True}, "whole number"),
+        ({"messages": [MESSAGE], "max_completion_tokens": 1000}, "from 1 to 256"),
+        ({"messages": [MESSAGE], "temperature": float("nan")}, "from 0 to 2"),
+        ({"messages": [MESSAGE], "top_p": 0}, "above 0"),
+        ({"messages": [MESSAGE], "n": 2}, "must be 1"),
+        ({"messages": [MESSAGE], "stop": [1]}, "list of texts"),
+    ],
+)
+def test_fields_that_cannot_be(body: Any, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        require_chat_request(body, longest_answer=256)
+
+
+def test_the_longest_allowed_requests_pass() -> None:
+    parts = [QUESTION, IMAGE, AUDIO, VIDEO]
+    body = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A"}, MESSAGE]}
+    require_chat_request({**body, "max_tokens": 256, "temperature": 0, "top_p": 1, "stop": "x", "n": 1}, 256)
+    assert json.dumps(body)

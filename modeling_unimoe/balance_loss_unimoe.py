@@ -64,7 +64,22 @@ def group_balance_losses(
     Returns:
         0 for a group of which no token counts.
     """
-    losses = []
+    return balance_losses_and_even(router_logits, config, token_group_T, attention_mask_T, token_weight_T, step)[0]
+
+
+def balance_losses_and_even(
+    router_logits: tuple[torch.Tensor, ...],
+    config: UniMoeTextConfig,
+    token_group_T: torch.Tensor | None = None,
+    attention_mask_T: torch.Tensor | None = None,
+    token_weight_T: torch.Tensor | None = None,
+    step: StepTotals | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`group_balance_losses`, and what they would be if choices and probabilities were even: sum_c f_c * sum_c P_c, [G].
+
+    That is 1 for a group with top-k routing, and with "dynamic" the mean number of choices that tokens made.
+    """
+    losses, even = [], []
     layers = counted_layers(router_logits, config, token_group_T, attention_mask_T, token_weight_T)
     for index, (logits_TR, group_T, mask_T, weight_T) in enumerate(layers):
         if step is None:
@@ -73,8 +88,11 @@ def group_balance_losses(
             chosen_C, tokens_C = step.chosen_LC[index], step.tokens_LC[index]
         probability_C = _layer_probabilities(logits_TR, group_T, mask_T, weight_T, config)
         divisor_C = at_least_something(tokens_C)
-        losses.append(_by_group(chosen_C.detach() / divisor_C * (probability_C / divisor_C), config))
-    return over_layers(losses, config)
+        share_C, mean_C = chosen_C.detach() / divisor_C, probability_C / divisor_C
+        sizes = group_sizes(config)
+        losses.append(torch.tensor(sizes, device=mean_C.device) * _group_sums(share_C * mean_C, sizes))
+        even.append(_group_sums(share_C, sizes) * _group_sums(mean_C.detach(), sizes))
+    return over_layers(losses, config), over_layers(even, config)
 
 
 def counted_layers(
@@ -139,7 +157,6 @@ def _layer_probabilities(
     return torch.cat([(shares(logits_TC, config) * own_T[:, None]).sum(dim=0) for logits_TC, own_T in groups])
 
 
-def _by_group(value_C: torch.Tensor, config: UniMoeTextConfig) -> torch.Tensor:
-    """C * sum_c value_c of every group, [G]."""
-    sizes = group_sizes(config)
-    return torch.stack([size * own_C.sum() for size, own_C in zip(sizes, value_C.split(sizes), strict=True)])
+def _group_sums(value_C: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """The sum over the rows of every group, [G]."""
+    return torch.stack([own_C.sum() for own_C in value_C.split(sizes)])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .balance_loss_unimoe import counted_layers, group_balance_losses, layer_choices
+from .balance_loss_unimoe import balance_losses_and_even, counted_layers, layer_choices
 from .configuration_unimoe_text import LOSS_COEFFICIENTS, UniMoeTextConfig
 from .gate_rows_unimoe import StepTotals, group_sizes, valid_tokens
 from .modality_losses_unimoe import divergence_loss, modality_loss, modality_pairs
@@ -22,11 +22,16 @@ class BalanceTerms(NamedTuple):
     """Float32: the scalar `weighted` is what joins the cross entropy, `losses` its terms, unweighted, by their names.
 
     aux_loss_G: the groups' parts of "aux_loss".
+    even: the same as `losses`, as they would be if the experts were used evenly: the load-balancing loss with even choices
+        and probabilities, the others with gates that prefer nothing (all logits 0). No gradients.
+    weighted_even: what would join the cross entropy then.
     """
 
     weighted: torch.Tensor
     losses: dict[str, torch.Tensor]
     aux_loss_G: torch.Tensor
+    even: dict[str, torch.Tensor]
+    weighted_even: torch.Tensor
 
 
 @torch.no_grad()
@@ -67,15 +72,30 @@ def balance_terms(
             Not for losses as released.
     """
     mask_BS, mask_T, groups_T = _per_token(attention_mask, token_groups)
-    aux_loss_G = group_balance_losses(router_logits, config, groups_T, mask_T, step=step)
-    losses = {"aux_loss": aux_loss_G.sum(), "z_loss": router_z_loss(router_logits, mask_T, config, groups_T, step)}
-    if config.router_modality_loss_coef:
-        losses["modality_loss"] = modality_loss(router_logits, config, modality_ids, mask_BS, step)
-    if config.router_divergence_loss_coef:
-        losses["divergence_loss"] = divergence_loss(router_logits, config, modality_ids, mask_BS, step)
-    terms = [(aux_loss_G * aux_loss_G.new_tensor(config.aux_loss_coefs)).sum()]
-    terms += [getattr(config, LOSS_COEFFICIENTS[name]) * loss for name, loss in losses.items() if name != "aux_loss"]
-    return BalanceTerms(torch.stack(terms).sum(), losses, aux_loss_G)
+    aux_loss_G, aux_even_G = balance_losses_and_even(router_logits, config, groups_T, mask_T, step=step)
+
+    def others(logits: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        losses = {"z_loss": router_z_loss(logits, mask_T, config, groups_T, step)}
+        if config.router_modality_loss_coef:
+            losses["modality_loss"] = modality_loss(logits, config, modality_ids, mask_BS, step)
+        if config.router_divergence_loss_coef:
+            losses["divergence_loss"] = divergence_loss(logits, config, modality_ids, mask_BS, step)
+        return losses
+
+    def weighted(aux_G: torch.Tensor, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        aux = (aux_G * aux_G.new_tensor(config.aux_loss_coefs)).sum()
+        return torch.stack([aux, *(getattr(config, LOSS_COEFFICIENTS[n]) * loss for n, loss in losses.items())]).sum()
+
+    losses = others(router_logits)
+    with torch.no_grad():
+        even = others(tuple(torch.zeros_like(logits) for logits in router_logits))
+    return BalanceTerms(
+        weighted(aux_loss_G, losses),
+        {"aux_loss": aux_loss_G.sum(), **losses},
+        aux_loss_G,
+        {"aux_loss": aux_even_G.sum(), **even},
+        weighted(aux_even_G, even),
+    )
 
 
 def router_z_loss(

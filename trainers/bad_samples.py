@@ -12,6 +12,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import ConversationError, DataError, MediaError, PlaceholderError
+from .checkpoints import append_line
 from .data import ConversationDataset, Sample, group_of
 from .objective import IGNORED
 
@@ -91,8 +92,7 @@ class BadSamples:
                 continue
             self.reasons[name] = reason
             logger.warning(f"The sample {name} is left out: {reason}")
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
+            append_line(self.file, json.dumps({"id": name, "reason": reason}, ensure_ascii=False))
         if len(self.reasons) > self.limit * self.total:
             name, reason = next(iter(self.reasons.items()))
             raise DataError(

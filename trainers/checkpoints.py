@@ -1,7 +1,8 @@
 """Checkpoint folders that are either whole or ignored.
 
-A checkpoint is written under a temporary name, renamed, and only then gets its `COMPLETE` file: a JSON mapping from
-every file to its size and SHA-256. A folder without it is what a killed process left behind.
+A checkpoint is written aside, under `SAVING_FOLDER`. Its files and folders are flushed to the disk, it is renamed to its
+place, and only then gets its `COMPLETE` file: a JSON mapping from every file to its size and SHA-256. A folder without it
+is what a killed process left behind.
 """
 
 import hashlib
@@ -9,10 +10,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..errors import CheckpointError
@@ -21,34 +23,81 @@ logger = logging.get_logger(__name__)
 
 COMPLETE_FILE = "COMPLETE"
 SAVING_FOLDER = ".saving"
-LOCK_FILE = ".lock"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
+_ANOTHER_WAY = "Put it back, or delete the checkpoint's folder to go on from the one before it."
+
+Manifest = dict[str, list[int | str]]
 
 
 def seal(written: Path, final: Path) -> None:
     """Move a finished folder to its place and mark it complete; safe against a kill at any moment."""
-    files = sorted(path for path in written.rglob("*") if path.is_file())
-    manifest = {}
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            manifest[str(path.relative_to(written))] = [path.stat().st_size, _digest(path)]
-    if final.exists():
-        shutil.rmtree(final)
+    manifest = manifest_of(written, _files(written))
+    flush_folder(written)
+    discard(final)
     written.rename(final)
     _sync_folder(final.parent)
     write_durably(final / COMPLETE_FILE, json.dumps(manifest, indent=1))
 
 
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint, its mark first, so that a kill in between leaves no half of a complete one."""
+    if checkpoint.exists():
+        (checkpoint / COMPLETE_FILE).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+
+
+def manifest_of(folder: Path, files: Iterable[Path]) -> Manifest:
+    """Size and SHA-256 of every file, by its path in the folder."""
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
+
+
+def flush_files(files: Iterable[Path]) -> None:
+    """Bring files to the disk."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring all files below a folder, and the folders that name them, to the disk."""
+    flush_files(_files(folder))
+    for below in (path for path in folder.rglob("*") if path.is_dir()):
+        _sync_folder(below)
+    _sync_folder(folder)
+
+
 def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is either there as a whole or not at all."""
+    """Write a small file so that it is either there as a whole or not at all. Raises CheckpointError."""
     temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
+    with told(f"{path.name} could not be written", path.parent):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log. Raises CheckpointError."""
+    with told(f"{path.name} could not be written", path.parent), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+@contextmanager
+def told(problem: str, folder: Path) -> Iterator[None]:
+    """Say what became of a write that failed, instead of the bare error of the system.
+
+    Raises:
+        CheckpointError: the disk is full, the folder is read-only, or the like.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{problem} in {folder}: {error}. Complete checkpoints are untouched: make room or give the right to write, and "
+            "start again to go on from the newest."
+        ) from error
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -80,9 +129,27 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def verify(checkpoint: Path) -> None:
     """Compare a checkpoint with its manifest. Raises CheckpointError naming the first file that differs."""
-    manifest = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
+    mark = checkpoint / COMPLETE_FILE
+    if not mark.is_file():
+        raise CheckpointError(
+            f"The checkpoint {checkpoint} is incomplete: it has no file {COMPLETE_FILE}, so its process was stopped while "
+            "saving, or another program wrote it. Go on from an older one, or from the beginning."
+        )
+    manifest = read_manifest(mark)
+    verify_files(checkpoint, manifest, f"the checkpoint {checkpoint}", _ANOTHER_WAY)
+    strangers = sorted(
+        {path.relative_to(checkpoint).as_posix() for path in _files(checkpoint)} - {*manifest, mark.name}
+    )
+    if strangers:
+        raise CheckpointError(
+            f"{strangers[0]} of the checkpoint {checkpoint} was not written with it. Take it away to go on from there."
+        )
+
+
+def verify_files(folder: Path, manifest: Manifest, what: str, remedy: str) -> None:
+    """Compare files with a manifest. Raises CheckpointError naming the first that differs, of `what`, and the remedy."""
     for name, (size, digest) in manifest.items():
-        path = checkpoint / name
+        path = folder / name
         if not path.is_file():
             problem = "is missing"
         elif path.stat().st_size != size:
@@ -91,42 +158,32 @@ def verify(checkpoint: Path) -> None:
             problem = "has other content than was written"
         else:
             continue
-        raise CheckpointError(
-            f"{name} of the checkpoint {checkpoint} {problem}. Put it back, or delete the checkpoint's folder to go on "
-            "from the one before it."
-        )
+        raise CheckpointError(f"{name} of {what} {problem}. {remedy}")
+
+
+def read_manifest(file: Path) -> Manifest:
+    """The manifest in a file; an empty file holds none. Raises CheckpointError when it is damaged."""
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8") or "{}")
+        if all(
+            Path(name).name and ".." not in Path(name).parts and len(entry) == 2 for name, entry in manifest.items()
+        ):
+            return manifest
+    except (ValueError, AttributeError, TypeError):
+        pass  # not JSON, or not a mapping to pairs
+    raise CheckpointError(f"{file.name} of {file.parent} is damaged: it does not list files. {_ANOTHER_WAY}")
 
 
 def rotate(folder: Path, keep: int, spared: Path | None = None) -> None:
     """Delete all but the newest complete checkpoints, and the spared one."""
     for checkpoint in complete_checkpoints(folder)[:-keep]:
-        if spared is not None and checkpoint.name == spared.name:
-            continue
-        # Without its mark first, so that a kill in between leaves no half of a complete checkpoint.
-        (checkpoint / COMPLETE_FILE).unlink()
-        shutil.rmtree(checkpoint)
+        if spared is None or checkpoint.name != spared.name:
+            discard(checkpoint)
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a folder against a second process that writes there too; the operating system lets go when we die.
-
-    Raises:
-        CheckpointError: somebody else holds it.
-    """
-    with (folder / LOCK_FILE).open("w") as lock:
-        try:
-            import fcntl
-        except ImportError:  # Windows: no lock rather than no training
-            yield
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"Another process is training in {folder}: wait for it or choose another out."
-            ) from error
-        yield
+def _files(folder: Path) -> list[Path]:
+    """Files below a folder; hidden ones, which file managers and network disks leave anywhere, do not count."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
 def _digest(path: Path) -> str:

@@ -9,12 +9,11 @@ OUT/<stage>/checkpoints/     gone when the stage is done
 OUT/<stage>/model/           the model after the stage (not for "experts")
 OUT/<stage>/<expert>/        "experts" only: the same, with expert.safetensors, connectors.safetensors
 OUT/<stage>/stage.json       the report
-OUT/<stage>/DONE             the stage is finished
+OUT/<stage>/DONE             the stage is finished; size and SHA-256 of what it left
 """
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -39,22 +38,22 @@ from .assembly import (
     trained_by,
 )
 from .bad_samples import TolerantCollator
-from .checkpoints import exclusive, write_durably
+from .checkpoints import write_durably
 from .collator import Augment, CachedCollator, RawCollator
 from .data import ConversationDataset
 from .encoder_cache import EncoderCache
+from .folder_lock import exclusive
 from .plan import require_data, require_model_folder
 from .recipe import Recipe, StageConfig
 from .recipe_file import save_recipe
 from .recipe_parts import ExpertConfig
 from .sampler import ModalityBatchSampler
-from .stage import CHECKPOINTS_FOLDER, OnProgress, OnStageStart, RunSettings, StageReport, run_training
+from .stage import OnProgress, OnStageStart, RunSettings, StageReport, run_training
+from .stage_files import DONE_FILE, MODEL_FOLDER, mark_done, verify_results, written_aside
 from .stage_processor import confined, processor_of
 
 STAGE_FILE = "stage.json"
 SETTINGS_FILE = "settings.json"
-DONE_FILE = "DONE"
-MODEL_FOLDER = "model"
 # Settings that change nothing about what a stage computes.
 _FREE_SETTINGS = ("stage.save_every", "stage.keep_checkpoints", "stage.log_every", "stage.data")
 OnStageEnd = Callable[[StageReport, UniMoeForCausalLM, Any], dict[str, Any] | None]
@@ -197,6 +196,8 @@ class _Curriculum:
             report = self._train_experts(stage, dataset, folder)
             return self._finish(report, folder)
         if stage.kind == "moe":
+            for own in self.expert_folders:
+                verify_results(own)
             self.model = _with_implementations(
                 assemble(self.model, self.recipe.moe, self.expert_folders, self.recipe.seed), self.recipe
             )
@@ -260,7 +261,7 @@ class _Curriculum:
                 if parameter_name in saved:
                     parameter.copy_(saved[parameter_name])
         _write_report(report, folder)
-        _mark_done(folder)
+        mark_done(folder)
         return report
 
     def _finish(self, report: StageReport, folder: Path) -> StageReport:
@@ -268,7 +269,7 @@ class _Curriculum:
         if self.on_stage_end is not None:
             report.evaluation = self.on_stage_end(report, self.model.eval(), self.processor)
             _write_report(report, folder)
-        _mark_done(folder)
+        mark_done(folder)
         return report
 
     def _data(self, stage: StageConfig) -> ConversationDataset:
@@ -296,19 +297,16 @@ class _Curriculum:
             self.model = None
             self.model_folder = folder
         if load and self.model is None:
+            verify_results(folder.parent)
             self.model = load_start_model(folder, self.recipe)
 
     def _save_model(self, folder: Path) -> None:
         """A whole bundle: what a recipe leaves behind loads where unimoe is not installed."""
-        written = folder.with_name(f"{folder.name}.new")
-        shutil.rmtree(written, ignore_errors=True)
-        self.model.save_pretrained(written)
-        self.processor.save_pretrained(written)
-        card = model_card(Path(self.recipe.out).name, self.model.config, count_parameters(self.model.config))
-        complete_bundle(written, card)
-        if folder.exists():
-            shutil.rmtree(folder)
-        written.rename(folder)
+        with written_aside(folder) as written:
+            self.model.save_pretrained(written)
+            self.processor.save_pretrained(written)
+            card = model_card(Path(self.recipe.out).name, self.model.config, count_parameters(self.model.config))
+            complete_bundle(written, card)
 
     def require_same_settings(self, stage: StageConfig) -> None:
         """Refuse to go on from results of other settings."""
@@ -380,11 +378,6 @@ def _saved_report(folder: Path) -> StageReport | None:
 
 def _write_report(report: StageReport, folder: Path) -> None:
     write_durably(folder / STAGE_FILE, json.dumps(asdict(report), indent=1, default=str))
-
-
-def _mark_done(folder: Path) -> None:
-    write_durably(folder / DONE_FILE, "")
-    shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
 
 
 def _differences(then: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:

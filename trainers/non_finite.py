@@ -12,6 +12,9 @@ from ..errors import TrainingError
 
 logger = logging.get_logger(__name__)
 
+# With gradients that are not even scaled up any more, an overflow is no fault of the scale.
+_LEAST_SCALE = 1.0
+
 
 class _Batch(NamedTuple):
     raw: dict[str, Any]  # what `compute_loss` was given
@@ -24,19 +27,26 @@ class FiniteGuard:
 
     Args:
         max_skipped: steps that may be left out; one more ends the run.
+
+    Attributes: skipped, how many were; it goes into checkpoints. step_made, whether the last step was let through.
     """
 
     def __init__(self, max_skipped: int = 0) -> None:
         self.max_skipped = max_skipped
         self.skipped = 0
+        self.step_made = True
         self._batches: list[_Batch] = []
 
     def add(self, raw: dict[str, Any], inputs: dict[str, Any], loss: torch.Tensor) -> None:
         """Remember a batch until the optimizer's step; nothing is copied."""
         self._batches.append(_Batch(raw, inputs, loss.detach()))
 
+    def forget(self) -> None:
+        """Drop the batches of a step that is not made."""
+        self._batches = []
+
     def passes(self, trainer: Any, norm: torch.Tensor | float) -> bool:
-        """Whether the step may be made; if not, it has no gradients any more.
+        """Whether the step may be made; if not, it has no gradients any more. All ranks decide alike.
 
         Args:
             norm: of the gradients, over all ranks.
@@ -45,8 +55,16 @@ class FiniteGuard:
             TrainingError: losses or gradients are not finite and no step may be left out any more.
         """
         batches, self._batches = self._batches, []
-        if math.isfinite(float(norm + sum(batch.loss for batch in batches))):
+        losses_finite = _on_all_ranks(trainer, all(bool(torch.isfinite(batch.loss)) for batch in batches))
+        self.step_made = losses_finite and math.isfinite(float(norm))
+        if self.step_made:
             return True
+        if losses_finite and _scale_can_shrink(trainer):
+            # Gradients of half precision that were scaled up too far: the scaler leaves the step out and scales less.
+            logger.info(
+                f"The gradients of step {trainer.state.global_step + 1} overflow float16: scaled less from now on."
+            )
+            return False
         message = self._describe(trainer, batches)
         if self.skipped >= self.max_skipped:
             before = f" {self.skipped} steps were left out before." if self.skipped else ""
@@ -67,16 +85,30 @@ class FiniteGuard:
 
         def backward() -> None:
             for batch in bad:
-                with trainer.accelerator.autocast():
-                    loss = trainer.compute_loss(trainer.base, batch.raw)
-                loss.backward()
+                trainer.compute_loss(trainer.base, batch.raw).backward()
             self._batches = []
 
-        origin = first_bad_module(trainer.base, [batch.inputs for batch in bad], backward)
+        devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+        # As in the step itself: what overflows in half precision may not do so in float32.
+        with trainer.accelerator.autocast(), torch.random.fork_rng(devices=devices):
+            origin = first_bad_module(trainer.base, [batch.inputs for batch in bad], backward)
         return (
             f"The {what} is not finite at step {trainer.state.global_step + 1} on rank {trainer.args.process_index}; it "
             f"begins with {origin}. Samples of the batch: {samples}."
         )
+
+
+def _on_all_ranks(trainer: Any, good: bool) -> bool:
+    if trainer.accelerator.num_processes == 1:
+        return good
+    bad_ranks = trainer.accelerator.reduce(torch.tensor(float(not good), device=trainer.args.device), "sum")
+    return float(bad_ranks) == 0
+
+
+def _scale_can_shrink(trainer: Any) -> bool:
+    """Whether gradients are float16 and scaled up."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return scaler is not None and scaler.is_enabled() and scaler.get_scale() > _LEAST_SCALE
 
 
 def first_bad_module(model: nn.Module, batches: Sequence[Mapping[str, Any]], backward: Callable[[], None]) -> str:

@@ -19,12 +19,15 @@ _COLUMNS = 4
 class LossParts:
     """Scalars, float32. `total` is what is minimised; the others are its unweighted parts, `routers` by their names.
 
-    Each is this batch's part of the optimizer step's: the sum over the step's batches is that of the step.
+    Each is this batch's part of the optimizer step's: the sum over the step's batches is that of the step. `balanced` and
+    `total_balanced` are what `routers` and `total` would be if the experts were used evenly, see `BalanceTerms`.
     """
 
     total: torch.Tensor
     cross_entropy: torch.Tensor
+    total_balanced: torch.Tensor
     routers: dict[str, torch.Tensor] = field(default_factory=dict)
+    balanced: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def columns_to_keep(labels: torch.Tensor) -> int:
@@ -70,9 +73,12 @@ def training_loss(
     cross_entropy = (
         functional.cross_entropy(chosen, targets[learned], reduction="sum", label_smoothing=label_smoothing) / divisor
     )
+    plain = cross_entropy.detach()
     if not outputs.router_logits:
-        return LossParts(cross_entropy, cross_entropy.detach())
+        return LossParts(cross_entropy, plain, plain)
     terms = balance_terms(outputs.router_logits, config, modality_ids, token_groups, attention_mask, step)
     share = 1.0 if step is not None else items / divisor
-    losses = {name: loss.detach() * share for name, loss in terms.losses.items()}
-    return LossParts(cross_entropy + terms.weighted * share, cross_entropy.detach(), losses)
+    routers = {name: loss.detach() * share for name, loss in terms.losses.items()}
+    balanced = {name: loss * share for name, loss in terms.even.items()}
+    total, total_balanced = cross_entropy + terms.weighted * share, plain + terms.weighted_even * share
+    return LossParts(total, plain, total_balanced, routers, balanced)

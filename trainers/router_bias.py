@@ -22,11 +22,13 @@ class RouterBiasUpdate(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for router in _biased_routers(self.trainer.base):
-            router.load_C = None  # of steps that were only timed
+        forget_loads(self.trainer.base)  # of steps that were only timed
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         accelerator = self.trainer.accelerator
+        if not self.trainer.finite_guard.step_made or accelerator.optimizer_step_was_skipped:
+            forget_loads(self.trainer.base)
+            return
         several = accelerator.num_processes > 1
         update_choice_biases(self.trainer.base, (lambda load: accelerator.reduce(load, "sum")) if several else None)
 
@@ -46,6 +48,12 @@ def update_choice_biases(model: nn.Module, over_ranks: Callable[[torch.Tensor], 
     for router, load_C in zip(routers, loads, strict=True):
         if router.weight.requires_grad:
             router.update_choice_bias(load_C.to(router.choice_bias_C.device))
+        router.load_C = None
+
+
+def forget_loads(model: nn.Module) -> None:
+    """Drop what the routers counted in a step that was not made: no bias moves for it."""
+    for router in _biased_routers(model):
         router.load_C = None
 
 

@@ -16,13 +16,14 @@ from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .bad_samples import BadSamples
 from .balance_decay import BalanceDecay
-from .checkpoints import newest_checkpoint, write_durably
+from .checkpoints import append_line, newest_checkpoint, write_durably
 from .data import ConversationDataset
 from .lora import add_lora, merge_lora
+from .loss_meter import LOGGED_LOSSES
 from .recipe import COEFFICIENTS, StageConfig
 from .speed import seconds_per_checkpoint, seconds_per_step
 from .trainable import TrainableRow, count_trainable, set_trainable, trainable_table
-from .trainer import LOSS_NAMES, UniMoeTrainer
+from .trainer import UniMoeTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -192,8 +193,8 @@ class LossLog(TrainerCallback):
         if "ce_loss" not in logs:
             return
         self.seconds = self._before + time.perf_counter() - self._started
-        losses = {key: logs[key] for key in ("loss", *LOSS_NAMES) if key in logs}
-        groups = {group: sum(values) / len(values) for group, values in self.trainer.group_losses.items()}
+        losses = {key: logs[key] for key in LOGGED_LOSSES if key in logs}
+        groups = {group: sum(values) / len(values) for group, values in self.trainer.losses.groups.items()}
         record = {
             "step": state.global_step,
             "seconds": round(self.seconds, 3),
@@ -203,8 +204,7 @@ class LossLog(TrainerCallback):
             "groups": groups,
         }
         self.records.append(record)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.file, json.dumps(record))
         self._bar.set_postfix_str(f"loss {losses['loss']:.3f}", refresh=False)
         if self.settings.on_progress is not None:
             self.settings.on_progress(Progress(self.name, state.global_step, self.steps, self.seconds, losses, groups))

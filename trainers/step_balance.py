@@ -48,7 +48,8 @@ class StepBalance:
     def of(self, outputs: Any, model: UniMoeForCausalLM, inputs: Batch) -> StepTotals | None:
         """The step's totals for one of its batches; None when the batch is the whole step."""
         if self._reduces:
-            return self._over_ranks(_totals(outputs, model, inputs))
+            # Kept for the rest of the step: whoever looks at its batch again must not wait for ranks that do not.
+            self.totals, self._reduces = self._over_ranks(_totals(outputs, model, inputs)), False
         return self.totals
 
     def _over_ranks(self, totals: StepTotals) -> StepTotals:

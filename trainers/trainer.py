@@ -1,39 +1,29 @@
 """`transformers.Trainer` for Uni-MoE: modality batches, learning rates by role, exact resume, losses apart."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
+from transformers import TrainingArguments
 
-from ..errors import CheckpointError, DataError, RecipeError
-from ..modeling_unimoe.configuration_unimoe_text import LOSS_COEFFICIENTS
-from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..errors import DataError, RecipeError
 from ..roles import role_of
 from .bad_samples import BadSamples
-from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal, verify
 from .data import ConversationDataset
+from .loss_meter import LossMeter
 from .non_finite import FiniteGuard
-from .objective import LossParts, columns_to_keep, training_loss
-from .router_bias import RouterBiasUpdate, choice_biases
+from .objective import columns_to_keep, training_loss
+from .resumable import ResumableTrainer
+from .router_bias import RouterBiasUpdate
 from .sampler import ModalityBatchSampler, group_weights
 from .step_balance import StepBalance
 
-logger = logging.get_logger(__name__)
-
-TRAINED_FILE = "trained_parameters.safetensors"
-LOSS_NAMES = ("ce_loss", *LOSS_COEFFICIENTS)
 _NOT_FOR_THE_MODEL = ("labels", "logits_to_keep", "sample_ids", "group", "bad_samples")
-ALWAYS_LOGGED = ("ce_loss", "aux_loss", "z_loss")
 
 
-class UniMoeTrainer(Trainer):
+class UniMoeTrainer(ResumableTrainer):
     """A Trainer whose batches come from one modality each.
 
     Args:
@@ -89,18 +79,8 @@ class UniMoeTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.bad_samples: BadSamples | None = None
-        self.group_losses: dict[str, list[float]] = {}
-        self._group_pending: list[tuple[str, torch.Tensor]] = []
-        self._sums = torch.zeros(len(LOSS_NAMES))
-        self._micro_steps = 0
-        self._saving = False
+        self.losses = LossMeter()
         self.add_callback(RouterBiasUpdate(self))
-
-    @property
-    def base(self) -> UniMoeForCausalLM:
-        """The model itself, without PEFT and parallel wrappers."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     # ---- data
 
@@ -139,9 +119,10 @@ class UniMoeTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
         """The batches of an optimizer step; what the balance losses need to know of all of them is found here."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._restore_random_numbers_once()
         self.model.train()
         prepared = (_model_inputs(self._prepare_inputs(batch)) for batch in batches)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             self.step_balance.begin(self.base, len(batches), prepared)
         return batches, items
 
@@ -181,7 +162,7 @@ class UniMoeTrainer(Trainer):
                 self._require_something_to_learn(loss, group)
             if outputs.idle_branches is not None:
                 loss = loss + outputs.idle_branches
-            self._note(parts, group)
+            self.losses.add(parts, group)
             self.finite_guard.add(raw, inputs, loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -200,14 +181,6 @@ class UniMoeTrainer(Trainer):
                 "out of the stage (modalities)."
             )
 
-    def _note(self, parts: LossParts, group: str) -> None:
-        self._sums = self._sums.to(parts.cross_entropy.device)
-        zero = torch.zeros_like(parts.cross_entropy)
-        routers = [parts.routers.get(name, zero) for name in LOSS_COEFFICIENTS]
-        self._sums += torch.nan_to_num(torch.stack([parts.cross_entropy, *routers]), posinf=0.0, neginf=0.0)
-        self._micro_steps += 1
-        self._group_pending.append((group, parts.cross_entropy))
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As usual; what is not finite is found by `finite_guard` and must not spoil the mean that is logged."""
         return torch.nan_to_num(super().training_step(*args, **kwargs), posinf=0.0, neginf=0.0)
@@ -215,31 +188,29 @@ class UniMoeTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called right before the optimizer's step: the place to stop when a loss or a gradient is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return norm if self.finite_guard.passes(self, norm) else torch.zeros_like(torch.as_tensor(norm))
+        self.losses.end_step(made=self.finite_guard.passes(self, norm))
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As usual, with the parts of the loss beside the total; those about modalities only where they count."""
-        if "loss" in logs and self._micro_steps:
-            steps = self._micro_steps / self.args.gradient_accumulation_steps
-            sums = self.accelerator.reduce(self._sums, "sum") if self.accelerator.num_processes > 1 else self._sums
-            ranks = self.accelerator.num_processes
-            text_config = self.base.config.text_config
-            for name, value in zip(LOSS_NAMES, sums.tolist(), strict=True):
-                if name in ALWAYS_LOGGED or getattr(text_config, LOSS_COEFFICIENTS[name]):
-                    # What is divided by the tokens of all ranks adds up over them.
-                    logs[name] = value / (steps if self.args.average_tokens_across_devices else steps * ranks)
-            self._sums.zero_()
-            self._micro_steps = 0
-            self._collect_group_losses()
-        super().log(logs, start_time)
+        """As usual, with the parts of the loss beside the total, and what they were if experts were used evenly.
 
-    def _collect_group_losses(self) -> None:
-        """`group_losses`: cross entropy of this rank's batches since the last log, by group."""
-        self.group_losses = {}
-        values = torch.stack([loss for _, loss in self._group_pending]).tolist()
-        for (group, _), value in zip(self._group_pending, values, strict=True):
-            self.group_losses.setdefault(group, []).append(value * self.args.gradient_accumulation_steps)
-        self._group_pending = []
+        Steps that were left out are counted apart; where none was made, there is no loss.
+        """
+        if "loss" in logs:
+            del logs["loss"]  # a mean over all steps
+            text_config, ranks = self.base.config.text_config, self.accelerator.num_processes
+            # What is divided by the tokens of all ranks adds up over them.
+            reduction = "sum" if self.args.average_tokens_across_devices else "mean"
+            logs |= self.losses.read(
+                text_config,
+                self.args.gradient_accumulation_steps,
+                lambda sums: self.accelerator.reduce(sums.to(self.args.device), reduction) if ranks > 1 else sums,
+            )
+            if not self.finite_guard.step_made:
+                logs.pop("grad_norm", None)
+            if self.finite_guard.skipped:
+                logs["skipped_steps"] = self.finite_guard.skipped
+        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the count walks over all parameters in every step, and is wrong for sparse models."""
@@ -285,94 +256,10 @@ class UniMoeTrainer(Trainer):
             scheduler.lr_lambdas = [_with_floor(function, floor, warmup) for function in scheduler.lr_lambdas]
         return scheduler
 
-    # ---- checkpoints
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As usual; `resume_from_checkpoint=True` means the newest complete checkpoint, if there is one."""
-        if resume_from_checkpoint is True:
-            newest = newest_checkpoint(Path(self.args.output_dir))
-            resume_from_checkpoint = None if newest is None else str(newest)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / SAVING_FOLDER) if self._saving else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-            written = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        finally:
-            self._saving = False
-        self.accelerator.wait_for_everyone()
-        folder = Path(self._get_output_dir(trial))
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(folder / written.name)
-        if self.args.should_save:
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))  # the best one's place is only known now
-            seal(written, folder / written.name)
-            best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-            rotate(folder, self.args.save_total_limit or 1 << 30, spared=Path(best) if best else None)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self._is_plain or not self.args.should_save:
-            return
-        # PEFT saves its adapters only; routers and connectors trained beside them would be lost.
-        trained = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained_tensors(self.model).items()}
-        save_file(trained, Path(output_dir or self.args.output_dir) / TRAINED_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        trained_file = Path(resume_from_checkpoint) / TRAINED_FILE
-        if self._is_plain or not trained_file.is_file():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        self._load_trained(trained_file, model or self.model)
-
-    def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint or "")
-        verify(best)
-        super()._load_best_model()
-        if not self._is_plain:
-            self._load_trained(best / TRAINED_FILE, self.model)
-
-    def _load_trained(self, trained_file: Path, model: nn.Module) -> None:
-        trained = load_file(trained_file)
-        target = _trained_tensors(model)
-        if set(trained) != set(target):
-            different = sorted(set(trained) ^ set(target))[:5]
-            raise CheckpointError(
-                f"{trained_file} holds other trained parameters than this run, e.g. {different}: resume with the "
-                "settings of the run that wrote it, or start in another folder."
-            )
-        with torch.no_grad():
-            for name, tensor in target.items():
-                tensor.copy_(trained[name])
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        tied = set(self.base.all_tied_weights_keys) if hasattr(self.base, "all_tied_weights_keys") else set()
-        wrong = [key for key in (*load_result.missing_keys, *load_result.unexpected_keys) if key not in tied]
-        if wrong:
-            raise CheckpointError(
-                f"The checkpoint's weights do not fit this model: {len(wrong)} differ, e.g. {wrong[:5]}. Resume with "
-                "the settings of the run that wrote it, or start in another folder."
-            )
-
-    @property
-    def _is_plain(self) -> bool:
-        return isinstance(self.accelerator.unwrap_model(self.model), UniMoeForCausalLM)
-
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What the model's forward takes of a batch, without labels: their loss is ours."""
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
-
-
-def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training moves: parameters, and the routers' biases."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad} | choice_biases(model)
 
 
 def _with_floor(schedule: Callable[[int], float], floor: float, warmup_steps: int) -> Callable[[int], float]:

@@ -17,10 +17,10 @@ from unimoe.conversion.publishing.hub import code_files
 from unimoe.errors import CheckpointError, DataError, RecipeError
 from unimoe.trainers import curriculum
 from unimoe.trainers.assembly import assemble, connector_owners, router_rows_from_means
-from unimoe.trainers.checkpoints import exclusive
 from unimoe.trainers.collator import RawCollator
 from unimoe.trainers.curriculum import load_start_model, run_curriculum
 from unimoe.trainers.data import ConversationDataset
+from unimoe.trainers.folder_lock import exclusive
 from unimoe.trainers.recipe import Recipe, StageConfig
 from unimoe.trainers.recipe_file import load_recipe, save_recipe
 from unimoe.trainers.recipe_parts import ExpertConfig, LoraSettings, MoeConfig

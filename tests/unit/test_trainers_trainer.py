@@ -25,9 +25,10 @@ from unimoe.trainers.data import ConversationDataset
 from unimoe.trainers.encoder_cache import EncoderCache
 from unimoe.trainers.lora import add_lora, merge_lora
 from unimoe.trainers.recipe_parts import LoraSettings
+from unimoe.trainers.resumable import TRAINED_FILE
 from unimoe.trainers.speed import seconds_per_step
 from unimoe.trainers.trainable import set_trainable
-from unimoe.trainers.trainer import TRAINED_FILE, UniMoeTrainer
+from unimoe.trainers.trainer import UniMoeTrainer
 
 ROLES = ["router", "experts", "connectors", "attention"]
 OWN_OPTIONS = ("learning_rates", "modality_weights", "max_skipped_steps", "eval_dataset")

@@ -1,0 +1,308 @@
+"""Kills a tiny training with SIGKILL at random moments, lets it go on, and compares what comes out with an unkilled run.
+
+    python benchmarks/kill_training.py --kills 200 --out kills.json
+
+A run has two stages: all of a mixture with loss-free balancing and a balance weight that falls, then LoRA. Every step saves
+a checkpoint, so that many kills hit the saving. After each kill, all checkpoints that are marked complete are read back
+and no step that was sealed may be lost; the next process must go on from the newest. At the end of each run, every tensor
+and every logged loss must be those of the unkilled run, to the last bit. Processes are forks of this one, which has all
+modules loaded. Needs fork, so Linux or macOS.
+"""
+
+import argparse
+import gc
+import json
+import mmap
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import tiny_training  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from unimoe.trainers import curriculum, stage  # noqa: E402
+from unimoe.trainers.checkpoints import complete_checkpoints, verify  # noqa: E402
+from unimoe.trainers.recipe import Recipe, StageConfig  # noqa: E402
+from unimoe.trainers.recipe_parts import LoraSettings  # noqa: E402
+from unimoe.trainers.state_tree import load_tree  # noqa: E402
+from unimoe.trainers.trainer import UniMoeTrainer  # noqa: E402
+
+PHASES = ("starting", "training", "saving a checkpoint", "saving the model of a stage", "ended")
+STEPS = 6
+# Longest that a process may take before it counts as hanging.
+HANGING = 300.0
+
+
+class Board:
+    """What a process tells the one that will kill it, in memory that they share."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 4)
+
+    def clear(self) -> None:
+        self.memory[:] = bytes(4)
+
+    def enter(self, phase: str) -> None:
+        self.memory[0] = PHASES.index(phase)
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self.memory[0]]
+
+    def sealed(self, stage_number: int, step: int) -> None:
+        """A checkpoint is complete."""
+        self.memory[1], self.memory[2] = stage_number, step
+
+    def started(self, step: int) -> None:
+        self.memory[3] = step
+
+
+def recipe(start: Path, out: Path) -> Recipe:
+    common: dict[str, Any] = {"batch_size": 2, "learning_rate": 1e-2, "log_every": 4, "save_every": 1, "steps": STEPS}
+    return Recipe(
+        str(start / "model"),
+        [str(start / "train.jsonl")],
+        str(out),
+        cache=str(start / "cache"),
+        stages=[
+            StageConfig(
+                "all",
+                train=["router", "experts", "attention", "connectors"],
+                gradient_accumulation_steps=2,
+                router_aux_loss_coef=0.1,
+                router_aux_loss_final_coef=0.01,
+                feature_noise=0.05,
+                keep_checkpoints=2,
+                **common,
+            ),
+            StageConfig("adapters", train=["router", "connectors"], lora=LoraSettings(rank=2), **common),
+        ],
+    )
+
+
+def prepare(folder: Path) -> None:
+    processor = tiny_training.processor()
+    tiny_training.write_jsonl(folder, per_modality=2)
+    routing = {"attention_dropout": 0.1, "router_bias_update_rate": 0.01}
+    tiny_training.model(processor, sparse=True, **routing).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+
+
+def train(start: Path, out: Path, board: Board) -> None:
+    """Run the recipe, or go on with it; keeps the board up to date."""
+    save, save_model, build = UniMoeTrainer._save_checkpoint, curriculum._Curriculum._save_model, stage._build_trainer
+
+    def watched_save(self: UniMoeTrainer, *args: Any) -> None:
+        board.enter("saving a checkpoint")
+        save(self, *args)
+        board.sealed(["all", "adapters"].index(Path(self.args.output_dir).parent.name), self.state.global_step)
+        board.enter("training")
+
+    def watched_save_model(self: Any, folder: Path) -> None:
+        board.enter("saving the model of a stage")
+        save_model(self, folder)
+        board.enter("starting")
+
+    def watched_build(*args: Any) -> UniMoeTrainer:
+        trainer = build(*args)
+        trainer.add_callback(_Watch(board))
+        return trainer
+
+    UniMoeTrainer._save_checkpoint = watched_save  # type: ignore[method-assign]
+    curriculum._Curriculum._save_model = watched_save_model  # type: ignore[method-assign]
+    stage._build_trainer = watched_build
+    curriculum.run_curriculum(recipe(start, out), progress_bar=False)
+    board.enter("ended")
+
+
+class _Watch(TrainerCallback):
+    def __init__(self, board: Board) -> None:
+        self.board = board
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.board.started(state.global_step)
+        self.board.enter("training")
+
+
+def in_fork(work: Callable[[], Any]) -> int:
+    """Start work in a copy of this process; its errors go to stderr."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(child: int, seconds: float) -> int | None:
+    """The exit code of a process, negative for a signal; None when it is still there."""
+    deadline = time.perf_counter() + seconds
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.perf_counter() > deadline:
+            return None
+        time.sleep(0.002)
+
+
+def read_back(out: Path, answer: Path) -> None:
+    """Read all that a killed process left as complete: digests, weights, states. Writes the newest step per stage."""
+    newest = {}
+    for name in ("all", "adapters"):
+        found = complete_checkpoints(out / name / "checkpoints")
+        for checkpoint in found:
+            verify(checkpoint)
+            for file in checkpoint.glob("*.safetensors"):
+                load_file(file)
+            for tree in ("optimizer", "schedule", "process_0"):
+                assert load_tree(checkpoint, tree), tree
+            state = json.loads((checkpoint / "trainer_state.json").read_text())
+            assert checkpoint.name == f"checkpoint-{state['global_step']}"
+        newest[name] = int(found[-1].name.rpartition("-")[2]) if found else 0
+        if (out / name / "DONE").is_file():
+            newest[name] = STEPS + 1
+    answer.write_bytes(pickle.dumps(newest))
+
+
+def results(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Every tensor and every log of a finished run."""
+    tensors = {
+        f"{file.parent.parent.name}/{name}": tensor
+        for file in sorted(out.glob("*/model/*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+    logs = [json.loads(line) for name in ("all", "adapters") for line in (out / name / "losses.jsonl").open()]
+    return tensors, [{key: value for key, value in log.items() if key != "seconds"} for log in logs]
+
+
+class Killer:
+    """Kills runs until there were enough kills, and the last run has ended."""
+
+    def __init__(self, folder: Path, kills: int, seed: int) -> None:
+        self.folder, self.wanted = folder, kills
+        self.random = random.Random(seed)
+        self.board = Board()
+        self.phases: Counter[str] = Counter()
+        self.runs = 0
+        self.failures: list[str] = []
+
+    def __call__(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        start = self.folder / "start"
+        self._work(lambda: prepare(start))
+        reference = self.folder / "reference"
+        self._work(lambda: train(start, reference, self.board))  # fills the cache, too
+        shutil.rmtree(reference)
+        before = time.perf_counter()
+        self._work(lambda: train(start, reference, self.board))
+        duration = time.perf_counter() - before
+        expected = results(reference)
+        while sum(self.phases.values()) < self.wanted and not self.failures:
+            self._run(start, self.folder / f"run-{self.runs}", duration, expected)
+            self.runs += 1
+        kills = sum(self.phases.values())
+        return {
+            "kills": kills,
+            "survived": kills - len(self.failures),
+            "kills_by_phase": {phase: self.phases[phase] for phase in PHASES if self.phases[phase]},
+            "runs": self.runs,
+            "runs_bit_equal": self.runs - len(self.failures),
+            "tensors_compared_per_run": len(expected[0]),
+            "seconds_of_the_unkilled_run": round(duration, 2),
+            "seconds": round(time.perf_counter() - started, 1),
+            "failures": self.failures,
+        }
+
+    def _run(self, start: Path, out: Path, duration: float, expected: Any) -> None:
+        while True:
+            self.board.clear()
+            child = in_fork(lambda: train(start, out, self.board))
+            enough = sum(self.phases.values()) >= self.wanted
+            code = wait(child, HANGING if enough else self.random.uniform(0, duration))
+            if code is None:
+                os.kill(child, signal.SIGKILL)
+                phase, code = self.board.phase, wait(child, HANGING)
+                # It may have ended between the two.
+                if code == -signal.SIGKILL and phase != "ended":
+                    self.phases[phase] += 1
+                    self._look(out, phase)
+                    if self.failures:
+                        return
+                    continue
+            if code:
+                self.failures.append(f"{out.name} ended with {code} after {sum(self.phases.values())} kills")
+                return
+            break
+        tensors, logs = results(out)
+        different = [name for name, tensor in expected[0].items() if not torch.equal(tensor, tensors[name])]
+        if different or logs != expected[1]:
+            self.failures.append(f"{out.name}: {len(different)} tensors differ, e.g. {different[:3]}; logs {logs}")
+            return
+        shutil.rmtree(out)
+
+    def _look(self, out: Path, phase: str) -> None:
+        """After a kill: whatever was sealed is there and can be read."""
+        answer = self.folder / "newest"
+        if self._work(lambda: read_back(out, answer), fails=f"{out.name}, killed while {phase}: reading back failed"):
+            newest = pickle.loads(answer.read_bytes())
+            name, step = ("all", "adapters")[self.board.memory[1]], self.board.memory[2]
+            if newest[name] < step:
+                self.failures.append(f"{out.name}, killed while {phase}: step {step} of {name} is lost, {newest}")
+
+    def _work(self, work: Callable[[], Any], fails: str | None = None) -> bool:
+        code = wait(in_fork(work), HANGING)
+        if code == 0:
+            return True
+        if fails is None:
+            raise SystemExit(f"The benchmark itself failed with {code}.")
+        self.failures.append(fails)
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", help="where to train; by default a temporary folder")
+    parser.add_argument("--out", help="JSON file for the figures")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    gc.freeze()  # forks need not look through what is loaded
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        figures = Killer(Path(folder), arguments.kills, arguments.seed)()
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if arguments.out:
+        Path(arguments.out).write_text(text + "\n")
+    return 1 if figures["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

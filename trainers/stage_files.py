@@ -1,0 +1,53 @@
+"""What a finished stage leaves: written aside, marked done with sizes and digests, looked at before it is used."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .checkpoints import flush_files, flush_folder, manifest_of, read_manifest, told, verify_files, write_durably
+from .stage import CHECKPOINTS_FOLDER
+
+DONE_FILE = "DONE"
+MODEL_FOLDER = "model"
+# What later stages read; cards and the like may be edited.
+_RESULTS = (f"{MODEL_FOLDER}/*.safetensors", f"{MODEL_FOLDER}/*.json", "*.safetensors")
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, and put it in the place of another once it is whole and on the disk.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    written = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(written, ignore_errors=True)
+    try:
+        with told(f"{folder.name} could not be written", folder.parent):
+            yield written
+            flush_folder(written)
+            if folder.exists():
+                shutil.rmtree(folder)
+            written.rename(folder)
+    except CheckpointError:
+        shutil.rmtree(written, ignore_errors=True)  # it may be what fills the disk
+        raise
+
+
+def mark_done(folder: Path) -> None:
+    """Mark a stage, or an expert's run of it, as finished; its checkpoints go."""
+    files = sorted(path for pattern in _RESULTS for path in folder.glob(pattern))
+    flush_files(files)
+    write_durably(folder / DONE_FILE, json.dumps(manifest_of(folder, files), indent=1))
+    shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+
+
+def verify_results(folder: Path) -> None:
+    """Compare what a finished stage left with what it wrote. Raises CheckpointError naming the first file that differs."""
+    if (folder / DONE_FILE).is_file():
+        manifest = read_manifest(folder / DONE_FILE)
+        remedy = "Put it back, or delete this folder to run the stage again."
+        verify_files(folder, manifest, f"the finished stage {folder}", remedy)

@@ -1,0 +1,1 @@
+"""Scores of models on benchmarks: metrics, tasks, runs, intervals and reports."""

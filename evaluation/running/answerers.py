@@ -1,0 +1,145 @@
+"""Models that answer requests: ours with their processor, and any other causal language model for text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...errors import CheckpointError, DataError
+from .requests import Request
+
+# What a model without a chat template is given.
+_PLAIN_PROMPT = "{question}\nAnswer:"
+
+
+class Answerer(Protocol):
+    """Anything that answers a batch of requests greedily."""
+
+    kinds: frozenset[str]  # of media that it takes
+
+    def prompts(self, requests: Sequence[Request]) -> list[str]:
+        """Exactly what the model will see, as text; media as their placeholders."""
+
+    def prepare(self, requests: Sequence[Request]) -> Any:
+        """The model's inputs.
+
+        Raises:
+            MediaError, ConversationError: a request of the batch cannot be used.
+        """
+
+    def generate(self, inputs: Any, max_new_tokens: int) -> list[str]:
+        """The answers, in order."""
+
+
+class ChatAnswerer:
+    """A model of ours and its processor."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model.eval(), processor
+        config = model.config
+        kinds = {
+            "image": config.image_connector,
+            "video": config.video_connector or config.image_connector,
+            "audio": config.speech_connector or config.sound_connector,
+        }
+        self.kinds = frozenset(kind for kind, connector in kinds.items() if connector is not None)
+
+    def prompts(self, requests: Sequence[Request]) -> list[str]:
+        conversations = [request.messages for request in requests]
+        return self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+
+    def prepare(self, requests: Sequence[Request]) -> Any:
+        return self.processor.apply_chat_template(
+            [request.messages for request in requests],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    def generate(self, inputs: Any, max_new_tokens: int) -> list[str]:
+        return _generate(self.model, self.processor.tokenizer, inputs.to(self.model.device), max_new_tokens)
+
+
+class TextAnswerer:
+    """Any causal language model; text only."""
+
+    kinds: frozenset[str] = frozenset()
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def prompts(self, requests: Sequence[Request]) -> list[str]:
+        if not self.tokenizer.chat_template:
+            return [_PLAIN_PROMPT.format_map({"question": request.text}) for request in requests]
+        conversations = [[{"role": "user", "content": request.text}] for request in requests]
+        return self.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+
+    def prepare(self, requests: Sequence[Request]) -> Any:
+        # A chat template has written the special tokens already.
+        special = not self.tokenizer.chat_template
+        inputs = self.tokenizer(self.prompts(requests), padding=True, add_special_tokens=special, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        return inputs
+
+    def generate(self, inputs: Any, max_new_tokens: int) -> list[str]:
+        return _generate(self.model, self.tokenizer, inputs.to(self.model.device), max_new_tokens)
+
+
+def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+    import torch
+
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def load_answerer(name: str, device: Any) -> Answerer:
+    """A model folder or Hub id, ours or any that AutoModelForCausalLM takes, on a device.
+
+    Raises:
+        ConversionError: there is no such folder or Hub id.
+        CheckpointError: it cannot be loaded.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+
+    from ...conversion.dense.sources import resolve_folder
+    from ...hub_access import MODEL_FILES
+    from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
+    from ...progress_bars import transformers_bars
+
+    with transformers_bars(shown=False):
+        folder = resolve_folder(name, MODEL_FILES)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto").to(device)
+            if isinstance(config, UniMoeConfig):
+                return ChatAnswerer(model, AutoProcessor.from_pretrained(folder))
+            return TextAnswerer(model, AutoTokenizer.from_pretrained(folder))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"The model in {folder} cannot be loaded ({error}): check the folder.") from error
+
+
+def require_kinds(answerer: Answerer, task: str, requests: Sequence[Request]) -> None:
+    """Raise a DataError if the model lacks a sense that a task needs."""
+    needed = {item["type"] for request in requests for item in request.media}
+    if lacking := sorted(needed - answerer.kinds):
+        raise DataError(f"The model takes no {' and no '.join(lacking)}, which {task} is about: leave the task out.")
+
+
+def fingerprint(name: str) -> str:
+    """What tells one model folder from another without reading its weights: names and sizes of its files."""
+    import hashlib
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    files = sorted(f"{file.name} {file.stat().st_size}" for file in folder.iterdir() if file.is_file())
+    config = folder / "config.json"
+    text = "\n".join(files) + (config.read_text(encoding="utf-8") if config.is_file() else "")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

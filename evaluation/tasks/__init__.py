@@ -1,0 +1,1 @@
+"""Benchmarks: what is asked, about which media, and how answers are scored."""

@@ -35,7 +35,7 @@ def hub_snapshot(hub_id: str, patterns: Sequence[str] = MODEL_FILES, *, local_on
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     offline = local_only or bool(constants.HF_HUB_OFFLINE)
-    silence = "" if offline else _why_silent(constants.ENDPOINT, hub_id)
+    silence = "" if offline else why_silent(constants.ENDPOINT, f"models/{hub_id}")
     try:
         folder = snapshot_download(
             hub_id,
@@ -53,12 +53,16 @@ def hub_snapshot(hub_id: str, patterns: Sequence[str] = MODEL_FILES, *, local_on
     return Path(folder)
 
 
-def _why_silent(endpoint: str, hub_id: str) -> str:
-    """Why `endpoint` answers nothing at all before the deadline; an empty text if it does answer."""
+def why_silent(endpoint: str, name: str) -> str:
+    """Why `endpoint` answers nothing at all before the deadline; an empty text if it does answer.
+
+    Args:
+        name: what is asked for, "models/owner/name" or "datasets/owner/name".
+    """
     if endpoint not in _silent_endpoints:
         outcome: queue.SimpleQueue[str] = queue.SimpleQueue()
         # A thread, because name resolution takes no timeout; a daemon, so that nobody waits for it at exit.
-        asking = threading.Thread(target=_ask, args=(f"{endpoint}/api/models/{hub_id}", outcome), daemon=True)
+        asking = threading.Thread(target=_ask, args=(f"{endpoint}/api/{name}", outcome), daemon=True)
         asking.start()
         try:
             why = outcome.get(timeout=_DEADLINE_SECONDS)

@@ -302,6 +302,8 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
             input_ids: [B, S]; or inputs_embeds [B, S, H].
             mm_token_type_ids: modality id of every position, [B, S]; None means that all are text. Only models with
                 more than one routing group look at it.
+            kwargs: with `cu_seq_lens_q` (and its siblings of transformers' flash attention) several texts share a row:
+                position_ids start at 0 with each of them and with the padding, which is all that attention_mask says.
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds were given.
@@ -319,7 +321,8 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
         causal_mask = make_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            # Without a mask, transformers keeps texts that share a row apart by their positions.
+            attention_mask=None if kwargs.get("cu_seq_lens_q") is not None else attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
         )

@@ -94,6 +94,7 @@ def save_router_means(
         for _, batch in zip(range(_MEAN_BATCHES), batches, strict=False):
             inputs = {name: v.to(model.device) for name, v in batch.items() if isinstance(v, torch.Tensor)}
             inputs.pop("labels")
+            inputs |= {name: v for name, v in batch.items() if name in ("max_length_q", "max_length_k")}
             mask = inputs["attention_mask"].bool()
             count += int(mask.sum())
             model(**inputs, logits_to_keep=1, use_cache=False)

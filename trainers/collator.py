@@ -6,18 +6,43 @@ logits are needed for the last columns only (`logits_to_keep` says how many), an
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from .data import ConversationDataset, Sample, group_of
+from ..errors import DataError
+from .data import MIXED, ConversationDataset, Sample, group_of, media_items
 from .encoder_cache import EncoderCache
 from .objective import IGNORED, columns_to_keep
+from .packing import Row, packed_tensors
 
-Row = tuple[list[int], list[int]]
 States = dict[str, list[torch.Tensor]]
 Augment = Callable[[Sample, States, np.random.Generator], tuple[Sample, States]]
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What a stage says about rows; see `StageConfig`."""
+
+    max_length: int | None = None
+    cut_long_texts: bool = False
+    packing: bool = False
+
+    def applied(self, sample: Sample, row: Row) -> Row:
+        """The row, cut if it may be. Raises DataError for one that is too long."""
+        ids, labels = row
+        if self.max_length is None or len(ids) <= self.max_length:
+            return row
+        too_long = f"it has {len(ids)} tokens, more than max_length = {self.max_length}"
+        if has_media(sample):
+            raise DataError(f"{sample['id']}: {too_long}, and a medium is never cut.")
+        if not self.cut_long_texts:
+            raise DataError(f"{sample['id']}: {too_long}; cut_long_texts would cut it.")
+        if all(label == IGNORED for label in labels[1 : self.max_length]):
+            raise DataError(f"{sample['id']}: {too_long}, and what is learned lies beyond.")
+        return ids[: self.max_length], labels[: self.max_length]
 
 
 class TokenRows:
@@ -54,17 +79,24 @@ class RawCollator:
 
     Args:
         pad_to_multiple_of: sequence lengths are rounded up to it: CPUs and compilers build their kernels per shape.
+        rules: of the lengths of rows, and whether samples without media share them.
+
+    Raises, when called:
+        DataError: a sample is longer than the rules allow, or is a record that a stream found broken.
     """
 
-    def __init__(self, processor: Any, pad_to_multiple_of: int = 8) -> None:
+    def __init__(self, processor: Any, pad_to_multiple_of: int = 8, rules: RowRules | None = None) -> None:
         self.processor = processor
         self.multiple = pad_to_multiple_of
+        self.rules = rules or RowRules()
         self.tokens = TokenRows(processor)
 
     def fit(self, dataset: ConversationDataset) -> None:
         """Nothing to learn: lengths are known only once the media are open."""
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        if broken := next((sample["fault"] for sample in samples if "fault" in sample), None):
+            raise DataError(broken)
         conversations = [sample["messages"] for sample in samples if "messages" in sample]
         inputs = dict(self.processor.training_inputs(conversations)) if conversations else {}
         ids, labels = inputs.pop("input_ids", None), inputs.pop("labels", None)
@@ -78,7 +110,7 @@ class RawCollator:
                 kept = mask[position].bool()
                 rows.append((ids[position][kept].tolist(), labels[position][kept].tolist()))
                 position += 1
-        return _batch(self.processor, samples, rows, self.multiple) | inputs
+        return _batch(self.processor, samples, rows, self.multiple, rules=self.rules) | inputs
 
 
 class CachedCollator:
@@ -92,6 +124,7 @@ class CachedCollator:
         token_dropout: probability that a position of the states becomes the mean state; likewise.
         augment: (sample, states, rng) -> (sample, states), e.g. to play a video backwards and turn its answer round;
             `states` as `EncoderCache.states` returns them.
+        rules: as of `RawCollator`.
 
     Noise, dropout, augmentation and the choice among cached variants happen in training only, and depend on nothing
     but the seed that the sampler drew for the sample.
@@ -105,9 +138,11 @@ class CachedCollator:
         feature_noise: float | Mapping[str, float] = 0.0,
         token_dropout: float | Mapping[str, float] = 0.0,
         augment: Augment | None = None,
+        rules: RowRules | None = None,
     ) -> None:
         self.processor = processor
         self.cache = cache
+        self.rules = rules or RowRules()
         self.multiple = pad_to_multiple_of
         self.feature_noise = feature_noise
         self.token_dropout = token_dropout
@@ -118,8 +153,9 @@ class CachedCollator:
     def fit(self, dataset: ConversationDataset) -> None:
         """Tokenise the data set, and remember the longest sample of every group; unreadable ones do not count."""
         for sample in filter(self.cache.can_read, dataset.samples):
-            group = group_of(sample)
-            self.lengths[group] = max(self.lengths.get(group, 0), len(self._row(sample)[0]))
+            group, length = group_of(sample), len(self._row(sample)[0])
+            if self.rules.max_length is None or length <= self.rules.max_length:
+                self.lengths[group] = max(self.lengths.get(group, 0), length)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         rows: list[Row] = []
@@ -135,7 +171,7 @@ class CachedCollator:
             for name, tensors in states.items():
                 media.setdefault(name, []).extend(tensors)
         length = max(self.lengths.get(group_of(sample), 0) for sample in samples)
-        batch = _batch(self.processor, samples, rows, self.multiple, length)
+        batch = _batch(self.processor, samples, rows, self.multiple, length, self.rules)
         seed = samples[0].get("draw_seed")
         for name, tensors in media.items():
             joined = torch.cat(tensors) if name in ("speech", "sound") else torch.stack(tensors)
@@ -160,17 +196,31 @@ class CachedCollator:
         return states
 
 
+def has_media(sample: Sample) -> bool:
+    return next(media_items(sample), None) is not None
+
+
 def _batch(
-    processor: Any, samples: Sequence[Sample], rows: Sequence[Row], multiple: int, length: int = 0
+    processor: Any,
+    samples: Sequence[Sample],
+    rows: Sequence[Row],
+    multiple: int,
+    length: int = 0,
+    rules: RowRules = RowRules(),  # noqa: B008: frozen
 ) -> dict[str, Any]:
     """Left-padded int64 tensors [B, L]; L is the longest row or `length`, rounded up to the multiple."""
-    named = [{"input_ids": ids, "labels": labels} for ids, labels in rows]
-    batch = processor.pad_tokens(named, "left", multiple, length=length)
+    rows = [rules.applied(sample, row) for sample, row in zip(samples, rows, strict=True)]
+    if rules.packing and rules.max_length is not None and not any(map(has_media, samples)):
+        batch = packed_tensors(rows, processor.padding_id, rules.max_length, multiple)
+    else:
+        named = [{"input_ids": ids, "labels": labels} for ids, labels in rows]
+        batch = processor.pad_tokens(named, "left", multiple, length=length)
+    groups = list(dict.fromkeys(map(group_of, samples)))
     return {
         **batch,
         "logits_to_keep": columns_to_keep(batch["labels"]),
         "sample_ids": [sample["id"] for sample in samples],
-        "group": group_of(samples[0]),
+        "group": groups[0] if len(groups) == 1 else MIXED,
     }
 
 

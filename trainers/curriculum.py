@@ -38,13 +38,16 @@ from .assembly import (
     trained_by,
 )
 from .bad_samples import TolerantCollator
+from .batching import row_rules
 from .checkpoints import write_durably
 from .collator import Augment, CachedCollator, RawCollator
 from .data import ConversationDataset
+from .data_sets import TrainingData, in_memory, open_data
 from .encoder_cache import EncoderCache
 from .folder_lock import exclusive
 from .plan import require_data, require_model_folder
 from .recipe import Recipe, StageConfig
+from .recipe_data import DataEntry, settings_of
 from .recipe_file import save_recipe
 from .recipe_parts import ExpertConfig
 from .sampler import ModalityBatchSampler
@@ -63,7 +66,7 @@ def run_curriculum(
     recipe: Recipe,
     model: UniMoeForCausalLM | None = None,
     processor: Any = None,
-    dataset: ConversationDataset | None = None,
+    dataset: TrainingData | None = None,
     cache: EncoderCache | None = None,
     augment: Augment | None = None,
     on_progress: OnProgress | None = None,
@@ -136,7 +139,7 @@ class _Curriculum:
         recipe: Recipe,
         model: UniMoeForCausalLM | None,
         processor: Any,
-        dataset: ConversationDataset | None,
+        dataset: TrainingData | None,
         cache: EncoderCache | None,
         augment: Augment | None,
         on_stage_end: OnStageEnd | None,
@@ -176,7 +179,7 @@ class _Curriculum:
     def collator(self, stage: StageConfig) -> Any:
         processor = self.processors[stage.name]
         if self.cache is None:
-            return TolerantCollator(RawCollator(processor, self.recipe.pad_to_multiple_of))
+            return TolerantCollator(RawCollator(processor, self.recipe.pad_to_multiple_of, row_rules(stage)))
         cached = CachedCollator(
             processor,
             self.cache,
@@ -184,6 +187,7 @@ class _Curriculum:
             feature_noise=stage.feature_noise,
             token_dropout=stage.token_dropout,
             augment=self.augment,
+            rules=row_rules(stage),
         )
         return TolerantCollator(cached)
 
@@ -193,7 +197,7 @@ class _Curriculum:
         write_durably(folder / SETTINGS_FILE, json.dumps(self._settings_of(stage), indent=1))
         dataset = self._data(stage)
         if stage.kind == "experts":
-            report = self._train_experts(stage, dataset, folder)
+            report = self._train_experts(stage, in_memory(dataset, f"The stage {stage.name!r}"), folder)
             return self._finish(report, folder)
         if stage.kind == "moe":
             for own in self.expert_folders:
@@ -272,12 +276,10 @@ class _Curriculum:
         mark_done(folder)
         return report
 
-    def _data(self, stage: StageConfig) -> ConversationDataset:
-        def read(files: list[str]) -> ConversationDataset:
-            missing = self.recipe.max_bad_samples
-            return ConversationDataset(
-                files, self.recipe.media_root, max_missing=missing, voice_as=self.recipe.voice_as
-            )
+    def _data(self, stage: StageConfig) -> TrainingData:
+        def read(data: list[str | DataEntry]) -> TrainingData:
+            recipe = self.recipe
+            return open_data(data, recipe.media_root, recipe.voice_as, recipe.max_bad_samples)
 
         if stage.data is not None:
             dataset = read(stage.data)
@@ -288,7 +290,7 @@ class _Curriculum:
         if self.cache is None and self.recipe.cache is not None:
             self.cache = EncoderCache(self.recipe.cache, self.model, self.reader)
         if self.cache is not None:
-            self.cache.build(dataset.samples, self.settings.progress_bar, skip_unreadable=True)
+            self.cache.build(in_memory(dataset, "The cache").samples, self.settings.progress_bar, skip_unreadable=True)
         return dataset
 
     def _enter(self, folder: Path, load: bool = True) -> None:
@@ -324,7 +326,9 @@ class _Curriculum:
 
     def _settings_of(self, stage: StageConfig) -> dict[str, Any]:
         moe = None if stage.kind == "train" or self.recipe.moe is None else asdict(self.recipe.moe)
-        return {"stage": asdict(stage), "moe": moe, "seed": self.recipe.seed, "precision": self.recipe.precision}
+        shared = {"seed": self.recipe.seed, "precision": self.recipe.precision}
+        data = settings_of(self.recipe.data if stage.data is None else stage.data)
+        return {"stage": asdict(stage), "moe": moe, **shared, "data": data}
 
 
 def _stage_of_expert(

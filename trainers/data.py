@@ -21,6 +21,7 @@ Sample = dict[str, Any]
 
 MEDIA_KINDS = ("image", "video", "audio")
 PLAIN_TEXT_TASK = "plain_text"
+MIXED = "mixed"  # the group of a batch that has samples of several
 _LISTED = 5
 
 
@@ -47,7 +48,8 @@ class ConversationDataset(Dataset):
         voice_as: the modality, "speech" or "sound", of audio in samples that do not name theirs.
         max_missing: share of the samples whose media may be missing; these are left out.
 
-    Attributes: samples; left_out, the samples that were left out, each with the reason.
+    Attributes: samples; left_out, the samples that were left out, each with the reason; of several data sets with
+    weights `weights`, one per data set, and `origins`, the number of each sample's data set.
 
     Raises:
         DataError: unreadable file or record (named as file:line), or missing media.
@@ -76,7 +78,25 @@ class ConversationDataset(Dataset):
         dataset._take([normalised(raw, f"sample {i}", root) for i, raw in enumerate(samples)], check_media)
         return dataset
 
-    def _take(self, samples: list[Sample], check_media: bool, max_missing: float = 0.0) -> None:
+    @classmethod
+    def from_data_sets(
+        cls, data_sets: Sequence[Sequence[Sample]], weights: Sequence[float] | None = None, max_missing: float = 0.0
+    ) -> "ConversationDataset":
+        """One data set of several: normalised samples, and the share that is drawn from each (None: all alike)."""
+        dataset = cls.__new__(cls)
+        origins = [number for number, samples in enumerate(data_sets) for _ in samples]
+        samples = [sample for samples in data_sets for sample in samples]
+        dataset._take(samples, True, max_missing, origins, weights)
+        return dataset
+
+    def _take(
+        self,
+        samples: list[Sample],
+        check_media: bool,
+        max_missing: float = 0.0,
+        origins: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         if not samples:
             raise DataError("There is not a single sample in the data: check the list of files.")
         missing = _missing_media(samples) if check_media else {}
@@ -84,6 +104,8 @@ class ConversationDataset(Dataset):
             raise _too_much_missing(samples, missing, max_missing)
         self.left_out = [(samples[i], f"{' and '.join(paths)} is missing.") for i, paths in missing.items()]
         self.samples = [sample for i, sample in enumerate(samples) if i not in missing]
+        self.weights = None if weights is None else list(weights)
+        self.origins = [0 if origins is None else origins[i] for i in range(len(samples)) if i not in missing]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -119,7 +141,9 @@ class ConversationDataset(Dataset):
             raise DataError(f"No sample has the modality or task {unknown}; the data have {sorted(known)}.")
         chosen = ConversationDataset.__new__(ConversationDataset)
         wanted = set(names)
-        chosen.samples = [s for s in self.samples if {s["modality"], s["task"], group_of(s)} & wanted]
+        kept = [i for i, s in enumerate(self.samples) if {s["modality"], s["task"], group_of(s)} & wanted]
+        chosen.samples, chosen.origins = [self.samples[i] for i in kept], [self.origins[i] for i in kept]
+        chosen.weights = self.weights
         chosen.left_out = [(s, why) for s, why in self.left_out if {s["modality"], s["task"], group_of(s)} & wanted]
         return chosen
 

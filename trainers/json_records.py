@@ -52,9 +52,15 @@ def read_records(file: Path) -> Iterator[Record]:
 def parsed(records: Iterator[Record]) -> Iterator[Record]:
     """The same records; the first broken one raises a DataError instead."""
     for record in records:
-        if record.error is not None:
-            raise DataError(f"{record.place} is not JSON ({record.error}): correct or remove it.")
+        value_of(record)
         yield record
+
+
+def value_of(record: Record) -> Any:
+    """What a record holds. Raises DataError if it is broken."""
+    if record.error is not None:
+        raise DataError(f"{record.place} is not JSON ({record.error}): correct or remove it.")
+    return record.value
 
 
 class _Window:

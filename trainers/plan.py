@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError, RecipeError
+from .data_files import files_of
 from .recipe import Recipe
+from .recipe_data import entries_of
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,17 @@ def plan_curriculum(recipe: Recipe) -> list[PlanRow]:
 
 
 def missing_files(recipe: Recipe) -> list[str]:
-    """The model folder and the data files that a recipe names and that are not there."""
+    """The model folder and the data files and folders that a recipe names and that are not there."""
     model = Path(recipe.model) / "config.json"
-    files = [] if all(stage.data is not None for stage in recipe.stages) else list(recipe.data)
-    files += [file for stage in recipe.stages for file in stage.data or ()]
     missing = [] if model.is_file() else [recipe.model]
-    return missing + [file for file in dict.fromkeys(files) if not Path(file).is_file()]
+    return missing + [path for path in data_paths(recipe) if not Path(path).exists()]
+
+
+def data_paths(recipe: Recipe) -> list[str]:
+    """The paths of all data that the stages train on, each once, in order; without those of the Hub."""
+    lists = [recipe.data if stage.data is None else stage.data for stage in recipe.stages]
+    paths = [entry.path for data in lists for entry in entries_of(data)]
+    return [path for path in dict.fromkeys(paths) if path is not None]
 
 
 def require_model_folder(folder: str) -> None:
@@ -58,6 +65,8 @@ def require_model_folder(folder: str) -> None:
 
 
 def require_data(recipe: Recipe) -> None:
-    """Raises DataError unless all data files of a recipe are there."""
+    """Raises DataError unless all data of a recipe are there, in a form that can be read."""
     if missing := [file for file in missing_files(recipe) if file != recipe.model]:
         raise DataError(f"The recipe's data {', '.join(missing)} are not there: paths count from the recipe's folder.")
+    for path in data_paths(recipe):
+        files_of(Path(path))

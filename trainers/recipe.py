@@ -9,13 +9,13 @@ from typing import Literal
 
 from ..errors import RecipeError
 from ..roles import ROLES
+from .recipe_data import VOICES, DataEntry, check_batches, check_data, check_use_of_data
 from .recipe_parts import ExpertConfig, LoraSettings, MoeConfig, require_folder_name
 from .recipe_values import require, require_choice, require_range
 
 STAGE_KINDS = ("train", "experts", "moe")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
-VOICES = ("speech", "sound")
 COEFFICIENTS = tuple(f"router_{name}_loss_coef" for name in ("aux", "z", "modality", "divergence"))
 
 
@@ -28,12 +28,18 @@ class StageConfig:
             from the same dense model. "moe" assembles the sparse model (`Recipe.moe`) and then trains it.
         train: roles whose parameters are trained (see `unimoe.roles`); everything else is frozen.
         modalities: modalities or tasks whose samples are used; empty means all.
-        data: own data files of this stage; None uses the recipe's.
+        data: own data of this stage, as in `Recipe`; None uses the recipe's.
         chat_template: name of the one of the processor's chat templates that this stage trains with; None: its default.
         image_aspect_ratio: of pictures in this stage, see `UniMoeProcessor`; None: the processor's.
         steps: optimizer steps; of an "experts" stage those of every run that sets none of its own.
-        batch_size: samples per device and forward pass.
-        gradient_accumulation_steps: batches per optimizer step, all from one modality.
+        batch_size: samples per device and forward pass; with packing, rows.
+        gradient_accumulation_steps: batches per optimizer step.
+        batches: "by_modality": all batches of an optimizer step, on all devices, hold one modality. "mixed": whatever comes.
+        group_by_length: draw samples of about the same length for a step, which saves padding.
+        max_length: tokens of a row. Samples with media that are longer are left out and listed as bad samples, and so are
+            texts unless cut_long_texts; None: no limit.
+        cut_long_texts: samples without media that are longer than max_length lose their end.
+        packing: several samples without media share a row of max_length; none sees another.
         learning_rate: one figure, or one per role in `train` and `lora.targets`.
         schedule: of the learning rate after `warmup_steps`; it ends at `min_learning_rate_ratio` of its peak.
         weight_decay, adam_betas: of AdamW; biases and norms do not decay.
@@ -60,12 +66,17 @@ class StageConfig:
     kind: Literal["train", "experts", "moe"] = "train"
     train: list[str] = field(default_factory=lambda: ["connectors"])
     modalities: list[str] = field(default_factory=list)
-    data: list[str] | None = None
+    data: list[str | DataEntry] | None = None
     chat_template: str | None = None
     image_aspect_ratio: Literal["square", "pad"] | None = None
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    batches: Literal["by_modality", "mixed"] = "by_modality"
+    group_by_length: bool = False
+    max_length: int | None = None
+    cut_long_texts: bool = False
+    packing: bool = False
     learning_rate: float | dict[str, float] = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_learning_rate_ratio: float = 0.0
@@ -95,7 +106,9 @@ class StageConfig:
         require_folder_name(f"{where}.name", self.name)
         require_choice(f"{where}.kind", self.kind, STAGE_KINDS)
         require_choice(f"{where}.schedule", self.schedule, SCHEDULES)
-        require(self.data != [], f"{where}.data", self.data, "a list with at least one file, or left out")
+        if self.data is not None:
+            check_data(f"{where}.data", self.data)
+        check_batches(self, where)
         self._check_numbers(where)
         self._check_roles(where)
         for index, expert in enumerate(self.experts):
@@ -160,8 +173,8 @@ class Recipe:
 
     Args:
         model: folder of the model that the first stage starts from, with its processor.
-        data: files of conversations, in our form or in LLaVA's, see `data`; their media paths are relative
-            to `media_root`, or to the file's folder when that is None.
+        data: paths of files and folders of conversations, or `DataEntry`s, which can also have weights, be streamed or
+            come from the Hub; media paths are relative to `media_root`, or to the file's folder when that is None.
         media_root: folder of the media; no file outside of it is opened then, also where a symbolic link in it leads.
         out: folder of the stages' results.
         moe: needed by stages of kind "experts" and "moe".
@@ -179,7 +192,7 @@ class Recipe:
     """
 
     model: str
-    data: list[str]
+    data: list[str | DataEntry]
     out: str
     stages: list[StageConfig]
     media_root: str | None = None
@@ -201,7 +214,7 @@ class Recipe:
         require_range("seed", self.seed, 0, (1 << 32) - 1)
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
         require(0 <= self.max_bad_samples <= 1, "max_bad_samples", self.max_bad_samples, "between 0 and 1")
-        require(bool(self.data), "data", self.data, "a list with at least one file")
+        check_data("data", self.data)
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):
             stage.check(f"stages[{index}] ({stage.name})")
@@ -214,6 +227,7 @@ class Recipe:
                     f"stages[{index}] ({stage.name}) has an image_aspect_ratio of its own, but the cache holds states of "
                     "pictures as the model's processor shapes them: leave one of the two out."
                 )
+            check_use_of_data(self, stage, f"stages[{index}] ({stage.name})")
         _require_different("stages", [stage.name for stage in self.stages])
         self._check_assembly()
 

@@ -1,7 +1,7 @@
 """Recipes on disk: YAML to `Recipe` and back, with single values overridden on the command line."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import yaml
 
 from ..errors import RecipeError
 from .recipe import Recipe
+from .recipe_data import DataEntry
 from .recipe_values import build, require
 
 
@@ -39,10 +40,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for name in ("model", "out", "media_root", "cache"):
         if getattr(recipe, name) is not None:
             setattr(recipe, name, _beside(path, name, getattr(recipe, name)))
-    recipe.data = [_beside(path, "data", name) for name in recipe.data]
+    recipe.data = [_data_beside(path, f"data[{number}]", entry) for number, entry in enumerate(recipe.data)]
     for index, stage in enumerate(recipe.stages):
         if stage.data is not None:
-            stage.data = [_beside(path, f"stages[{index}].data", name) for name in stage.data]
+            where = f"stages[{index}].data"
+            stage.data = [_data_beside(path, f"{where}[{number}]", entry) for number, entry in enumerate(stage.data)]
     recipe.check()
     return recipe
 
@@ -50,7 +52,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write a recipe that `load_recipe` reads back equal from anywhere: its paths become absolute."""
     fields = asdict(recipe)
-    fields["data"] = [str(Path(file).absolute()) for file in recipe.data]
+    fields["data"] = [_saved(entry) for entry in recipe.data]
+    for stage, saved in zip(recipe.stages, fields["stages"], strict=True):
+        saved["data"] = stage.data and [_saved(entry) for entry in stage.data]
     for name in ("model", "out", "cache", "media_root"):
         fields[name] = fields[name] and str(Path(fields[name]).absolute())
     text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
@@ -81,6 +85,24 @@ def _parse_yaml(what: str, text: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: a date that does not exist; RecursionError: thousands of brackets.
         raise RecipeError(f"{what} is not valid YAML: {error}") from error
+
+
+def _saved(entry: str | DataEntry) -> str | dict[str, Any]:
+    """An entry with absolute paths; of its settings only those that were made."""
+    if isinstance(entry, str):
+        return str(Path(entry).absolute())
+    fields = {name: value for name, value in asdict(entry).items() if value != getattr(DataEntry(), name)}
+    return fields | {name: str(Path(fields[name]).absolute()) for name in ("path", "media_root") if name in fields}
+
+
+def _data_beside(recipe_path: Path, where: str, entry: str | DataEntry) -> str | DataEntry:
+    if isinstance(entry, str):
+        return _beside(recipe_path, where, entry)
+    paths = {name: getattr(entry, name) for name in ("path", "media_root")}
+    found = {
+        name: _beside(recipe_path, f"{where}.{name}", value) for name, value in paths.items() if value is not None
+    }
+    return replace(entry, **found)
 
 
 def _beside(recipe_path: Path, field_name: str, name: str) -> str:

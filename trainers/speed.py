@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from .checkpoints import seal
 from .data import Draw
 from .objective import IGNORED
+from .streaming import StreamDraw
 from .trainable import count_trainable
 from .trainer import UniMoeTrainer
 
@@ -32,9 +34,7 @@ def seconds_per_step(trainer: UniMoeTrainer) -> float:
     random_state = torch.random.get_rng_state()
     model.train()
     total = 0.0
-    for group, share in sampler.shares.items():
-        indices = sampler.groups[group].tolist()
-        draws = [Draw(indices[i % len(indices)], seed=i) for i in range(sampler.batch_size)]
+    for share, draws in sampler.probes():
         durations: list[float] = []
         while len(durations) < 2 or (len(durations) <= _MOST_TIMED_STEPS and sum(durations) < _LONG_ENOUGH):
             started = time.perf_counter()
@@ -65,7 +65,7 @@ def seconds_per_checkpoint(trainer: UniMoeTrainer, folder: Path) -> float:
     return seconds * (1 + 2 * count_trainable(trainer.model) / total)
 
 
-def _forward_backward(trainer: UniMoeTrainer, model: torch.nn.Module, draws: list[Draw]) -> None:
+def _forward_backward(trainer: UniMoeTrainer, model: torch.nn.Module, draws: Sequence[Draw | StreamDraw]) -> None:
     batch = trainer.data_collator([trainer.train_dataset[draw] for draw in draws])
     batch = trainer._prepare_inputs(batch)
     items = (batch["labels"][:, 1:] != IGNORED).sum()

@@ -16,8 +16,10 @@ from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .bad_samples import BadSamples
 from .balance_decay import BalanceDecay
+from .batching import batching_of
 from .checkpoints import append_line, newest_checkpoint, write_durably
 from .data import ConversationDataset
+from .data_sets import TrainingData
 from .lora import add_lora, merge_lora
 from .loss_meter import LOGGED_LOSSES
 from .recipe import COEFFICIENTS, StageConfig
@@ -96,7 +98,7 @@ class RunSettings:
 
 def run_training(
     model: UniMoeForCausalLM,
-    dataset: ConversationDataset,
+    dataset: TrainingData,
     stage: StageConfig,
     folder: Path,
     settings: RunSettings,
@@ -127,7 +129,7 @@ def run_training(
 
     def trainer_for(steps: int) -> UniMoeTrainer:
         trainer = _build_trainer(trained_model, dataset, collator, stage, checkpoints, steps, settings)
-        trainer.bad_samples = BadSamples(folder, len(dataset) + len(dataset.left_out), settings.max_bad_samples)
+        trainer.bad_samples = BadSamples(folder, _samples_of(dataset, stage, steps), settings.max_bad_samples)
         trainer.bad_samples.note((str(sample["id"]), reason) for sample, reason in dataset.left_out)
         return trainer
 
@@ -216,7 +218,7 @@ class LossLog(TrainerCallback):
 
 def _build_trainer(
     model: Any,
-    dataset: ConversationDataset,
+    dataset: TrainingData,
     collator: Any,
     stage: StageConfig,
     folder: Path,
@@ -263,9 +265,17 @@ def _build_trainer(
         modality_weights=stage.modality_weights,
         min_learning_rate_ratio=stage.min_learning_rate_ratio,
         max_skipped_steps=stage.max_skipped_steps,
+        batching=batching_of(stage, dataset, settings.processor),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _samples_of(dataset: TrainingData, stage: StageConfig, steps: int) -> int:
+    """Samples that there are; of streams those that this rank will draw at least."""
+    if isinstance(dataset, ConversationDataset):
+        return len(dataset) + len(dataset.left_out)
+    return steps * stage.batch_size * stage.gradient_accumulation_steps + len(dataset.left_out)
 
 
 def _decide_steps(stage: StageConfig, folder: Path, trainer_for: Callable[[int], UniMoeTrainer]) -> int:

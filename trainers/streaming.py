@@ -1,15 +1,117 @@
-"""Data files as streaming data sets of the `datasets` library."""
+"""Data that are read while training: several data sets in set shares, in an order that depends on seeds only.
 
-from collections.abc import Iterable, Iterator
+A stream keeps no state of its own. A resumed run reads the records of its first steps again, without opening their media,
+and goes on where it was; so what it draws is the same to the bit, whatever was changed about workers or saving.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import MissingPackageError
-from .data import Sample, read_samples
+import numpy as np
+from torch.utils.data import Dataset
+
+from ..errors import DataError, MissingPackageError
+from .data import ConversationDataset, Sample, group_of, read_samples
+from .data_sources import Source
 from .original_data import OriginalRules, VoiceAs
 
 if TYPE_CHECKING:
     import datasets
+
+
+@dataclass(frozen=True)
+class StreamDraw:
+    """A sample as the sampler of streams gives it out, and the seed of whatever is random about this use of it."""
+
+    sample: Sample
+    seed: int
+
+
+class StreamedConversations(Dataset):
+    """Data sets of which one at least is read while training; see `ConversationDataset` for what a sample holds.
+
+    An epoch of a data set is one pass over it, in a new random order: of a data set in memory over all its samples, of a
+    stream through its buffer. One that is exhausted begins its next pass; the shares of the others do not change.
+
+    Args:
+        members: streams, and data sets in memory.
+        weights: share of the samples that are drawn from each.
+        names: modalities, tasks or groups whose samples are used; empty means all.
+    """
+
+    def __init__(
+        self, members: Sequence[Source | ConversationDataset], weights: Sequence[float], names: Sequence[str] = ()
+    ) -> None:
+        self.members, self.weights, self.names = list(members), list(weights), tuple(names)
+        self.left_out = [
+            pair for member in members if isinstance(member, ConversationDataset) for pair in member.left_out
+        ]
+
+    def __getitem__(self, draw: StreamDraw) -> Sample:
+        return {**draw.sample, "draw_seed": draw.seed}
+
+    def select(self, names: Sequence[str]) -> "StreamedConversations":
+        """Only the samples whose modality, task or group is among the names; all of them when no name is given."""
+        return StreamedConversations(self.members, self.weights, names) if names else self
+
+    def passes(self, number: int, seed: int) -> Iterator[Sample]:
+        """The chosen samples of one member, pass after pass without end.
+
+        A record of a stream that is broken is {"id", "fault": why}.
+
+        Raises:
+            DataError: a whole pass had none of the chosen samples.
+        """
+        member = self.members[number]
+        epoch = 0
+        while True:
+            shuffle = np.random.default_rng((seed, number, epoch))
+            found = False
+            in_memory = isinstance(member, ConversationDataset)
+            for sample in _in_memory(member, shuffle) if in_memory else member.samples(shuffle, tolerant=True):
+                if "fault" not in sample:
+                    if not self._chosen(sample):
+                        continue
+                    found = True
+                yield sample
+            if not found:
+                raise DataError(
+                    f"{self._name_of(number)} has no sample{self._of_names()}: leave it out of this stage's data."
+                )
+            epoch += 1
+
+    def head(self, count: int) -> Iterator[Sample]:
+        """The first chosen samples of every member that can be read, up to `count` of each."""
+        for number, member in enumerate(self.members):
+            left = count
+            whole = member.samples if isinstance(member, ConversationDataset) else member.samples(tolerant=True)
+            for sample in whole:
+                if left and "fault" not in sample and self._chosen(sample):
+                    left -= 1
+                    yield sample
+                if not left:
+                    break
+            if left == count:
+                raise DataError(
+                    f"{self._name_of(number)} has no sample{self._of_names()}: leave it out of this stage's data."
+                )
+
+    def _chosen(self, sample: Sample) -> bool:
+        return not self.names or bool({sample["modality"], sample["task"], group_of(sample)} & set(self.names))
+
+    def _name_of(self, number: int) -> str:
+        member = self.members[number]
+        return member.name if isinstance(member, Source) else f"The data set {number} of the recipe's data"
+
+    def _of_names(self) -> str:
+        return f" of {', '.join(self.names)}" if self.names else " that can be read"
+
+
+def _in_memory(dataset: ConversationDataset, shuffle: np.random.Generator) -> Iterator[Sample]:
+    for index in shuffle.permutation(len(dataset)):
+        yield dataset.samples[index]
 
 
 def stream_conversations(

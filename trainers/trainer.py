@@ -11,13 +11,13 @@ from transformers import TrainingArguments
 from ..errors import DataError, RecipeError
 from ..roles import role_of
 from .bad_samples import BadSamples
-from .data import ConversationDataset
+from .batching import Batching, BatchSampler, make_sampler
+from .data_sets import TrainingData
 from .loss_meter import LossMeter
 from .non_finite import FiniteGuard
 from .objective import columns_to_keep, training_loss
 from .resumable import ResumableTrainer
 from .router_bias import RouterBiasUpdate
-from .sampler import ModalityBatchSampler, group_weights
 from .step_balance import StepBalance
 
 _NOT_FOR_THE_MODEL = ("labels", "logits_to_keep", "sample_ids", "group", "bad_samples")
@@ -29,7 +29,7 @@ class UniMoeTrainer(ResumableTrainer):
     Args:
         model: `UniMoeForCausalLM`, or one with PEFT around it. Set what trains with `trainable.set_trainable` first.
         args: as usual; `learning_rate` is used where learning_rates is silent.
-        train_dataset: a `ConversationDataset`.
+        train_dataset: a `ConversationDataset`, or a `StreamedConversations` (with `args.max_steps`).
         data_collator: `RawCollator` or `CachedCollator`.
         processing_class: the processor; saved with every checkpoint.
         learning_rates: role -> learning rate.
@@ -37,6 +37,7 @@ class UniMoeTrainer(ResumableTrainer):
         modality_weights: share of the steps by modality or task; see `sampler.group_weights`.
         min_learning_rate_ratio: the schedule ends at this share of the peak rate.
         max_skipped_steps: steps whose loss or gradient is not finite that are left out; one more ends the run.
+        batching: how samples become batches, see `batching_of`; by modality when None.
 
     `bad_samples`, when set, lists the samples that a `TolerantCollator` could not read; without it the first ends the run.
 
@@ -49,7 +50,7 @@ class UniMoeTrainer(ResumableTrainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        train_dataset: ConversationDataset | None = None,
+        train_dataset: TrainingData | None = None,
         data_collator: Any = None,
         processing_class: Any = None,
         learning_rates: Mapping[str, float] | None = None,
@@ -57,6 +58,7 @@ class UniMoeTrainer(ResumableTrainer):
         modality_weights: Mapping[str, float] | None = None,
         min_learning_rate_ratio: float = 0.0,
         max_skipped_steps: int = 0,
+        batching: Batching | None = None,
         **kwargs: Any,
     ) -> None:
         # One finiteness check of our own replaces this one, which hides bad losses instead of stopping.
@@ -73,6 +75,7 @@ class UniMoeTrainer(ResumableTrainer):
         self.label_smoothing = label_smoothing
         self.modality_weights = dict(modality_weights or {})
         self.min_learning_rate_ratio = min_learning_rate_ratio
+        self.batching = batching or Batching()
         self.finite_guard = FiniteGuard(max_skipped_steps)
         self.step_balance = StepBalance(self.args.world_size if self.args.average_tokens_across_devices else 1)
         # The loss is ours, and divided by the tokens of the whole accumulated batch.
@@ -84,16 +87,16 @@ class UniMoeTrainer(ResumableTrainer):
 
     # ---- data
 
-    def train_sampler(self) -> ModalityBatchSampler:
+    def train_sampler(self) -> BatchSampler:
         """The batches of this run, over all ranks."""
-        per_step = self.args.gradient_accumulation_steps * self.args.world_size
-        return ModalityBatchSampler(
-            self.train_dataset.groups,
+        return make_sampler(
+            self.train_dataset,  # type: ignore[arg-type]
+            self.batching,
             self.args.per_device_train_batch_size,
-            num_batches=self.args.max_steps * per_step if self.args.max_steps > 0 else None,
-            weights=group_weights(self.train_dataset, self.modality_weights),  # type: ignore[arg-type]
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            batches_per_step=per_step,
+            self.args.max_steps if self.args.max_steps > 0 else None,
+            self.args.gradient_accumulation_steps * self.args.world_size,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            self.modality_weights,
         )
 
     def get_train_dataloader(self) -> DataLoader:

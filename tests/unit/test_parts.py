@@ -391,7 +391,7 @@ def test_silent_hub_is_given_up_after_the_deadline_and_asked_once(monkeypatch: p
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        silences = {hub_access._why_silent(endpoint, "owner/model") for _ in range(2)}
+        silences = {hub_access.why_silent(endpoint, "models/owner/model") for _ in range(2)}
         assert len(silences) == 1
         assert silences <= {"no answer", "timed out"}
         server.setblocking(False)
@@ -409,7 +409,7 @@ def test_conversion_takes_what_the_cache_of_a_silent_hub_holds(
             return str(tmp_path)
         raise LocalEntryNotFoundError("nothing here")
 
-    monkeypatch.setattr(hub_access, "_why_silent", lambda endpoint, hub_id: "no answer")
+    monkeypatch.setattr(hub_access, "why_silent", lambda endpoint, name: "no answer")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert resolve_folder("owner/cached", ("*.json",)) == tmp_path
     with pytest.raises(

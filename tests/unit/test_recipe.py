@@ -138,7 +138,7 @@ def stage(**overrides: Any) -> dict[str, Any]:
         (fields(data="a.jsonl"), r"^data is 'a.jsonl'; it must be a list of text"),
         (fields(data=[]), r"^data is \[\]; it must be a list with at least one file"),
         (stage(data=[]), r"data is \[\]; it must be a list with at least one file"),
-        (stage(data=["a\0b"]), r"^stages\[0\]\.data is 'a\\x00b'; it must be a path"),
+        (stage(data=["a\0b"]), r"^stages\[0\]\.data\[0\] is 'a\\x00b'; it must be a path"),
         (stage(train="router"), r"stages\[0\]\.train is 'router'; it must be a list of text"),
         (stage(max_grad_norm=float("inf")), r"max_grad_norm is inf; it must be finite"),
         (stage(name="a\n"), r"name is 'a\\n'; it must be a name that can be a folder"),

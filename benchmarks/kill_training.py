@@ -244,7 +244,7 @@ class Killer:
             self.board.clear()
             child = in_fork(lambda: train(start, out, self.board))
             enough = sum(self.phases.values()) >= self.wanted
-            code = wait(child, HANGING if enough else self.random.uniform(0, duration))
+            code = wait(child, HANGING if enough else self.random.uniform(0, 0.6 * duration))
             if code is None:
                 os.kill(child, signal.SIGKILL)
                 phase, code = self.board.phase, wait(child, HANGING)

@@ -19,6 +19,13 @@ class BalanceDecay(TrainerCallback):
     def __init__(self, config: UniMoeTextConfig, final: float, steps: int) -> None:
         self.config, self.first, self.final, self.steps = config, config.router_aux_loss_coef, final, steps
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        done = min(state.global_step / self.steps, 1.0)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._set(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Not at the next step's begin: a run that goes on from its last checkpoint has none.
+        self._set(state.global_step)
+
+    def _set(self, step: int) -> None:
+        done = min(step / self.steps, 1.0)
         self.config.router_aux_loss_coef = self.first + done * (self.final - self.first)

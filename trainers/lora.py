@@ -29,9 +29,7 @@ def add_lora(model: UniMoeForCausalLM, settings: LoraSettings) -> Any:
 
     settings.check("lora")
     linear = [pattern for role, pattern in _LINEAR_TARGETS.items() if role in settings.targets]
-    sparse = bool(model.config.text_config.sparse_layers)
-    if "experts" in settings.targets and not sparse:
-        raise RecipeError("lora.targets holds 'experts' but the model has none: take 'ffn', or assemble it first.")
+    _require_targets(model, settings)
     fully_trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     config = LoraConfig(
         r=settings.rank,
@@ -52,7 +50,38 @@ def add_lora(model: UniMoeForCausalLM, settings: LoraSettings) -> Any:
     for name, parameter in adapted.named_parameters():
         if name.removeprefix("base_model.model.") in fully_trained:
             parameter.requires_grad_(True)
+    _require_adapters(adapted, settings)
     return adapted
+
+
+def _require_targets(model: UniMoeForCausalLM, settings: LoraSettings) -> None:
+    sparse = model.config.text_config.sparse_layers
+    has = {"attention": True, "experts": bool(sparse), "ffn": len(sparse) < model.config.text_config.num_hidden_layers}
+    for target in settings.targets:
+        if not has[target]:
+            other = {
+                "experts": "take 'ffn', or assemble it first",
+                "ffn": "all of its layers are sparse, take 'experts'",
+            }
+            raise RecipeError(f"lora.targets holds {target!r} but the model has none: {other[target]}.")
+
+
+def _require_adapters(adapted: nn.Module, settings: LoraSettings) -> None:
+    """PEFT says nothing when one of several targets, or some of the layers, match nothing."""
+    config = adapted.get_base_model().config.text_config  # type: ignore[operator]
+    sparse = len(config.sparse_layers)
+    wanted = {
+        "attention": 4 * config.num_hidden_layers,
+        "experts": 2 * sparse,
+        "ffn": 3 * (config.num_hidden_layers - sparse),
+    }
+    adapters = [role_of(name) for name, _ in adapted.named_parameters() if ".lora_A." in name]
+    for target in settings.targets:
+        if adapters.count(target) != wanted[target]:
+            raise RecipeError(
+                f"lora.targets holds {target!r}: {wanted[target]} weights should have got adapters, {adapters.count(target)} "
+                "did. The model's modules have other names than this version of PEFT looks for."
+            )
 
 
 def merge_lora(model: nn.Module) -> UniMoeForCausalLM:

@@ -11,6 +11,7 @@ from ..errors import RecipeError
 from ..roles import ROLES
 from .recipe_parts import ExpertConfig, LoraSettings, MoeConfig, require_folder_name
 from .recipe_values import require, require_choice, require_range
+from .telemetry_settings import TelemetrySettings
 
 STAGE_KINDS = ("train", "experts", "moe")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -176,6 +177,7 @@ class Recipe:
             of the stage; more of them end the run.
         gradient_checkpointing: compute the decoder's activations again in the backward pass: less memory, a third more
             time.
+        telemetry: what is reported where, and what a collapsed router leads to.
     """
 
     model: str
@@ -193,6 +195,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     max_bad_samples: float = 0.01
     voice_as: Literal["speech", "sound"] = "speech"
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
     def check(self, where: str = "recipe") -> None:
         """Raise RecipeError naming field, value and what is allowed, if anything in the recipe is impossible."""
@@ -201,6 +204,7 @@ class Recipe:
         require_range("seed", self.seed, 0, (1 << 32) - 1)
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
         require(0 <= self.max_bad_samples <= 1, "max_bad_samples", self.max_bad_samples, "between 0 and 1")
+        self.telemetry.check("telemetry")
         require(bool(self.data), "data", self.data, "a list with at least one file")
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):

@@ -24,6 +24,7 @@ from .objective import LossParts, columns_to_keep, training_loss
 from .router_bias import RouterBiasUpdate, choice_biases
 from .sampler import ModalityBatchSampler, group_weights
 from .step_balance import StepBalance
+from .telemetry import Telemetry
 
 logger = logging.get_logger(__name__)
 
@@ -95,6 +96,8 @@ class UniMoeTrainer(Trainer):
         self._micro_steps = 0
         self._saving = False
         self.add_callback(RouterBiasUpdate(self))
+        self.telemetry = Telemetry(self)
+        self.add_callback(self.telemetry)
 
     @property
     def base(self) -> UniMoeForCausalLM:
@@ -231,6 +234,7 @@ class UniMoeTrainer(Trainer):
             self._sums.zero_()
             self._micro_steps = 0
             self._collect_group_losses()
+            logs |= self.telemetry.figures()
         super().log(logs, start_time)
 
     def _collect_group_losses(self) -> None:

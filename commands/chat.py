@@ -167,24 +167,10 @@ def handle_line(conversation: Conversation, line: str) -> bool:
 
 
 def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Answer:
-    """Load a model and its processor; the result generates with the given options.
-
-    Raises:
-        ConversionError: there is no such folder or Hub repository, it holds another kind of model, or a file of it is
-            missing or damaged.
-        CheckpointError: its tokenizer is missing, or its files do not go together.
-        UniMoeError: the device is not there.
-    """
+    """Load a model and its processor; the result generates with the given options. Errors are those of `open_model`."""
     from transformers import TextStreamer
 
-    from ..conversion.dense.sources import resolve_folder
-    from ..progress_bars import transformers_bars
-
-    place = _usable_device(device)
-    with transformers_bars(shown=False):
-        folder = resolve_folder(name, MODEL_FILES)
-        _check_files(folder)
-        processor, model = _load(folder, place)
+    processor, model = open_model(name, device)
 
     class Pieces(TextStreamer):
         """Hands finished words to `show`."""
@@ -204,6 +190,25 @@ def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Ans
         return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     return answer
+
+
+def open_model(name: str, device: str | None) -> tuple[Any, Any]:
+    """The processor and the model of a folder or Hub id, ready to be used on a device (None: cuda, if there is one).
+
+    Raises:
+        ConversionError: there is no such folder or Hub repository, it holds another kind of model, or a file of it is
+            missing or damaged.
+        CheckpointError: its tokenizer is missing, or its files do not go together.
+        UniMoeError: the device is not there.
+    """
+    from ..conversion.dense.sources import resolve_folder
+    from ..progress_bars import transformers_bars
+
+    place = _usable_device(device)
+    with transformers_bars(shown=False):
+        folder = resolve_folder(name, MODEL_FILES)
+        _check_files(folder)
+        return _load(folder, place)
 
 
 def _usable_device(name: str | None) -> "torch.device":

@@ -1,8 +1,9 @@
-"""`unimoe inspect`: what is inside a model folder, without loading its weights."""
+"""`unimoe inspect`: what is inside a model folder, without loading its weights; and what its experts do with data."""
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..conversion.checkpoints.description import ModelDescription, RouterLoad
@@ -11,23 +12,99 @@ if TYPE_CHECKING:
 _SHADES = " ░▒▓█"
 
 
+_DESCRIPTION = """\
+Show what is inside a model folder. By itself the command reads configuration and headers only. With --data it runs samples
+through the model and writes a page about its experts: load per layer, modality and task, entropy, dead and duplicate
+experts, co-activation, words. With --compare it says what a training has changed."""
+_EPILOG = """\
+examples:
+  unimoe inspect quickstart-out/model                                       layers, experts, parameters
+  unimoe inspect quickstart-out/model --data heldout.jsonl --out inside     inside/inspect.html and inspect.json
+  unimoe inspect quickstart-out/model --data heldout.jsonl --limit 60 --out inside    a quick look
+  unimoe inspect stage3/model --compare stage1/model --data heldout.jsonl --out changes    before and after
+
+Data are conversations as `unimoe train` takes them; docs/looking_inside.md explains the page."""
+
+
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="show what is inside a model: layers, experts, router load",
-        description="Show what is inside a model folder. Weights are not loaded.",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.add_argument(
+        "--data", metavar="FILE", action="append", help="data file to run through it (again for several)"
+    )
+    parser.add_argument("--media-root", metavar="DIR", help="folder that holds the data's media")
+    parser.add_argument("--compare", metavar="OTHER", help="an earlier model: say what changed since")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where the page and the figures go; needed with --data, --compare"
+    )
+    parser.add_argument("--limit", metavar="N", type=_positive, help="at most N samples, evenly over tasks")
+    parser.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="samples at once (default: 8)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the description of a model."""
+    """Print the description of a model, or look inside it while it works."""
+    if args.data or args.compare or args.out:
+        return _look_inside(args)
     from ..conversion.checkpoints.description import describe_model
 
     description = describe_model(args.model)
     print(json.dumps(description.to_dict(), indent=2) if args.json else "\n".join(describe_lines(description)))
     return 0
+
+
+def _look_inside(args: argparse.Namespace) -> int:
+    from ..errors import DataError
+    from ..inspection.look_inside import Request, look_inside
+
+    if not args.out or not (args.data or args.compare):
+        raise DataError("--data and --compare need --out, a folder for the page, and --out needs one of them.")
+    request = Request(
+        args.model, args.data or [], args.media_root, args.compare, args.limit, args.batch_size, args.device
+    )
+    facts, page = look_inside(request, args.out)
+    print(json.dumps(facts) if args.json else "\n".join(finding_lines(facts)))
+    print(f"The page is {page}", file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+def finding_lines(facts: dict[str, Any]) -> list[str]:
+    """What was found, in a line per layer."""
+    lines = []
+    for index, layer in enumerate(facts["layers"]):
+        parts = []
+        if "load" in facts:
+            entropy, ratio = facts["entropy"]["all"][index], facts["max_load_ratio"][index]
+            parts += [] if entropy is None else [f"load entropy {entropy:.2f}", f"largest load {ratio:.2f} times even"]
+            parts += [f"dead: {facts['dead_experts'][index]}"] if facts["dead_experts"][index] else []
+        pairs = facts["duplicate_experts"][index]
+        parts += [f"duplicates: {', '.join(f'{a} = {b}' for a, b in pairs)}"] if pairs else []
+        if "moved" in facts:
+            moved = ", ".join(
+                f"{100 * rows[index]:.0f} % of {name}" for name, rows in facts["moved"].items() if rows[index]
+            )
+            parts += [f"choices that moved: {moved or 'none'}"]
+        lines.append(f"  layer {layer:<3} {'; '.join(parts) or 'nothing to remark'}")
+    for role in facts.get("weights", {}).get("roles", ()):
+        lines.append(
+            f"  {role['role']:<11} {role['changed']} of {role['tensors']} tensors differ, by {100 * role['relative']:.2f} %"
+        )
+    if facts.get("skipped"):
+        lines.append(f"  {len(facts['skipped'])} samples could not be read")
+    return lines
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def describe_lines(model: "ModelDescription") -> list[str]:

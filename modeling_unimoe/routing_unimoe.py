@@ -98,7 +98,7 @@ class UniMoeRouter(nn.Module):
             top_k_weights_TK (dtype of x), top_k_index_TK (int64).
         """
         router_logits_TR = self._logits(x_TH)
-        own_logits_TR = self._own_rows(router_logits_TR, token_group_T)
+        own_logits_TR = self.own_rows(router_logits_TR, token_group_T)
         scores_TR = own_logits_TR.softmax(dim=-1) if self.scoring == "softmax" else own_logits_TR.sigmoid()
         first_shared = scores_TR.shape[1] - self.num_shared_experts
         row_TK = self._choices(own_logits_TR[:, :first_shared], scores_TR[:, :first_shared])
@@ -185,7 +185,7 @@ class UniMoeRouter(nn.Module):
             return x_TH
         return x_TH * torch.empty_like(x_TH).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
 
-    def _own_rows(self, logits_TR: torch.Tensor, token_group_T: torch.Tensor | None) -> torch.Tensor:
+    def own_rows(self, logits_TR: torch.Tensor, token_group_T: torch.Tensor | None) -> torch.Tensor:
         """The logits in float32, -inf on the rows of other groups."""
         logits_TR = logits_TR.float()
         if len(self.groups) == 1:

@@ -4,6 +4,7 @@ OUT/recipe.yaml
 OUT/<stage>/settings.json    what the stage was started with
 OUT/<stage>/plan.json        steps that were decided, and the speed that was measured for it
 OUT/<stage>/losses.jsonl     one line per log
+OUT/<stage>/telemetry.jsonl, report.html    expert load, speed and memory; all of it drawn, when the stage is done
 OUT/<stage>/bad_samples.jsonl    unreadable samples that were left out, if there were any
 OUT/<stage>/checkpoints/     gone when the stage is done
 OUT/<stage>/model/           the model after the stage (not for "experts")
@@ -118,6 +119,7 @@ def run_curriculum(
             progress_bar=progress_bar,
             max_bad_samples=recipe.max_bad_samples,
             gradient_checkpointing=recipe.gradient_checkpointing,
+            telemetry=recipe.telemetry,
             training_arguments=dict(training_arguments or {}),
         )
         for stage in recipe.stages:

@@ -12,6 +12,7 @@ from ..roles import ROLES
 from .recipe_data import VOICES, DataEntry, check_batches, check_data, check_use_of_data
 from .recipe_parts import ExpertConfig, LoraSettings, MoeConfig, require_folder_name
 from .recipe_values import require, require_choice, require_range
+from .telemetry_settings import TelemetrySettings
 
 STAGE_KINDS = ("train", "experts", "moe")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -189,6 +190,7 @@ class Recipe:
             of the stage; more of them end the run.
         gradient_checkpointing: compute the decoder's activations again in the backward pass: less memory, a third more
             time.
+        telemetry: what is reported where, and what a collapsed router leads to.
     """
 
     model: str
@@ -206,6 +208,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     max_bad_samples: float = 0.01
     voice_as: Literal["speech", "sound"] = "speech"
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
     def check(self, where: str = "recipe") -> None:
         """Raise RecipeError naming field, value and what is allowed, if anything in the recipe is impossible."""
@@ -215,6 +218,7 @@ class Recipe:
         require_range("pad_to_multiple_of", self.pad_to_multiple_of, 1, 4096)
         require(0 <= self.max_bad_samples <= 1, "max_bad_samples", self.max_bad_samples, "between 0 and 1")
         check_data("data", self.data)
+        self.telemetry.check("telemetry")
         require(bool(self.stages), "stages", self.stages, "a list with at least one stage")
         for index, stage in enumerate(self.stages):
             stage.check(f"stages[{index}] ({stage.name})")

@@ -24,6 +24,9 @@ from .lora import add_lora, merge_lora
 from .loss_meter import LOGGED_LOSSES
 from .recipe import COEFFICIENTS, StageConfig
 from .speed import seconds_per_checkpoint, seconds_per_step
+from .stage_page import write_stage_page
+from .telemetry import watch_stage
+from .telemetry_settings import TelemetrySettings
 from .trainable import TrainableRow, count_trainable, set_trainable, trainable_table
 from .trainer import UniMoeTrainer
 
@@ -93,6 +96,7 @@ class RunSettings:
     progress_bar: bool = True
     on_progress: OnProgress | None = None
     on_start: OnStageStart | None = None
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -135,6 +139,7 @@ def run_training(
 
     planned = _decide_steps(stage, folder, trainer_for)
     trainer = trainer_for(planned)
+    watch_stage(trainer, settings.telemetry, folder)
     if settings.on_start is not None:
         settings.on_start(name, trainable_table(trained_model), planned)
     log = LossLog(name, folder / LOSSES_FILE, planned, trainer, settings)
@@ -146,6 +151,8 @@ def run_training(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     first, last = log.ends()
     report = StageReport(name, stage.kind, planned, log.seconds, count_trainable(trained_model), first, last)
+    if settings.telemetry.page and trainer.is_world_process_zero():
+        write_stage_page(folder, name, model.config.text_config)
     model = merge_lora(trained_model)
     # Gradients and optimizer state of this run must not live as long as the model does.
     model.zero_grad(set_to_none=True)
@@ -248,7 +255,7 @@ def _build_trainer(
         "bf16": settings.precision == "bfloat16",
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused on machines without accelerator
         _CHECKPOINTING: settings.gradient_checkpointing,
-        "report_to": "none",
+        **settings.telemetry.training_arguments(stage.name),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),

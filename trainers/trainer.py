@@ -19,6 +19,7 @@ from .objective import columns_to_keep, training_loss
 from .resumable import ResumableTrainer
 from .router_bias import RouterBiasUpdate
 from .step_balance import StepBalance
+from .telemetry import Telemetry
 
 _NOT_FOR_THE_MODEL = ("labels", "logits_to_keep", "sample_ids", "group", "bad_samples")
 
@@ -84,6 +85,8 @@ class UniMoeTrainer(ResumableTrainer):
         self.bad_samples: BadSamples | None = None
         self.losses = LossMeter()
         self.add_callback(RouterBiasUpdate(self))
+        self.telemetry = Telemetry(self)
+        self.add_callback(self.telemetry)
 
     # ---- data
 
@@ -213,6 +216,7 @@ class UniMoeTrainer(ResumableTrainer):
                 logs.pop("grad_norm", None)
             if self.finite_guard.skipped:
                 logs["skipped_steps"] = self.finite_guard.skipped
+            logs |= self.telemetry.figures()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -21,7 +21,7 @@ from ..checkpoints.llava_keys import VISION_TOWER, vision_prefix, without_number
 from ..dense.sources import read_our_config
 from .import_moiie import moiie_key_map
 from .moiie_config import SCALES, original_moiie_config
-from .moiie_keys import Backbone, Kind, Pools
+from .moiie_keys import GROUPED, Backbone, Kind, Pools
 from .moiie_variant import MoiieVariant, model_type_of
 from .originals import Originals
 
@@ -103,10 +103,12 @@ def exported_variant(config: UniMoeConfig, backbone: Backbone | None = None) -> 
                 raise ConversionError(f"The original has no {field} = {found!r}; only {values[0]!r} can be exported.")
     kind, pools = _kind_and_pools(text)
     _check_connector(config)
-    if config.route_run_end_as_text != (kind in ("moiie", "separate", "modality")):
+    if kind in GROUPED and config.vision_config is not None and not config.route_run_end_as_text:
         raise ConversionError(
-            f"The model has route_run_end_as_text = {config.route_run_end_as_text}; the original routes the last feature of "
-            "every run of image features as language, so it would compute something else."
+            "The model has route_run_end_as_text = False, and the original always routes the last feature of every run of "
+            "image features as language, so it would compute something else. To export it nevertheless, set "
+            '"route_run_end_as_text": true in its config.json: as long as its experts are equal copies that changes '
+            "nothing, and once they differ the model should be trained on with it."
         )
     if backbone is None:
         backbone = "phi3" if text.sliding_window is not None or kind == "separate" else "llama"

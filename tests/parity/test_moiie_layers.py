@@ -9,6 +9,7 @@ from unimoe import UniMoeConfig, UniMoeForCausalLM, UniMoeTextConfig
 from unimoe.conversion.checkpoints.key_rules import KeyMap
 from unimoe.conversion.released.moiie_config import sizes_of
 from unimoe.conversion.released.moiie_keys import moiie_rules
+from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.modeling_unimoe.balance_loss_unimoe import group_balance_losses
 
@@ -150,11 +151,13 @@ def check_conversion(case: GoldenCase) -> None:
     rows = {int(name.split(".")[3]): value for name, value in key_map.convert(routers).items()}
     sparse = upcycle_model(
         model,
-        num_experts=pools.num_experts,
-        num_experts_per_tok=whole.num_experts_per_tok,
-        sparse_layers=sparse_layers,
-        expert_groups={"vision": [*pools.vision], "language": [*pools.language]} if grouped else None,
-        modality_groups=converted(case.path).config.text_config.modality_groups,
+        Sparsity(
+            num_experts=pools.num_experts,
+            num_experts_per_tok=whole.num_experts_per_tok,
+            sparse_layers=sparse_layers,
+            expert_groups={"vision": [*pools.vision], "language": [*pools.language]} if grouped else None,
+            modality_groups=converted(case.path).config.text_config.modality_groups,
+        ),
         router_rows=rows,
     )
     state = sparse.state_dict()

@@ -226,7 +226,7 @@ def _original_routing(text: UniMoeTextConfig, variant: MoiieVariant) -> dict[str
     routing |= {"output_vis_router_logits": True, "output_lan_router_logits": True}
     if variant.kind == "separate":
         return routing | {"num_vis_experts": len(variant.pools.vision), "num_lan_experts": len(variant.pools.language)}
-    return routing | {"num_experts": text.num_experts}
+    return routing | {"num_experts": variant.pools.num_experts + len(variant.pools.unreached)}
 
 
 def _rope_scaling(text: UniMoeTextConfig) -> dict[str, Any] | None:

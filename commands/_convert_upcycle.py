@@ -23,14 +23,18 @@ _EPILOG = """\
 examples:
   unimoe convert upcycle HuggingFaceTB/SmolLM2-135M-Instruct --out smollm2-moe --layers odd
   unimoe convert upcycle microsoft/Phi-3-mini-4k-instruct --out phi3-moiie --groups moiie
+  unimoe convert upcycle ./dense --out ./sparse --groups five --experts 10 --top-k 2
   unimoe convert upcycle ./dense --out ./sparse --experts 16 --top-k 4 --granularity 4
   unimoe convert upcycle ./dense --out ./sparse --experts 8 --drop-ratio 0.5 --allow-gap 20
   unimoe convert upcycle ./dense --out ./sparse --experts 6 --layers 1,3,5 --groups groups.json
 
-groups: a preset, JSON, or a file that holds it. Presets (see conversion/upcycling/group_presets.py):
-  uni-moe   one group of all experts            modality  two experts, one for vision and one for language
-  moiie     a quarter each, the rest shared     separate  half of the experts for vision, half for language
-  five      image, video, speech, sound and text have own experts, the rest is shared
+groups: a preset, JSON, or a file that holds it (docs/routing.md has examples). Presets, and options that they go with:
+  uni-moe   any number of --experts          one group of all experts
+  modality  --experts 2 --top-k 1            one expert for vision, one for language
+  separate  an even number of --experts      half of them for vision, half for language
+  moiie     --experts 4, 8, 12, ...          a quarter for vision, a quarter for language, the rest for both
+  five      --experts 6 or more, best 10     image, video, speech, sound and text have own experts, the rest is for all
+  --top-k is at most what a group may choose from: half of the experts with separate, three quarters with moiie
 JSON: experts and modalities of each routing group; groups may share experts
   {"vision":   {"experts": [0, 1, 2], "modalities": ["image", "video"]},
    "language": {"experts": [1, 2, 3], "modalities": ["text", "speech", "sound"]}}
@@ -42,8 +46,9 @@ how experts start:
   --granularity G --split slices             slices as in DCMoE's moe_copy
   --router-init prompts                      "hidden" gates of mergekit's MoE merges
   --router-init cluster                      the router's part of Cluster-aware Upcycling, arXiv 2604.13508
---noise, --drop-ratio, --null and slices change the function: the receipt then shows by how much, and how much is to be
-expected; such a model is only written with --allow-gap.
+--noise, --drop-ratio, --null and slices change the function, and so does a granularity of 3, 5, 6, 7, ... in bf16 or fp16,
+which round the scaled weights: such a model is only written with --allow-gap, and the receipt shows by how much its logits
+differ and how much was to be expected.
 """
 ROUTER_INITS = ("zeros", "normal", "prompts", "cluster")
 
@@ -120,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     from ..conversion.upcycling.stream_upcycle import plan_upcycle, run_upcycle
 
     source = open_source(args.source)
-    expert_groups, modality_groups = parse_groups(args.groups, args.experts)
+    expert_groups, modality_groups = parse_groups(args.groups, args.experts, args.top_k)
     counts = {"num_shared_experts": args.shared, "num_null_experts": args.null}
     sparsity = Sparsity(
         num_experts=args.experts,
@@ -146,7 +151,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_groups(text: str | None, num_experts: int) -> tuple[dict[str, list[int]] | None, dict[str, str] | None]:
+def parse_groups(
+    text: str | None, num_experts: int, num_experts_per_tok: int = 1
+) -> tuple[dict[str, list[int]] | None, dict[str, str] | None]:
     """`expert_groups` and `modality_groups` of the configuration, from a preset's name, JSON or a file that holds it.
 
     Raises:
@@ -156,7 +163,7 @@ def parse_groups(text: str | None, num_experts: int) -> tuple[dict[str, list[int
     if text is None:
         return None, None
     if text in GROUP_PRESETS:
-        return group_preset(text, num_experts)
+        return group_preset(text, num_experts, num_experts_per_tok)
     if not text.lstrip().startswith("{"):
         try:
             text = Path(text).read_text(encoding="utf-8")

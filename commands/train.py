@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ..trainers.curriculum import run_curriculum
+    from ..trainers.moe_fit import require_fitting_moe
     from ..trainers.recipe_file import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         recipe.out = str(Path(args.out).absolute())
     _print_plan(recipe)
     if args.plan:
+        require_fitting_moe(recipe)
         return 0
     reports = run_curriculum(recipe, on_stage_start=_print_stage)
     for report in reports:

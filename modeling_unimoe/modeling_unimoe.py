@@ -25,6 +25,7 @@ from .generation_unimoe import repeat_media, restarts_at_longer_rope
 from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
 from .outputs_unimoe import UniMoeCausalLMOutputWithPast, UniMoeModelOutputWithPast
+from .token_types_unimoe import require_agreeing_types, require_known_types
 
 logger = logging.get_logger(__name__)
 
@@ -141,12 +142,12 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
     ) -> UniMoeModelOutputWithPast:
         """Run the model; shapes of the media as in `encode_*`.
 
-        mm_token_type_ids: [B, S] modality ids, read with inputs_embeds only: with input_ids they follow from the
-        placeholder tokens, and what is given must merely fit in shape.
+        mm_token_type_ids: [B, S] modality ids, for inputs_embeds: with input_ids they follow from the placeholder
+        tokens, and others are refused.
 
         Raises:
             ModalityError: media without tower, a number of features that differs from the placeholders (0 features
-                included, where a text begins), or mm_token_type_ids that are missing or do not fit.
+                included, where a text begins), or mm_token_type_ids that are missing, unknown or do not fit.
         """
         check_text_inputs(input_ids, inputs_embeds, mm_token_type_ids)
         features, idle_branches = self.media_features(
@@ -162,10 +163,14 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
         )
         needed: tuple[str, ...] = ()
         if input_ids is not None:
-            mm_token_type_ids = self.modality_ids(input_ids)
+            from_ids = self.modality_ids(input_ids)
+            require_agreeing_types(mm_token_type_ids, from_ids)
+            mm_token_type_ids = from_ids
             inputs_embeds = self._embed(input_ids, mm_token_type_ids)
             if begins_text(input_ids, past_key_values):
                 needed = tuple(name for name, token_id in self.config.placeholder_ids.items() if token_id is not None)
+        else:
+            require_known_types(mm_token_type_ids)
         inputs_embeds = place_features(inputs_embeds, mm_token_type_ids, features, needed)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -322,13 +327,15 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Media go in once, with the prompt; every generated token is text."""
+        """Media and their types go in once, with the prompt; every generated token is text."""
+        is_prompt = is_first_iteration
         self._warn_of_long_context(input_ids, kwargs.get("inputs_embeds") if is_first_iteration else None)
         if restarts_at_longer_rope(self.config.text_config, input_ids.shape[1], kwargs.get("past_key_values")):
             kwargs |= {"past_key_values": None, "next_sequence_length": None}
             is_first_iteration = True
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        inputs.pop("mm_token_type_ids", None)
+        if not is_prompt:
+            inputs.pop("mm_token_type_ids", None)
         if not is_first_iteration and kwargs.get("use_cache", True):
             for names in MEDIA_INPUTS.values():
                 for name in names:

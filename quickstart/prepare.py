@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..conversion.upcycling.sparsity import Sparsity
 from ..conversion.upcycling.upcycle import upcycle_model
 from ..errors import ConversionError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
@@ -100,10 +101,12 @@ def prove_upcycling(dense: UniMoeForCausalLM, processor: UniMoeProcessor) -> dic
     """
     sparse = upcycle_model(
         dense,
-        num_experts=len(EXPERTS),
-        num_experts_per_tok=EXPERTS_PER_TOKEN,
-        sparse_layers=sparse_layers(dense.config.text_config.num_hidden_layers),
-        router_init="zeros",
+        Sparsity(
+            num_experts=len(EXPERTS),
+            num_experts_per_tok=EXPERTS_PER_TOKEN,
+            sparse_layers=sparse_layers(dense.config.text_config.num_hidden_layers),
+            router_init="zeros",
+        ),
     ).eval()
     questions = [sample["messages"] for sample in load_samples("heldout", "text")[::8]]
     batch = processor.apply_chat_template(questions, tokenize=True, return_dict=True, return_tensors="pt")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..conversion.checkpoints.parameters import ParameterCount, count_parameters
 from ..conversion.upcycling.group_presets import group_preset
+from ..conversion.upcycling.sparsity import Sparsity
 from ..conversion.upcycling.upcycle import upcycle_model
 from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
@@ -58,14 +59,16 @@ def make_variant(variant: RoutingVariant, dense: UniMoeForCausalLM, seed: int) -
     expert_groups, modality_groups = group_preset(variant.preset, variant.num_experts)
     return upcycle_model(
         dense,
-        num_experts=variant.num_experts,
-        num_experts_per_tok=variant.per_token,
-        sparse_layers=sparse_layers(dense.config.text_config.num_hidden_layers),
-        expert_groups=expert_groups,
-        modality_groups=modality_groups,
-        granularity=variant.granularity,
-        routing={"router_aux_loss_coef": BALANCE},
-        seed=seed,
+        Sparsity(
+            num_experts=variant.num_experts,
+            num_experts_per_tok=variant.per_token,
+            sparse_layers=sparse_layers(dense.config.text_config.num_hidden_layers),
+            expert_groups=expert_groups,
+            modality_groups=modality_groups,
+            granularity=variant.granularity,
+            routing={"router_aux_loss_coef": BALANCE},
+            seed=seed,
+        ),
     )
 
 

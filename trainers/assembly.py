@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..conversion.upcycling.upcycle import upcycle_model
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from .moe_fit import sparse_layers, sparsity_of
 from .recipe_parts import ExpertConfig, MoeConfig
 
 EXPERT_FILE = "expert.safetensors"
@@ -18,17 +19,6 @@ ROUTER_MEANS_FILE = "router_means.safetensors"
 _LANGUAGE = "model.language_model."
 # Means of fewer batches than this wobble; more cost time and change nothing.
 _MEAN_BATCHES = 8
-
-
-def sparse_layers(model: UniMoeForCausalLM, moe: MoeConfig) -> list[int]:
-    """The layers that become sparse. Raises RecipeError if the model lacks one of them."""
-    count = model.config.text_config.num_hidden_layers
-    layers = list(range(count)) if moe.sparse_layers is None else sorted(moe.sparse_layers)
-    if layers[0] < 0 or layers[-1] >= count or len(set(layers)) != len(layers):
-        raise RecipeError(
-            f"moe.sparse_layers is {moe.sparse_layers}; this model has layers 0 to {count - 1}, each may stand once."
-        )
-    return layers
 
 
 def connector_owners(model: UniMoeForCausalLM, experts: Sequence[tuple[str, Iterable[str]]]) -> dict[str, str]:
@@ -129,7 +119,7 @@ def assemble(dense: UniMoeForCausalLM, moe: MoeConfig, expert_folders: Sequence[
 
     Without expert folders every expert is a copy of the dense FFN.
     """
-    layers = sparse_layers(dense, moe)
+    layers = sparse_layers(dense.config.text_config, moe)
     for folder in expert_folders:
         _load_connectors(dense, folder / CONNECTORS_FILE)
     rows = None
@@ -138,20 +128,9 @@ def assemble(dense: UniMoeForCausalLM, moe: MoeConfig, expert_folders: Sequence[
         rows = router_rows_from_means(means, moe.router_init_scale)
     return upcycle_model(
         dense,
-        num_experts=moe.num_experts or len(expert_folders),
-        num_experts_per_tok=moe.num_experts_per_tok,
-        sparse_layers=layers,
-        expert_groups=moe.expert_groups,
-        modality_groups=moe.modality_groups,
+        sparsity_of(moe, layers, moe.num_experts or len(expert_folders), seed),
         expert_ffns=[load_file(folder / EXPERT_FILE) for folder in expert_folders] or None,
-        router_init="normal" if rows else moe.router_init,  # type: ignore[arg-type]
         router_rows=rows,
-        routing={
-            **(moe.routing or {}),
-            "router_jitter_noise": moe.router_jitter_noise,
-            "modality_experts": moe.modality_experts,
-        },
-        seed=seed,
     )
 
 

@@ -35,7 +35,6 @@ from .assembly import (
     expert_modalities,
     save_expert,
     save_router_means,
-    sparse_layers,
     trained_by,
 )
 from .bad_samples import TolerantCollator
@@ -46,6 +45,7 @@ from .data import ConversationDataset
 from .data_sets import TrainingData, in_memory, open_data
 from .encoder_cache import EncoderCache
 from .folder_lock import exclusive
+from .moe_fit import require_fitting_moe, sparse_layers
 from .plan import require_data, require_model_folder
 from .recipe import Recipe, StageConfig
 from .recipe_data import DataEntry, settings_of
@@ -104,6 +104,7 @@ def run_curriculum(
         require_model_folder(recipe.model)
     if dataset is None and not out.exists():
         require_data(recipe)
+    require_fitting_moe(recipe, None if model is None else model.config)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out), transformers_bars(shown=False):
         run = _Curriculum(
@@ -214,7 +215,7 @@ class _Curriculum:
         return self._finish(report, folder)
 
     def _train_experts(self, stage: StageConfig, dataset: ConversationDataset, folder: Path) -> StageReport:
-        layers = sparse_layers(self.model, self.recipe.moe)
+        layers = sparse_layers(self.model.config.text_config, self.recipe.moe)
         owners = connector_owners(self.model, [(e.name, expert_modalities(dataset, e)) for e in stage.experts])
         found = set().union(*(_roles_of(self.model, trained_by(e.name, owners, layers)) for e in stage.experts))
         if wrong := sorted(set(stage.train) - found) or (["LoRA"] if stage.lora else []):

@@ -13,7 +13,7 @@ _TEXT_EXAMPLE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "PATH_OR_HUB_ID"
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))

@@ -7,9 +7,12 @@ Importing this folder gives the same model again, to the last bit.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
@@ -21,7 +24,7 @@ from ..checkpoints.llava_keys import VISION_TOWER, vision_prefix, without_number
 from ..dense.sources import read_our_config
 from .import_moiie import moiie_key_map
 from .moiie_config import SCALES, original_moiie_config
-from .moiie_keys import Backbone, Kind, Pools
+from .moiie_keys import GROUPED, Backbone, Kind, Pools
 from .moiie_variant import MoiieVariant, model_type_of
 from .originals import Originals
 
@@ -80,6 +83,7 @@ def export_moiie(
         )
         for name, ours in originals.sources.items()
     ]
+    outputs += _unreached(outputs, variant)
     config.dtype = outputs[0].dtype
     with finished_folder(out) as folder:
         shards = write_checkpoint(folder, outputs, max_shard_bytes=max_shard_bytes)
@@ -88,6 +92,10 @@ def export_moiie(
         for path in (*model.glob("tokenizer*"), *model.glob("special_tokens_map.json")):
             shutil.copyfile(path, folder / path.name)
         lines = [f"{variant.name}: {len(outputs)} tensors in {len(shards)} file(s)"]
+        if variant.pools is not None and len(variant.pools.unreached):
+            lines.append(
+                f"experts {[*variant.pools.unreached]} are zeros: the original has them, and no router reaches them"
+            )
         if config.vision_config is not None:
             lines.append(_write_tower(folder / TOWER, model, config, originals))
     return lines
@@ -103,10 +111,12 @@ def exported_variant(config: UniMoeConfig, backbone: Backbone | None = None) -> 
                 raise ConversionError(f"The original has no {field} = {found!r}; only {values[0]!r} can be exported.")
     kind, pools = _kind_and_pools(text)
     _check_connector(config)
-    if config.route_run_end_as_text != (kind in ("moiie", "separate", "modality")):
+    if kind in GROUPED and config.vision_config is not None and not config.route_run_end_as_text:
         raise ConversionError(
-            f"The model has route_run_end_as_text = {config.route_run_end_as_text}; the original routes the last feature of "
-            "every run of image features as language, so it would compute something else."
+            "The model has route_run_end_as_text = False, and the original always routes the last feature of every run of "
+            "image features as language, so it would compute something else. To export it nevertheless, set "
+            '"route_run_end_as_text": true in its config.json: as long as its experts are equal copies that changes '
+            "nothing, and once they differ the model should be trained on with it."
         )
     if backbone is None:
         backbone = "phi3" if text.sliding_window is not None or kind == "separate" else "llama"
@@ -149,16 +159,36 @@ def _kind_and_pools(text: UniMoeTextConfig) -> tuple[Kind, Pools | None]:
             f"The routing groups are {sorted(groups)}; the original has 'vision' for images and 'language' for text."
         )
     vision, language = ([*groups[name].experts] for name in ("vision", "language"))
-    candidates = int(count / 2 + count / 4)
-    if vision == [*range(candidates)] and language == [*range(1, candidates + 1)] and text.num_experts_per_tok > 1:
-        return "moiie", Pools(vision=range(candidates), language=range(1, candidates + 1))
+    candidates = len(vision)
+    if 1 < candidates == count - 1 and vision == [*range(candidates)] and language == [*range(1, count)]:
+        # The original makes three quarters of its experts candidates, so there are more than a router reaches.
+        unreached = range(count, math.ceil(candidates * 4 / 3))
+        return "moiie", Pools(vision=range(candidates), language=range(1, count), unreached=unreached)
     if vision + language == [*range(count)]:
         pools = Pools(vision=range(len(vision)), language=range(len(vision), count))
         return ("modality" if count == 2 else "separate"), pools
     raise ConversionError(
-        f"Vision chooses from experts {vision}, language from {language}; the original can do {[*range(candidates)]} and "
-        f"{[*range(1, candidates + 1)]} of {count}, or two pools that share none."
+        f"Vision chooses from experts {vision}, language from {language}; of {count} the original can do "
+        f"{[*range(count - 1)]} and {[*range(1, count)]}, or two pools that share none."
     )
+
+
+def _unreached(outputs: list[OutputTensor], variant: MoiieVariant) -> list[OutputTensor]:
+    """The experts that the original has and no router reaches, as zeros of the last expert's shapes."""
+    if variant.pools is None:
+        return []
+    last = f".mlp.experts.{variant.pools.num_experts - 1}."
+    return [
+        OutputTensor(
+            output.name.replace(last, f".mlp.experts.{expert}."),
+            output.dtype,
+            output.shape,
+            (lambda output=output: torch.zeros(output.shape, dtype=output.dtype),),
+        )
+        for expert in variant.pools.unreached
+        for output in outputs
+        if last in output.name
+    ]
 
 
 def _check_connector(config: UniMoeConfig) -> None:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, SiglipVision
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ...processing.processing_unimoe import UniMoeProcessor
 from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.checkpoint_writer import OutputTensor
 from ..checkpoints.key_rules import KeyMap, Shape, Target
@@ -23,7 +24,7 @@ from .bunny_processor import build_bunny_processor, prepare_bunny_tokenizer
 from .import_plan import ImportPlan, account, push_import, write_import
 from .import_receipt import ImportReceipt
 from .moiie_config import our_moiie_config, sizes_of
-from .moiie_keys import moiie_rules
+from .moiie_keys import GROUPED, moiie_rules
 from .moiie_variant import MoiieVariant, recognise_moiie
 from .source_tensors import SourceTensors
 
@@ -63,7 +64,7 @@ def plan_moiie(checkpoint: str, *, vision_tower: str | None = None, dtype: torch
         _add_tower(gathered, variant, original, tower)
     tokenizer = read_tokenizer(folder)
     version = "phi3" if variant.backbone == "phi3" else "llama"
-    if tokenizer is not None:
+    if tokenizer is not None and tower is not None:
         prepare_bunny_tokenizer(tokenizer, version)
     image_token = None if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>")
     vision = None if tower is None else _vision_config(tower)
@@ -75,7 +76,7 @@ def plan_moiie(checkpoint: str, *, vision_tower: str | None = None, dtype: torch
     key_map = moiie_key_map(variant, config, vision_prefix(expected))
     made = _made_routers(variant, config)
     targets = account(gathered, key_map, expected, made)
-    processor = None
+    processor: UniMoeProcessor | PreTrainedTokenizerBase | None = tokenizer
     if tokenizer is not None and tower is not None:
         aspect = original.get("image_aspect_ratio") or "square"
         processor = build_bunny_processor(config, tokenizer, version, tower, aspect)
@@ -89,7 +90,7 @@ def plan_moiie(checkpoint: str, *, vision_tower: str | None = None, dtype: torch
         processor=processor,
         generation=_generation_config(config, tokenizer),
         origin=_origin(variant),
-        notes=_notes(original, variant, tower is not None, processor is not None),
+        notes=[*_notes(original, variant, tower is not None, tokenizer is not None), *_balance_notes(config, variant)],
     )
 
 
@@ -206,7 +207,7 @@ def _generation_config(config: UniMoeConfig, tokenizer: PreTrainedTokenizerBase 
     text = config.text_config
     ids = [config.image_token_id] if config.image_token_id is not None else []
     ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-    if tokenizer is not None:
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
         ends = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))  # what answers end with in training
     return GenerationConfig(
         bos_token_id=text.bos_token_id,
@@ -225,7 +226,7 @@ def _origin(variant: MoiieVariant) -> str:
     )
 
 
-def _notes(original: dict[str, Any], variant: MoiieVariant, sees: bool, has_processor: bool) -> list[str]:
+def _notes(original: dict[str, Any], variant: MoiieVariant, sees: bool, has_tokenizer: bool) -> list[str]:
     notes = []
     if variant.kind == "modality":
         notes.append("routers are zeros: with one expert per group there is nothing to choose, and its weight is 1")
@@ -235,14 +236,27 @@ def _notes(original: dict[str, Any], variant: MoiieVariant, sees: bool, has_proc
         notes.append(f"experts {[*variant.pools.unreached]} left out: no router of the original reaches them")
     if not sees:
         notes.append("a language model alone: no image projector in the checkpoint")
-    elif not has_processor:
-        notes.append("no processor: the checkpoint's folder holds neither tokenizer.model nor tokenizer.json")
-    if variant.kind in ("moiie", "separate", "modality"):
+    if not has_tokenizer:
+        nothing = "no processor" if sees else "no tokenizer"
+        notes.append(f"{nothing}: the checkpoint's folder holds neither tokenizer.model nor tokenizer.json")
+    if variant.kind in GROUPED and sees:
         notes.append("the last feature of every run of image features is routed as text (route_run_end_as_text)")
     for name in ("resid_pdrop", "embd_pdrop"):
         if original.get(name):
             notes.append(f"{name} {original[name]} is left out: it acts in training only")
     return notes
+
+
+def _balance_notes(config: UniMoeConfig, variant: MoiieVariant) -> list[str]:
+    """Why coefficients of balance losses are other numbers here than in the original."""
+    text, times = config.text_config, variant.num_experts_per_tok
+    if times == 1 or not any(text.aux_loss_coefs):
+        return []
+    ours = ", ".join(f"{c:g}" for c in dict.fromkeys(text.aux_loss_coefs))
+    return [
+        f"coefficients of balance losses ({ours}) are {times} times the original's numbers and weigh the same: an even load "
+        f"costs the original {times}, one per expert of a token, and ours 1"
+    ]
 
 
 __all__ = ["RELEASED_TOWER", "import_moiie", "moiie_key_map", "plan_moiie"]

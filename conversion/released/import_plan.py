@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
@@ -48,6 +48,7 @@ class ImportPlan:
         variant: what was recognised; its `name` and `evidence` are told.
         gathered: the tensors of the original, each with its fate.
         targets: ours -> what it is made of; a tensor of ours that the original does not have is missing here.
+        processor: of a language model alone its tokenizer, as it is; None where the original has no tokenizer.
         origin: where the model is from, for the card.
         tokenizer: the folder whose tokenizer files travel along for the export, or None.
     """
@@ -58,7 +59,7 @@ class ImportPlan:
     targets: dict[str, Target]
     outputs: tuple[OutputTensor, ...]
     dtype: torch.dtype
-    processor: UniMoeProcessor | None
+    processor: UniMoeProcessor | PreTrainedTokenizerBase | None
     generation: GenerationConfig
     origin: str
     notes: list[str] = field(default_factory=list)

@@ -14,7 +14,7 @@ from ..checkpoints.key_rules import Shape
 from ..checkpoints.llava_keys import PROJECTOR
 from ..checkpoints.meta_model import first_line
 from ..dense.fused_layouts import AttentionSizes
-from .moiie_keys import Sizes
+from .moiie_keys import GROUPED, Sizes
 from .moiie_variant import MoiieVariant, model_type_of
 
 SCALES = [1, 2, 3]
@@ -94,8 +94,7 @@ def our_moiie_config(
         ConversionError: see `our_text_config`.
     """
     text = our_text_config(original, variant)
-    grouped = variant.pools is not None and variant.kind != "vanilla"
-    fields: dict[str, Any] = {"route_run_end_as_text": grouped}
+    fields: dict[str, Any] = {"route_run_end_as_text": variant.kind in GROUPED}
     if vision is None or not variant.projector_depth:
         return UniMoeConfig(text_config=text, **fields)
     first = PROJECTOR + ("0.weight" if PROJECTOR + "0.weight" in shapes else "weight")
@@ -227,7 +226,7 @@ def _original_routing(text: UniMoeTextConfig, variant: MoiieVariant) -> dict[str
     routing |= {"output_vis_router_logits": True, "output_lan_router_logits": True}
     if variant.kind == "separate":
         return routing | {"num_vis_experts": len(variant.pools.vision), "num_lan_experts": len(variant.pools.language)}
-    return routing | {"num_experts": text.num_experts}
+    return routing | {"num_experts": variant.pools.num_experts + len(variant.pools.unreached)}
 
 
 def _rope_scaling(text: UniMoeTextConfig) -> dict[str, Any] | None:

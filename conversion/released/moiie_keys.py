@@ -28,6 +28,8 @@ from ..checkpoints.llava_keys import (
 
 Kind = Literal["moiie", "separate", "vanilla", "modality", "dense"]
 Backbone = Literal["phi3", "llama"]
+# Architectures that tell vision from language.
+GROUPED: tuple[Kind, ...] = ("moiie", "separate", "modality")
 
 _LAYER, _OUR_LAYER = "model.layers.{layer}.", LANGUAGE + "layers.{layer}."
 _UNREACHED = "no router of the original reaches this expert"

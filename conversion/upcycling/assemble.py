@@ -128,7 +128,7 @@ def plan_assembly(
     sparsity = Sparsity(
         num_experts=len(experts),
         num_experts_per_tok=num_experts_per_tok,
-        sparse_layers=tuple(sorted(sparse_layers)),
+        sparse_layers=sparse_layers,
         expert_groups=expert_groups,
         modality_groups=modality_groups,
         router_init=router_init,

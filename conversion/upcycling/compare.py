@@ -170,7 +170,8 @@ def _run(load: Callable[[], PreTrainedModel], prompts: list[_Prompt], continued:
 def _each_expert_difference(model: UniMoeForCausalLM, prompt: _Prompt, expected: torch.Tensor) -> float:
     """Largest difference from the expected logits when k experts at a time do all the work, with equal weights."""
     text = model.config.text_config
-    groups = [group.experts for group in text.router_groups]
+    # In order, so that k neighbours are whole copies where experts are parts of them.
+    groups = [sorted(group.experts) for group in text.router_groups]
     k = min(text.num_experts_per_tok, *map(len, groups))  # null experts count as choices, and compute nothing
     routers = [model.model.language_model.layers[layer].mlp.gate for layer in text.sparse_layers]
     differences = []

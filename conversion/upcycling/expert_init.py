@@ -21,12 +21,15 @@ from collections.abc import Iterable
 import torch
 
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .exactness import loses_bits
 from .sparsity import Sparsity
 
 # Draws for one expert differ in purpose, so that e.g. the noise stays when the drop ratio changes.
 _DIMENSIONS, _NOISE, _NEW = 0, 1, 4
 # Values that are worked on at once, so that memory holds a weight matrix and its copy, and little beside them.
 _BLOCK = 1 << 18
+# Root mean square of the relative error of rounding, in units of the dtype's epsilon, for evenly spread exponents.
+_ROUNDING = 0.21
 _PROJECTION_OFFSET = {"gate_proj": 0, "up_proj": 1, "down_proj": 2}
 
 
@@ -37,8 +40,8 @@ def routed_projection(dense: torch.Tensor, name: str, sparsity: Sparsity, layer:
         dense: that of the layer's dense FFN: "gate_proj" and "up_proj" [I, H], "down_proj" [H, I].
 
     Returns:
-        [I / granularity, H], or its transpose's shape for "down_proj", in the dtype of `dense`; `dense` itself when the
-        expert is a copy.
+        [I / granularity, H], or its transpose's shape for "down_proj"; `dense` itself when the expert is a copy. In the
+        dtype of `dense`, or in float32 where that could not hold the scaled weights (see `loses_bits`).
     """
     inner_dim = 1 if name == "down_proj" else 0
     part = dense
@@ -46,7 +49,7 @@ def routed_projection(dense: torch.Tensor, name: str, sparsity: Sparsity, layer:
         width = dense.shape[inner_dim] // sparsity.granularity
         part = dense.narrow(inner_dim, expert % sparsity.granularity * width, width)
         if name == "down_proj" and sparsity.split == "virtual-groups":
-            part = part * sparsity.granularity
+            part = (part.float() if loses_bits(sparsity, part.dtype) else part) * sparsity.granularity
     if sparsity.drop_ratio:
         part = _with_new_dimensions(part, name, inner_dim, sparsity, layer, expert)
     if sparsity.noise:
@@ -60,10 +63,14 @@ def shared_projection(dense: torch.Tensor, name: str, config: UniMoeTextConfig) 
     return dense.narrow(1 if name == "down_proj" else 0, 0, config.shared_intermediate_size)
 
 
-def expected_deviation(config: UniMoeTextConfig, sparsity: Sparsity) -> float:
+def expected_deviation(config: UniMoeTextConfig, sparsity: Sparsity, dtype: torch.dtype = torch.float32) -> float:
     """How far a sparse layer's FFN starts from the dense one, relative to the size of its output; 0 for exact ways.
 
-    An estimate to first order, of independent weights and a router without preference.
+    An estimate to first order, of independent weights and a router without preference. A capacity is left out: what it
+    drops depends on the batch.
+
+    Args:
+        dtype: of the stored weights.
     """
     k, experts, null = sparsity.num_experts_per_tok, sparsity.num_experts, sparsity.num_null_experts
     ratio, squares = sparsity.drop_ratio, 0.0
@@ -77,7 +84,21 @@ def expected_deviation(config: UniMoeTextConfig, sparsity: Sparsity) -> float:
         squares += lost**2 + spread
     if sparsity.granularity > 1 and sparsity.split == "slices":
         squares += 1 - 2 / sparsity.granularity + 1 / (sparsity.granularity * k)
+    if loses_bits(sparsity, dtype):
+        squares += (_ROUNDING * torch.finfo(dtype).eps) ** 2
+    if not config.norm_topk_prob:
+        squares += _missing_weight(config) ** 2
     return math.sqrt(squares)
+
+
+def _missing_weight(config: UniMoeTextConfig) -> float:
+    """How much a token's weights lack of one, without normalisation and preference."""
+    k, shared = config.num_experts_per_tok, config.num_shared_experts
+    sums = []
+    for group in config.router_groups:
+        rows = len(group.experts) + config.num_null_experts + shared
+        sums.append((k + shared) * (1 / rows if config.router_scoring == "softmax" else 0.5))
+    return 1 - sum(sums) / len(sums)
 
 
 def _with_new_dimensions(

@@ -17,18 +17,39 @@ ModalityGroups = dict[str, str]
 
 _FAMILIES = {"image": "vision", "video": "vision", "text": "language", "speech": "language", "sound": "language"}
 _FIVE = ("image", "video", "speech", "sound", "text")
-GROUP_PRESETS = ("uni-moe", "modality", "separate", "moiie", "five")
+# Name -> options of `unimoe convert upcycle` that it goes with.
+GROUP_PRESETS = {
+    "uni-moe": "--experts 4 --top-k 2",
+    "modality": "--experts 2 --top-k 1",
+    "separate": "--experts 4 --top-k 2",
+    "moiie": "--experts 4 --top-k 2",
+    "five": "--experts 10 --top-k 2",
+}
 
 
-def group_preset(name: str, num_experts: int) -> tuple[ExpertGroups | None, ModalityGroups | None]:
+def group_preset(
+    name: str, num_experts: int, num_experts_per_tok: int = 1
+) -> tuple[ExpertGroups | None, ModalityGroups | None]:
     """`expert_groups` and `modality_groups` of `UniMoeTextConfig`; both None for one group of all experts.
 
     Own experts come first in the order of the groups, except that MoIIE's language experts are the last ones, as in the
     original: vision 0, shared 1 and 2, language 3 of four.
 
     Raises:
-        ConversionError: there is no such preset, or it cannot be made of so many experts.
+        ConversionError: there is no such preset, it cannot be made of so many experts, or its groups have fewer than a
+            token shall use.
     """
+    expert_groups, modality_groups = _preset(name, num_experts)
+    smallest = num_experts if expert_groups is None else min(map(len, expert_groups.values()))
+    if num_experts_per_tok > smallest:
+        raise ConversionError(
+            f"With {num_experts} experts the preset {name!r} lets a token choose from {smallest}, and it shall use "
+            f"{num_experts_per_tok}: lower --top-k, or give more --experts. It goes with {GROUP_PRESETS[name]}, for example."
+        )
+    return expert_groups, modality_groups
+
+
+def _preset(name: str, num_experts: int) -> tuple[ExpertGroups | None, ModalityGroups | None]:
     if name not in GROUP_PRESETS:
         raise ConversionError(f"There is no preset {name!r} of routing groups; use one of {', '.join(GROUP_PRESETS)}.")
     if name == "uni-moe":
@@ -53,7 +74,10 @@ def group_preset(name: str, num_experts: int) -> tuple[ExpertGroups | None, Moda
 
 def _require(holds: bool, name: str, num_experts: int, needed: str) -> None:
     if not holds:
-        raise ConversionError(f"The preset {name!r} of routing groups needs {needed}, and there are {num_experts}.")
+        raise ConversionError(
+            f"The preset {name!r} of routing groups needs {needed}, and there are {num_experts}. It goes with "
+            f"{GROUP_PRESETS[name]}, for example."
+        )
 
 
 __all__ = ["GROUP_PRESETS", "group_preset"]

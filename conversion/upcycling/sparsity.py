@@ -1,5 +1,6 @@
 """What a dense decoder is to become, as data, and the configuration that follows from it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ class Sparsity:
 
     Args:
         num_experts: routed experts per sparse layer, fine ones counted one by one.
+        sparse_layers: in any order; kept as a sorted tuple.
         router_init: "normal" draws gate rows with the configuration's `initializer_range`. "zeros" sends all tokens to
             the same k experts with equal weights: with copied FFNs not even rounding changes, but nothing spreads
             the tokens until training moves the router. "prompts" and "cluster" look at hidden states, see `router_init`.
@@ -45,7 +47,7 @@ class Sparsity:
 
     num_experts: int
     num_experts_per_tok: int
-    sparse_layers: tuple[int, ...]
+    sparse_layers: Sequence[int]
     expert_groups: dict[str, list[int]] | None = None
     modality_groups: dict[str, str] | None = None
     router_init: RouterInit = "normal"
@@ -55,6 +57,9 @@ class Sparsity:
     split: Split = "virtual-groups"
     noise: float = 0.0
     drop_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparse_layers", tuple(sorted(self.sparse_layers)))
 
     @property
     def num_null_experts(self) -> int:
@@ -69,12 +74,6 @@ class Sparsity:
     def num_copies(self) -> int:
         """How many such copies there are, which routers tell apart."""
         return self.num_experts // self.parts_per_copy
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the sparse model starts as the very function of the dense one."""
-        slices = self.granularity > 1 and self.split == "slices"
-        return not (self.noise or self.drop_ratio or self.num_null_experts or slices)
 
 
 def sparse_config(dense: UniMoeConfig, sparsity: Sparsity) -> UniMoeConfig:
@@ -161,6 +160,12 @@ def _check_virtual_groups(config: UniMoeTextConfig, sparsity: Sparsity) -> None:
             f"A granularity of {parts} does not go with router_init 'zeros': among equal logits any {per_token} experts "
             "may be chosen, and not just whole copies of the dense FFN. Use 'normal'."
         )
+    for name, value in (("router_type", "dynamic"), ("router_pick", "sample_always")):
+        if getattr(config, name) == value:
+            raise ConversionError(
+                f"A granularity of {parts} does not go with {name} {value!r}, which does not choose whole copies of the "
+                "dense FFN with equal weights. Leave one of the two out, or use split 'slices'."
+            )
     for group in config.router_groups:
         whole = {expert // parts * parts + part for expert in group.experts for part in range(parts)}
         if whole != set(group.experts):

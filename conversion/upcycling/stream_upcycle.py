@@ -27,6 +27,7 @@ from ..publishing.hub import complete_bundle, save_config
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE
 from .compare import compare_models
+from .exactness import certain_changes, is_exact
 from .expert_init import expected_deviation, routed_projection, shared_projection
 from .prompted_rows import RouterRows
 from .receipt import Comparison, Receipt
@@ -48,6 +49,25 @@ class UpcyclePlan:
     @property
     def num_bytes(self) -> int:
         return sum(output.num_bytes for output in self.outputs)
+
+    @property
+    def written_dtype(self) -> torch.dtype:
+        """Of most tensors."""
+        return self.dtype or self.source.dtype
+
+    @property
+    def changes(self) -> list[str]:
+        """What makes the model start as another function than the source, as far as that is certain already."""
+        return certain_changes(self.config.text_config, self.sparsity, self.written_dtype)
+
+    def require_leave(self, allow_gap: float | None) -> None:
+        """Raises ConversionError for a model that certainly differs from its source, unless the user allows a gap."""
+        if self.changes and allow_gap is None:
+            raise ConversionError(
+                f"The model would not start as its source, because of {' and '.join(self.changes)}. Nothing was written. "
+                "Say by how much its logits may differ with --allow-gap X (inf: by anything); the receipt then shows by "
+                "how much they do, and how much is to be expected."
+            )
 
     def recipe(self) -> list[str]:
         """How experts and routers start, and where that was published."""
@@ -93,7 +113,8 @@ class UpcyclePlan:
             *(f"{'recipe':<12}{line}" for line in self.recipe()),
             *groups,
             f"parameters  {before.total:,} -> {after.total:,} ({after.active:,} active per token)",
-            f"writes      {_gigabytes(self.num_bytes)}, {dtype_name(self.dtype or self.source.dtype)}",
+            f"writes      {_gigabytes(self.num_bytes)}, {dtype_name(self.written_dtype)}",
+            *(f"changes     the function: {change}" for change in self.changes),
         ]
 
 
@@ -133,13 +154,14 @@ def run_upcycle(
         compare: run both models; otherwise, and where memory does not suffice, the written tensors are read back and
             compared with the source's.
         allow_gap: by how much logits may differ from the source's, for ways that change the function; None asks for
-            equality up to rounding.
+            equality up to rounding, and refuses ways that cannot give it before anything is done.
 
     Raises:
         ConversionError: `out` is not empty, a file of the source is damaged, or the two models differ by more than they
             may. Then nothing is left behind.
     """
     source = plan.source
+    plan.require_leave(allow_gap)
     with finished_folder(out) as folder:
         plan.rows.prepare(progress)
         started = time.monotonic()
@@ -155,11 +177,11 @@ def run_upcycle(
             parameters_before=total_and_active(count_parameters(source.config)).total,
             parameters_after=total_and_active(count_parameters(plan.config)).total,
             parameters_active=total_and_active(count_parameters(plan.config)).active,
-            dtype=dtype_name(plan.dtype or source.dtype),
+            dtype=dtype_name(plan.written_dtype),
             bytes_written=sum(path.stat().st_size for path in shards),
             seconds_writing=round(seconds, 2),
             recipe=plan.recipe(),
-            exact=plan.sparsity.is_exact,
+            exact=is_exact(plan.config.text_config, plan.sparsity, plan.written_dtype),
             allowed_gap=allow_gap,
             comparison=_compared(plan, folder) if compare else "not asked for",
         )
@@ -173,7 +195,7 @@ def run_upcycle(
 
 
 def _compared(plan: UpcyclePlan, folder: Path) -> Comparison | str:
-    deviation = expected_deviation(plan.config.text_config, plan.sparsity)
+    deviation = expected_deviation(plan.config.text_config, plan.sparsity, plan.written_dtype)
     return compare_models(plan.source, plan.config, folder, plan.dtype, expected_ffn_deviation=deviation)
 
 

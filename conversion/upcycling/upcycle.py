@@ -10,7 +10,6 @@ to start experts and routers are in `expert_init` and `router_init`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -22,7 +21,7 @@ from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .expert_init import routed_projection, shared_projection
 from .router_init import initial_router_rows
-from .sparsity import RouterInit, Sparsity, Split, sparse_config
+from .sparsity import Sparsity, sparse_config
 
 FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LANGUAGE_PREFIX = "model.language_model."
@@ -30,52 +29,25 @@ LANGUAGE_PREFIX = "model.language_model."
 
 def upcycle_model(
     dense: UniMoeForCausalLM,
+    sparsity: Sparsity,
     *,
-    num_experts: int,
-    num_experts_per_tok: int,
-    sparse_layers: Sequence[int],
-    expert_groups: dict[str, list[int]] | None = None,
-    modality_groups: dict[str, str] | None = None,
     expert_ffns: Sequence[Mapping[str, torch.Tensor]] | None = None,
-    router_init: RouterInit = "normal",
     router_rows: Mapping[int, torch.Tensor] | None = None,
-    routing: dict[str, Any] | None = None,
-    seed: int = 0,
-    granularity: int = 1,
-    split: Split = "virtual-groups",
-    noise: float = 0.0,
-    drop_ratio: float = 0.0,
 ) -> UniMoeForCausalLM:
     """A sparse model with the weights of a dense one; nothing is shared between the two.
 
     Args:
         dense: the model, with or without towers. Its dtype, device, mode and generation settings are kept.
+        sparsity: what it becomes; `exactness` says whether it starts as the dense model.
         expert_ffns: one mapping per expert from "layers.{i}.mlp.{gate,up,down}_proj.weight" to the tensor of the
             dense layout, for every sparse layer i; None copies the dense FFN into every expert.
         router_rows: layer -> gate rows [R, H] in the order of `UniMoeTextConfig.router_groups`, for layers whose
             router shall not be drawn; R is the number of experts when there is one group.
-        num_experts, num_experts_per_tok, sparse_layers, expert_groups, modality_groups, router_init, routing, seed,
-            granularity, split, noise, drop_ratio: see `Sparsity`. With null experts in `routing`, slices, noise or a
-            drop ratio the sparse model does not start as the dense one.
 
     Raises:
         ConversionError: a layer is already sparse, or tensors are missing or have the wrong shape.
         ConfigurationError: the sparsity itself is impossible.
     """
-    sparsity = Sparsity(
-        num_experts=num_experts,
-        num_experts_per_tok=num_experts_per_tok,
-        sparse_layers=tuple(sorted(sparse_layers)),
-        expert_groups=expert_groups,
-        modality_groups=modality_groups,
-        router_init=router_init,
-        routing=dict(routing or {}),
-        seed=seed,
-        granularity=granularity,
-        split=split,
-        noise=noise,
-        drop_ratio=drop_ratio,
-    )
     config = sparse_config(dense.config, sparsity)
     text_config = config.text_config
     _check_expert_ffns(expert_ffns, sparsity)
@@ -83,7 +55,7 @@ def upcycle_model(
     for layer in sparsity.sparse_layers:
         ffn = pop_dense_ffn(state, layer, LANGUAGE_PREFIX)
         if expert_ffns is None:
-            experts = [_routed_ffn(ffn, sparsity, layer, expert) for expert in range(num_experts)]
+            experts = [_routed_ffn(ffn, sparsity, layer, expert) for expert in range(sparsity.num_experts)]
         else:
             experts = [_given_ffn(e, layer, ffn) for e in expert_ffns]
         rows = (router_rows or {}).get(layer)
@@ -154,7 +126,8 @@ def pop_dense_ffn(state: dict[str, torch.Tensor], layer: int, prefix: str = "") 
 def _routed_ffn(
     ffn: Mapping[str, torch.Tensor], sparsity: Sparsity, layer: int, expert: int
 ) -> dict[str, torch.Tensor]:
-    return {name: routed_projection(tensor, name, sparsity, layer, expert) for name, tensor in ffn.items()}
+    projected = {name: routed_projection(tensor, name, sparsity, layer, expert) for name, tensor in ffn.items()}
+    return {name: tensor.to(ffn[name].dtype) for name, tensor in projected.items()}
 
 
 def _check_expert_ffns(expert_ffns: Sequence[Mapping[str, torch.Tensor]] | None, sparsity: Sparsity) -> None:

@@ -89,6 +89,26 @@ def test_token_types_must_fit_the_text(model: UniMoeForCausalLM) -> None:
             model(**text, mm_token_type_ids=torch.zeros(1, 2, dtype=torch.long))
 
 
+def test_token_types_that_disagree_with_the_ids_are_refused(model: UniMoeForCausalLM) -> None:
+    inputs = sample("image").inputs()
+    types = model.model.modality_ids(inputs["input_ids"])
+    place = int((types == 1).nonzero()[0, 1])
+    types[0, place] = 2
+    said = (
+        rf"mm_token_type_ids say 2 at row 0, position {place}, where input_ids .* modality 1 \(image\): .* leave them"
+    )
+    for run in (model, lambda **given: model.generate(**given, max_new_tokens=1)):
+        with pytest.raises(ModalityError, match=said):
+            run(**inputs, mm_token_type_ids=types)
+
+
+def test_token_types_that_are_no_modality_are_refused(model: UniMoeForCausalLM) -> None:
+    embeds = torch.zeros(1, 2, tiny.HIDDEN)
+    for wrong in (5, -1):
+        with pytest.raises(ModalityError, match=r"values from -?\d to \d; there are 0 text, 1 image, .* 4 sound"):
+            model(inputs_embeds=embeds, mm_token_type_ids=torch.tensor([[0, wrong]]))
+
+
 def test_an_empty_text_is_refused(model: UniMoeForCausalLM) -> None:
     for shape in ((1, 0), (0, 3)):
         with pytest.raises(UniMoeError, match=rf"text is empty: its shape is \[{shape[0]}, {shape[1]}\]"):

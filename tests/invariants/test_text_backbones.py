@@ -47,6 +47,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+# Short factors up to 16 positions, long ones beyond; heads of 8 have four frequencies.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
 # Name -> their configuration class, fields common to both, fields of theirs, fields of ours.
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"rope_parameters": PLAIN}, {}, {}),
@@ -56,6 +65,9 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], dict[str, Any]
     "llama dynamic rope": (LlamaConfig, {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, {}, {}),
     "llama-3 rope": (LlamaConfig, {"rope_parameters": LLAMA3}, {}, {}),
     "llama yarn": (LlamaConfig, {"rope_parameters": YARN}, {}, {}),
+    "llama yarn own attention": (LlamaConfig, {"rope_parameters": {**YARN, "attention_factor": 0.7}}, {}, {}),
+    "llama longrope": (LlamaConfig, {"rope_parameters": LONGROPE}, {}, {}),
+    "mistral yarn window": (MistralConfig, {"rope_parameters": YARN, "sliding_window": 8}, {}, {}),
     "mistral": (MistralConfig, {"sliding_window": None}, {}, {}),
     "mistral window": (MistralConfig, {"sliding_window": 8}, {}, {}),
     "qwen2": (Qwen2Config, {}, {}, {"attention_bias": True}),
@@ -106,6 +118,29 @@ def test_states_agree(pair: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("offset", [0, 15, 60, 30_000, 1_000_000])
+def test_long_positions_agree(pair: Any, offset: int) -> None:
+    """100 tokens: more than any window, than scaled RoPEs call short (16) and than the models were made for (64)."""
+    theirs, ours = pair
+    inputs = {"input_ids": ids(1, 100), "position_ids": torch.arange(100)[None] + offset}
+    expected = theirs(**inputs).last_hidden_state
+    close(ours(**inputs).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_scaled_ropes_are_told_apart_by_far_positions() -> None:
+    """So that what agrees above is not agreement on positions at which every RoPE is the same."""
+    states = []
+    for rope in (PLAIN, LINEAR, DYNAMIC, YARN, LLAMA3, LONGROPE):
+        torch.manual_seed(0)
+        ours = UniMoeTextModel(UniMoeTextConfig(**SIZES, **DENSE, rope_parameters=rope)).eval()
+        states.append(ours(ids(1, 100)).last_hidden_state)
+    for index, one in enumerate(states):
+        for other in states[:index]:
+            assert (one - other).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_left_padding_agrees(pair: Any) -> None:
     theirs, ours = pair
     tokens, mask = ids(), torch.ones(2, 40, dtype=torch.long)
@@ -119,11 +154,11 @@ def test_left_padding_agrees(pair: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunks", [(30, 1, 1, 1), (1, 20, 12)], ids=["prefill and steps", "chunks"])
+@pytest.mark.parametrize("chunks", [(30, 1, 1, 1), (1, 20, 12), (70, 1, 29)], ids=str)
 def test_caches_agree(pair: Any, chunks: tuple[int, ...], request: pytest.FixtureRequest) -> None:
     theirs, ours = pair
     caches = [DynamicCache(config=theirs.config), DynamicCache(config=ours.config)]
-    tokens, start = ids(), 0
+    tokens, start = ids(length=max(40, sum(chunks))), 0
     for size in chunks:
         piece = tokens[:, start : start + size]
         expected, got = (
@@ -132,8 +167,8 @@ def test_caches_agree(pair: Any, chunks: tuple[int, ...], request: pytest.Fixtur
         )
         close(got, expected)
         start += size
-    if "dynamic" not in request.node.callspec.params["pair"]:
-        # Dynamic RoPE rescales with the length, so keys that are cached keep the angles of a shorter text.
+    if not {"dynamic", "longrope"} & set(request.node.callspec.params["pair"].split()):
+        # These RoPEs rescale with the length, so keys that are cached keep the angles of a shorter text.
         close(got, ours(tokens[:, :start]).last_hidden_state[:, -chunks[-1] :])
 
 

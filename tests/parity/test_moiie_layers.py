@@ -7,9 +7,11 @@ from moiie_case import convert, converted, group_names, has_vision_mask, is_moii
 
 from unimoe import UniMoeConfig, UniMoeForCausalLM, UniMoeTextConfig
 from unimoe.conversion.checkpoints.key_rules import KeyMap
-from unimoe.conversion.released.moiie_config import sizes_of
+from unimoe.conversion.released.moiie_config import original_moiie_config, sizes_of
 from unimoe.conversion.released.moiie_keys import moiie_rules
+from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model
+from unimoe.errors import ConversionError
 from unimoe.modeling_unimoe.balance_loss_unimoe import group_balance_losses
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
@@ -129,6 +131,24 @@ def check_scales(case: GoldenCase) -> None:
     case.check("features", model.model.encode_image(pixels), file="s2")
 
 
+def check_written_config(case: GoldenCase, sparse_layers: list[int]) -> None:
+    """What the original's tool writes as config.json is read, and written again, field by field."""
+    if not (case.path / "conversion_config.json").is_file():
+        return
+    written = case.json("conversion_config")
+    weights = {
+        n.removeprefix("converted."): case.input(n, "conversion") for n in case.names("converted.*", "conversion")
+    }
+    if sparse_layers != [*range(1, written["num_hidden_layers"], 2)]:
+        with pytest.raises(ConversionError, match="which is a mistake"):
+            convert(weights, written)
+        return
+    read = convert(weights, written)
+    again = original_moiie_config(read.config, read.variant, "siglip", "pad")
+    for field in set(written) - {"transformers_version"}:
+        assert again[field] == pytest.approx(written[field]), field
+
+
 @torch.no_grad()
 def check_conversion(case: GoldenCase) -> None:
     """Upcycle the dense model as the original's tools do, and read the result in the original's names."""
@@ -150,13 +170,16 @@ def check_conversion(case: GoldenCase) -> None:
     rows = {int(name.split(".")[3]): value for name, value in key_map.convert(routers).items()}
     sparse = upcycle_model(
         model,
-        num_experts=pools.num_experts,
-        num_experts_per_tok=whole.num_experts_per_tok,
-        sparse_layers=sparse_layers,
-        expert_groups={"vision": [*pools.vision], "language": [*pools.language]} if grouped else None,
-        modality_groups=converted(case.path).config.text_config.modality_groups,
+        Sparsity(
+            num_experts=pools.num_experts,
+            num_experts_per_tok=whole.num_experts_per_tok,
+            sparse_layers=sparse_layers,
+            expert_groups={"vision": [*pools.vision], "language": [*pools.language]} if grouped else None,
+            modality_groups=converted(case.path).config.text_config.modality_groups,
+        ),
         router_rows=rows,
     )
+    check_written_config(case, sparse_layers)
     state = sparse.state_dict()
     for name in wanted:
         if not key_map.find(name)[1]:

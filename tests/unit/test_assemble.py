@@ -20,6 +20,7 @@ from unimoe.conversion.dense.llama_family import dense_from
 from unimoe.conversion.dense.sources import open_source
 from unimoe.conversion.upcycling import stream_upcycle
 from unimoe.conversion.upcycling.assemble import plan_assembly, run_assembly
+from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 from unimoe.trainers.assembly import assemble as assemble_in_memory
@@ -84,12 +85,14 @@ def test_the_result_is_the_assembly_in_memory(
     assert run_cli(sources, out, experts, "--layers", "even", "--router-init", router, "--seed", 3) == 0
     expected = upcycle_model(
         dense(0),
-        num_experts=len(experts),
-        num_experts_per_tok=2,
-        sparse_layers=[0, 2],
+        Sparsity(
+            num_experts=len(experts),
+            num_experts_per_tok=2,
+            sparse_layers=[0, 2],
+            router_init=router,
+            seed=3,
+        ),
         expert_ffns=[expert_tensors(seed) for seed in seeds],
-        router_init=router,
-        seed=3,
     ).state_dict()
     written = UniMoeForCausalLM.from_pretrained(out).eval()
     assert written.state_dict().keys() == expected.keys()

@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from unimoe import UniMoeForCausalLM
+from unimoe.conversion.upcycling.exactness import certain_changes, is_exact
 from unimoe.conversion.upcycling.expert_init import expected_deviation, routed_projection
 from unimoe.conversion.upcycling.sparsity import Sparsity, sparse_text_config
 from unimoe.conversion.upcycling.upcycle import upcycle_model
@@ -63,9 +64,9 @@ def gap(one: UniMoeForCausalLM, other: UniMoeForCausalLM) -> float:
 def test_shared_experts_and_virtual_groups_leave_the_function_as_it_was(fields: dict[str, Any]) -> None:
     dense = tiny.model({"num_experts": 0, "sparse_layers": None})
     choice = sparsity(**fields)
-    assert choice.is_exact
+    assert is_exact(sparse_text_config(DENSE, choice), choice)
     assert expected_deviation(sparse_text_config(DENSE, choice), choice) == 0
-    assert gap(dense, upcycle_model(dense, **vars(choice))) <= 1e-5
+    assert gap(dense, upcycle_model(dense, choice)) <= 1e-5
 
 
 def test_parts_of_a_copy_sum_up_to_it_and_are_scaled_by_their_number() -> None:
@@ -79,16 +80,16 @@ def test_parts_of_a_copy_sum_up_to_it_and_are_scaled_by_their_number() -> None:
 
 def test_virtual_groups_share_their_gate_rows() -> None:
     dense = tiny.model({"num_experts": 0, "sparse_layers": None})
-    fields = vars(sparsity(num_experts=8, num_experts_per_tok=4, granularity=2))
-    rows = upcycle_model(dense, **fields).model.language_model.layers[0].mlp.gate.weight
+    choice = sparsity(num_experts=8, num_experts_per_tok=4, granularity=2)
+    rows = upcycle_model(dense, choice).model.language_model.layers[0].mlp.gate.weight
     assert torch.equal(rows[::2], rows[1::2])
     assert len({tuple(row.tolist()) for row in rows}) == 4
 
 
 def test_virtual_groups_choose_whole_copies_in_bfloat16() -> None:
     dense = tiny.model({"num_experts": 0, "sparse_layers": None})
-    fields = vars(sparsity(num_experts=8, num_experts_per_tok=2, granularity=2))
-    gate = upcycle_model(dense, **fields).to(torch.bfloat16).model.language_model.layers[0].mlp.gate
+    choice = sparsity(num_experts=8, num_experts_per_tok=2, granularity=2)
+    gate = upcycle_model(dense, choice).to(torch.bfloat16).model.language_model.layers[0].mlp.gate
     x_TH = torch.randn(4000, gate.weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
         _, _, index_TK = gate(x_TH)
@@ -105,8 +106,8 @@ def test_slices_are_consecutive_unscaled_and_wrap_around() -> None:
         assert torch.equal(whole, ffn[name])
         assert torch.equal(slices[3][name], slices[0][name])
     dense = tiny.model({"num_experts": 0, "sparse_layers": None})
-    fields = vars(sparsity(granularity=3, split="slices", routing={"num_shared_experts": 1}))
-    layer = upcycle_model(dense, **fields).model.language_model.layers[0].mlp
+    choice = sparsity(granularity=3, split="slices", routing={"num_shared_experts": 1})
+    layer = upcycle_model(dense, choice).model.language_model.layers[0].mlp
     first = dense.model.language_model.layers[0].mlp.gate_proj.weight[: WIDTH // 3]
     assert torch.equal(layer.shared_experts.gate_up_proj[0, : WIDTH // 3], first)
 
@@ -144,8 +145,8 @@ def test_noise_is_relative_to_each_matrix() -> None:
 
 def test_shared_experts_stay_copies() -> None:
     dense = tiny.model({"num_experts": 0, "sparse_layers": None})
-    fields = vars(sparsity(noise=0.5, drop_ratio=0.5, routing={"num_shared_experts": 1}))
-    layer = upcycle_model(dense, **fields).model.language_model.layers[2].mlp
+    choice = sparsity(noise=0.5, drop_ratio=0.5, routing={"num_shared_experts": 1})
+    layer = upcycle_model(dense, choice).model.language_model.layers[2].mlp
     assert torch.equal(layer.shared_experts.down_proj[0], dense.model.language_model.layers[2].mlp.down_proj.weight)
     assert not torch.equal(layer.experts.down_proj[0], layer.experts.down_proj[1])
 
@@ -167,7 +168,7 @@ def test_the_expected_deviation_is_about_what_comes(fields: dict[str, Any]) -> N
     expected = run(ffn, x)
     mixed = sum(run(expert(index, ffn, **fields), x) for index in (0, 1)) / 2
     measured = float((mixed - expected).norm() / expected.norm())
-    assert not choice.is_exact
+    assert not is_exact(sparse_text_config(DENSE, choice), choice)
     assert measured / 1.4 < expected_deviation(sparse_text_config(DENSE, choice), choice) < measured * 1.4
 
 
@@ -177,3 +178,49 @@ def test_null_experts_lose_the_expected_share() -> None:
     pairs = torch.combinations(lost, 2)
     rms = float(((pairs >= 4).float().mean(1) ** 2).mean().sqrt())
     assert abs(expected_deviation(sparse_text_config(DENSE, choice), choice) - rms) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype", "said"),
+    [
+        *(({"granularity": g}, torch.bfloat16, f"a granularity of {g} in bfloat16") for g in (3, 5, 6, 7)),
+        *(({"granularity": g}, torch.float16, None) for g in (2, 4, 8)),
+        ({"granularity": 3}, torch.float32, None),
+        ({"granularity": 3, "split": "slices"}, torch.bfloat16, "slices"),
+        ({"drop_ratio": 0.001}, torch.float32, None),  # of 48 dimensions, none
+        ({"routing": {"num_null_experts": 1}}, torch.float32, "null experts"),
+        ({"routing": {"norm_topk_prob": False}}, torch.float32, "norm_topk_prob"),
+        ({"routing": {"norm_topk_prob": False}, "num_experts_per_tok": 4}, torch.float32, None),
+        (
+            {"routing": {"norm_topk_prob": False, "router_scoring": "sigmoid"}, "num_experts_per_tok": 4},
+            torch.float32,
+            "norm_topk_prob",
+        ),
+    ],
+)
+def test_what_changes_the_function_is_known_beforehand(
+    fields: dict[str, Any], dtype: torch.dtype, said: str | None
+) -> None:
+    parts = fields.get("granularity", 1)
+    counts = {"num_experts": 4 * parts, "num_experts_per_tok": 2 * parts} if parts > 1 else {}
+    choice = sparsity(**counts, **fields)
+    dense = tiny.text_config(num_experts=0, sparse_layers=None, intermediate_size=6720 if parts > 1 else WIDTH)
+    config = sparse_text_config(dense, choice)
+    changes = certain_changes(config, choice, dtype)
+    assert is_exact(config, choice, dtype) == (said is None)
+    assert [said in change for change in changes] == ([] if said is None else [True])
+    assert (expected_deviation(config, choice, dtype) > 0) == (said is not None) or "drop_ratio" in fields
+
+
+@pytest.mark.parametrize(
+    ("routing", "router"),
+    [
+        ({"router_type": "dynamic", "router_top_p": 0.7, "expert_capacity_factor": 1.0}, "normal"),
+        ({"num_null_experts": 1}, "zeros"),
+    ],
+)
+def test_what_only_running_the_model_tells_is_neither_exact_nor_refused(routing: dict[str, Any], router: str) -> None:
+    choice = sparsity(routing=routing, router_init=router)
+    config = sparse_text_config(DENSE, choice)
+    assert not is_exact(config, choice)
+    assert not certain_changes(config, choice)

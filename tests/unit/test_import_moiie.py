@@ -8,13 +8,17 @@ import pytest
 import tiny_moiie
 import torch
 from safetensors.torch import load_file
+from tiny_tokenizer import save_word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion.released.export_moiie import export_moiie
 from unimoe.conversion.released.import_moiie import import_moiie, plan_moiie
 from unimoe.conversion.released.moiie_variant import MODEL_TYPES
+from unimoe.conversion.upcycling.group_presets import group_preset
+from unimoe.conversion.upcycling.sparsity import Sparsity
+from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 
 POOLS = {"num_vis_experts": 3, "num_lan_experts": 2}
@@ -22,6 +26,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, POOLS if MODEL_TYPES[name][0] == "separate" else {}) for name in MODEL_TYPES),
     ("bunny-mm-phi3-moe-s", {"use_s2": True, "dtype": torch.bfloat16, "shards": 3}),
     ("bunny-llama3-moe", {"num_experts": 3, "sees": False}),
+    ("bunny-mm-llama3-moe-s", {"num_experts": 8}),
+    ("bunny-mm-phi3-moe-s", {"num_experts": 6, "num_experts_per_tok": 1}),
 ]
 
 
@@ -50,9 +56,10 @@ def test_every_architecture_survives_the_way_there_and_back(
     export_moiie(tmp_path / "out", tmp_path / "back")
     before, after = stored(folder), stored(tmp_path / "back")
     assert before.keys() == after.keys()
+    dropped = {name for records in receipt.sources.values() for name, r in records.items() if "no router" in r.note}
     for name, value in before.items():
         assert value.dtype == after[name].dtype
-        assert torch.equal(value, after[name]), name
+        assert torch.equal(0 * value if name in dropped else value, after[name]), name
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (written["model_type"], written["architectures"]) == (model_type, [architecture])
     import_moiie(str(tmp_path / "back"), tmp_path / "again")
@@ -64,11 +71,12 @@ def test_every_architecture_survives_the_way_there_and_back(
 
 def test_separate_pools_are_disjoint_groups(tmp_path: Path) -> None:
     folder = tiny_moiie.checkpoint(tmp_path, "bunny-mm-phi3-moe", **POOLS)
-    import_moiie(str(folder), tmp_path / "out")
+    receipt = import_moiie(str(folder), tmp_path / "out")
     model = UniMoeForCausalLM.from_pretrained(tmp_path / "out")
     config = model.config.text_config
     assert config.expert_groups == {"language": [3, 4], "vision": [0, 1, 2]}
     assert config.aux_loss_coefs == [0.04, 0.04]  # 0.02 each, twice: an even load costs the original k
+    assert any("(0.04) are 2 times the original's numbers" in note for note in receipt.notes)
     before, mlp = stored(folder), model.model.language_model.layers[1].mlp
     for ours, original in ((0, "vis_experts.0"), (2, "vis_experts.2"), (3, "lan_experts.0"), (4, "lan_experts.1")):
         assert torch.equal(
@@ -159,6 +167,34 @@ def test_with_a_tokenizer_the_folder_answers(tmp_path: Path) -> None:
     assert settings["size"] == {"height": 28, "width": 28}
 
 
+def test_a_language_model_alone_keeps_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_moiie.checkpoint(tmp_path, "bunny-mm-llama3-moe-s", sees=False)
+    save_word_tokenizer(folder)
+    assert cli.main(["convert", "moiie", str(folder), "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "a language model alone" in shown
+    assert "Warning" not in shown
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (
+        tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
+    )  # no placeholders, which it lacks
+    assert (
+        "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)" in (tmp_path / "out" / "README.md").read_text()
+    )
+    inputs = tokenizer("The capital of", return_tensors="pt")
+    assert UniMoeForCausalLM.from_pretrained(tmp_path / "out").generate(**inputs, max_new_tokens=2).shape == (1, 5)
+    export_moiie(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").is_file()
+
+
+def test_a_language_model_without_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_moiie.checkpoint(tmp_path, "bunny-phi3", sees=False)
+    assert cli.main(["convert", "moiie", str(folder), "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "no tokenizer: the checkpoint's folder holds neither tokenizer.model nor tokenizer.json" in shown
+    assert "Warning: The folder has no tokenizer" in shown
+
+
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_moiie.checkpoint(tmp_path, "bunny-mm-llama3-moe-s")
     arguments = ["convert", "moiie", str(folder), "--vision-tower", str(tmp_path / "siglip"), "--dtype", "bf16"]
@@ -221,6 +257,38 @@ def test_other_towers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "siglip" / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(ConversionError, match="not a SigLIP tower"):
         plan_moiie(str(folder))
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_what_was_upcycled_here_goes_to_the_original(tmp_path: Path, sees: bool) -> None:
+    """A picture's last feature is language there; so a model that sees has to take that up first."""
+    import_moiie(str(tiny_moiie.checkpoint(tmp_path, "bunny-llama", sees=sees)), tmp_path / "dense")
+    groups = dict(zip(("expert_groups", "modality_groups"), group_preset("moiie", 4), strict=True))
+    dense = UniMoeForCausalLM.from_pretrained(tmp_path / "dense")
+    upcycle_model(dense, Sparsity(4, 2, [1, 3], **groups)).save_pretrained(tmp_path / "sparse")
+    if sees:
+        with pytest.raises(ConversionError, match=r'set "route_run_end_as_text": true in its config\.json'):
+            export_moiie(tmp_path / "sparse", tmp_path / "back")
+        path = tmp_path / "sparse" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"route_run_end_as_text": True}))
+    export_moiie(tmp_path / "sparse", tmp_path / "back")
+    receipt = import_moiie(str(tmp_path / "back"), tmp_path / "again")
+    assert receipt.variant == "moiie-llama"
+    before, after = stored(tmp_path / "sparse"), stored(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_helps_say_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for command in ("moiie", "export-moiie"):
+        with pytest.raises(SystemExit):
+            cli.main(["convert", command, "--help"])
+        shown[command] = capsys.readouterr().out
+        assert "examples:" in shown[command]
+    for file in ("config.json", "*.safetensors or pytorch_model*.bin", "tokenizer.model or tokenizer.json"):
+        assert file in shown["moiie"]
+    assert '"route_run_end_as_text": true' in shown["export-moiie"]
 
 
 @pytest.mark.parametrize(

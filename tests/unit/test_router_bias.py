@@ -146,9 +146,7 @@ def test_upcycling_starts_without_bias(tmp_path: Path) -> None:
     groups = {name: routing.pop(name) for name in ("expert_groups", "modality_groups")}
     sparsity = Sparsity(4, 2, (0, 2), routing=routing, **groups)
     run_upcycle(plan_upcycle(open_source(str(tmp_path / "dense")), sparsity), tmp_path / "sparse", progress=False)
-    in_memory = upcycle_model(
-        dense, num_experts=4, num_experts_per_tok=2, sparse_layers=(0, 2), routing=routing, **groups
-    )
+    in_memory = upcycle_model(dense, sparsity)
     for sparse in (UniMoeForCausalLM.from_pretrained(tmp_path / "sparse"), in_memory):
         assert len(choice_biases(sparse)) == 2
         assert not any(bias.any() for bias in choice_biases(sparse).values())

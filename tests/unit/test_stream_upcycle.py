@@ -65,12 +65,14 @@ def test_command_writes_what_upcycling_in_memory_makes(
 
     expected = upcycle_model(
         dense_from(llama()),
-        num_experts=4,
-        num_experts_per_tok=2,
-        sparse_layers=[0, 2],
-        expert_groups={"vision": [0, 1, 2], "language": [1, 2, 3]},
-        modality_groups=dict.fromkeys(("image", "video"), "vision") | dict.fromkeys(("text", "speech", "sound"), "language"),
-        seed=3,
+        Sparsity(
+            num_experts=4,
+            num_experts_per_tok=2,
+            sparse_layers=[0, 2],
+            expert_groups={"vision": [0, 1, 2], "language": [1, 2, 3]},
+            modality_groups=dict.fromkeys(("image", "video"), "vision") | dict.fromkeys(("text", "speech", "sound"), "language"),
+            seed=3,
+        ),
     )  # fmt: skip
     written = UniMoeForCausalLM.from_pretrained(out)
     assert written.config.text_config.to_dict().items() >= {"sparse_layers": [0, 2], "num_experts": 4}.items()

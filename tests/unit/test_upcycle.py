@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from unimoe import UniMoeForCausalLM
+from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConfigurationError, ConversionError
 
@@ -43,7 +44,7 @@ def some_ffns(dense: UniMoeForCausalLM, layers: list[int], seed: int) -> dict[st
 )
 def test_copies_leave_the_function_as_it_was(router_init: str, groups: dict[str, Any]) -> None:
     dense = dense_model()
-    sparse = upcycle_model(dense, **CHOICE, **groups, router_init=router_init)
+    sparse = upcycle_model(dense, Sparsity(**CHOICE, **groups, router_init=router_init))
     assert gap(dense, sparse, **everything()) <= 1e-5
     assert sparse.config.text_config.sparse_layers == [0, 2]
     assert sparse.model.language_model.layers[0].mlp.experts.gate_up_proj.shape == (4, 96, tiny.HIDDEN)
@@ -53,7 +54,7 @@ def test_text_only_model_with_a_tied_head_in_bfloat16() -> None:
     dense = UniMoeForCausalLM(
         type(tiny.config())(text_config=tiny.text_config(**DENSE, tie_word_embeddings=True))
     ).bfloat16()
-    sparse = upcycle_model(dense.train(), **CHOICE)
+    sparse = upcycle_model(dense.train(), Sparsity(**CHOICE))
     assert sparse.lm_head.weight is sparse.get_input_embeddings().weight
     assert {parameter.dtype for parameter in sparse.parameters()} == {torch.bfloat16}
     assert sparse.training
@@ -66,9 +67,7 @@ def test_given_experts_and_router_rows_land_where_they_belong() -> None:
     rows = torch.zeros(4, tiny.HIDDEN)
     sparse = upcycle_model(
         dense,
-        num_experts=4,
-        num_experts_per_tok=1,
-        sparse_layers=[0, 2],
+        Sparsity(num_experts=4, num_experts_per_tok=1, sparse_layers=[0, 2]),
         expert_ffns=experts,
         router_rows={0: rows, 2: rows},
     )
@@ -86,7 +85,7 @@ def test_nothing_is_shared_and_generation_settings_are_kept() -> None:
     dense = dense_model()
     dense.generation_config.suppress_tokens = [92, 93]
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    sparse = upcycle_model(dense, **CHOICE)
+    sparse = upcycle_model(dense, Sparsity(**CHOICE))
     with torch.no_grad():
         for parameter in sparse.parameters():
             parameter.add_(1.0)
@@ -99,9 +98,9 @@ def test_nothing_is_shared_and_generation_settings_are_kept() -> None:
 
 def test_router_rows_depend_on_seed_and_layer_only() -> None:
     dense = dense_model()
-    one = upcycle_model(dense, **CHOICE, seed=1).model.language_model.layers
-    same = upcycle_model(dense, **{**CHOICE, "sparse_layers": [2]}, seed=1).model.language_model.layers
-    other = upcycle_model(dense, **CHOICE, seed=2).model.language_model.layers
+    one = upcycle_model(dense, Sparsity(**CHOICE, seed=1)).model.language_model.layers
+    same = upcycle_model(dense, Sparsity(**{**CHOICE, "sparse_layers": [2]}, seed=1)).model.language_model.layers
+    other = upcycle_model(dense, Sparsity(**CHOICE, seed=2)).model.language_model.layers
     assert torch.equal(one[2].mlp.gate.weight, same[2].mlp.gate.weight)
     assert not torch.equal(one[2].mlp.gate.weight, other[2].mlp.gate.weight)
     assert not torch.equal(one[2].mlp.gate.weight, one[0].mlp.gate.weight)
@@ -129,10 +128,12 @@ def test_router_rows_depend_on_seed_and_layer_only() -> None:
     ],
 )
 def test_impossible_requests_are_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {name: value for name, value in change.items() if name in ("expert_ffns", "router_rows")}
+    fields = {name: value for name, value in change.items() if name not in given}
     with pytest.raises(error, match=message):
-        upcycle_model(dense_model(), **{**CHOICE, **change})
+        upcycle_model(dense_model(), Sparsity(**{**CHOICE, **fields}), **given)
 
 
 def test_a_sparse_model_is_refused() -> None:
     with pytest.raises(ConversionError, match="already has 4 experts"):
-        upcycle_model(tiny.model(), **CHOICE)
+        upcycle_model(tiny.model(), Sparsity(**CHOICE))

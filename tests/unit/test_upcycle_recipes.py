@@ -1,6 +1,7 @@
 """`unimoe convert upcycle` with every published way to start: what is written, measured, refused and said of it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion.dense.llama_family import dense_from
+from unimoe.conversion.upcycling import stream_upcycle
+from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model
 
 
@@ -31,6 +34,12 @@ def receipt(source: Path) -> dict[str, Any]:
     return json.loads((source.parent / "sparse" / "receipt.json").read_text())
 
 
+SHUFFLED = json.dumps(
+    {
+        "vision": {"experts": [2, 0, 3, 1, 5, 4], "modalities": ["image", "video"]},
+        "language": {"experts": [7, 3, 5, 2, 6, 4], "modalities": ["text", "speech", "sound"]},
+    }
+)
 EXACT: dict[str, list[object]] = {
     "shared": ["--shared", 2],
     "granular": ["--experts", 6, "--top-k", 3, "--granularity", 3],
@@ -41,6 +50,8 @@ EXACT: dict[str, list[object]] = {
     "five": ["--groups", "five", "--experts", 10],
     "modality": ["--groups", "modality", "--experts", 2, "--top-k", 1],
     "cluster": ["--router-init", "cluster"],
+    "granular groups out of order": ["--groups", SHUFFLED, "--experts", 8, "--granularity", 2],
+    "weights that sum to one unasked": ["--top-k", 4, "--routing", '{"norm_topk_prob": false}'],
     "granular cluster": ["--router-init", "cluster", "--experts", 6, "--top-k", 3, "--granularity", 3],
 }
 INEXACT: dict[str, list[object]] = {
@@ -59,6 +70,7 @@ INEXACT: dict[str, list[object]] = {
         0.01,
     ],
     "null": ["--null", 1, "--router-init", "normal"],
+    "weights that sum to less": ["--routing", '{"norm_topk_prob": false}'],
     "slices": ["--granularity", 3, "--split", "slices", "--shared", 1],
 }
 
@@ -76,7 +88,7 @@ def test_ways_that_keep_the_function_are_proven_to(name: str, source: Path) -> N
 def test_ways_that_change_the_function_need_leave_and_show_both_gaps(
     name: str, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert upcycle(source, *INEXACT[name]) == 2
+    assert upcycle(source, *INEXACT[name], "--allow-gap", 1e-9) == 2
     error = capsys.readouterr().err
     assert "is expected of this way, which changes the function" in error
     assert not (source.parent / "sparse").exists()
@@ -88,7 +100,37 @@ def test_ways_that_change_the_function_need_leave_and_show_both_gaps(
     assert 0.2 < measured / expected < 5
     assert not written["exact"]
     assert written["allowed_gap"] > measured > 1e-3
-    assert upcycle(source, *INEXACT[name]) == 2  # and an existing folder stays
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_ways_that_change_the_function_are_refused_before_anything_is_done(
+    name: str, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_upcycle, "write_checkpoint", None)
+    assert upcycle(source, *INEXACT[name]) == 2
+    shown = capsys.readouterr()
+    assert "changes     the function: " in shown.out
+    assert "The model would not start as its source, because of " in shown.err
+    assert "with --allow-gap X" in shown.err
+
+
+def test_scaled_weights_that_bfloat16_cannot_hold(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A third of a copy is scaled by 3: float32 takes that up to its own rounding, bfloat16 does not."""
+    llama().bfloat16().save_pretrained(source)
+    thirds = ["--experts", 6, "--top-k", 3, "--granularity", 3]
+    assert upcycle(source, *thirds) == 2
+    assert "3 in bfloat16, which cannot hold 3 times a weight (fp32 can" in capsys.readouterr().err
+    assert upcycle(source, *thirds, "--dtype", "fp32") == 0
+    assert receipt(source)["exact"]
+    assert receipt(source)["comparison"]["max_abs_logit_difference"] < 1e-5
+    shutil.rmtree(source.parent / "sparse")
+    assert upcycle(source, *thirds, "--allow-gap", "inf") == 0
+    comparison = receipt(source)["comparison"]
+    assert not receipt(source)["exact"]
+    assert 0.2 < comparison["max_abs_logit_difference"] / comparison["expected_difference"] < 5
+    shutil.rmtree(source.parent / "sparse")
+    assert upcycle(source, "--experts", 4, "--granularity", 2) == 0
+    assert receipt(source)["exact"]
 
 
 @pytest.mark.parametrize("name", [*EXACT, *INEXACT])
@@ -102,17 +144,19 @@ def test_streaming_writes_what_upcycling_in_memory_makes(name: str, source: Path
     given = dict(zip(options[::2], options[1::2], strict=True))
     expected = upcycle_model(
         dense_from(llama()),
-        num_experts=text.num_experts,
-        num_experts_per_tok=text.num_experts_per_tok,
-        sparse_layers=text.sparse_layers,
-        expert_groups=text.expert_groups,
-        modality_groups=text.modality_groups,
-        routing={"num_shared_experts": text.num_shared_experts, "num_null_experts": text.num_null_experts},
-        seed=5,
-        granularity=given.get("--granularity", 1),
-        split=given.get("--split", "virtual-groups"),
-        noise=given.get("--noise", 0.0),
-        drop_ratio=given.get("--drop-ratio", 0.0),
+        Sparsity(
+            num_experts=text.num_experts,
+            num_experts_per_tok=text.num_experts_per_tok,
+            sparse_layers=text.sparse_layers,
+            expert_groups=text.expert_groups,
+            modality_groups=text.modality_groups,
+            routing={"num_shared_experts": text.num_shared_experts, "num_null_experts": text.num_null_experts},
+            seed=5,
+            granularity=given.get("--granularity", 1),
+            split=given.get("--split", "virtual-groups"),
+            noise=given.get("--noise", 0.0),
+            drop_ratio=given.get("--drop-ratio", 0.0),
+        ),
     )
     assert expected.state_dict().keys() == written.state_dict().keys()
     for key, tensor in expected.state_dict().items():
@@ -136,7 +180,13 @@ def test_prompts_reach_their_experts(source: Path, tmp_path: Path) -> None:
     [
         (["--router-init", "prompts"], "needs --prompts FILE"),
         (["--prompts", "x"], "reads no prompts"),
-        (["--groups", "moiie", "--experts", 6], "needs a multiple of 4"),
+        (["--groups", "moiie", "--experts", 6], "needs a multiple of 4, and there are 6. It goes with --experts 4"),
+        (["--groups", "modality"], "needs exactly 2; 'separate' gives each family several to choose from"),
+        (["--groups", "modality", "--experts", 2], "choose from 1, and it shall use 2: lower --top-k"),
+        (["--groups", "five"], "to share, and there are 4. It goes with --experts 10 --top-k 2"),
+        (["--groups", "five", "--experts", 6, "--top-k", 3], "It goes with --experts 10 --top-k 2, for example"),
+        (["--granularity", 2, "--routing", '{"router_type": "dynamic"}'], "does not go with router_type 'dynamic'"),
+        (["--granularity", 2, "--routing", '{"router_pick": "sample_always"}'], "does not go with router_pick"),
         (["--groups", "mine"], "is no preset (uni-moe, modality,"),
         (["--granularity", 5], "must divide the width"),
         (["--drop-ratio", 2], "from 0 to 1"),

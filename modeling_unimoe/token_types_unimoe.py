@@ -1,0 +1,36 @@
+"""`mm_token_type_ids` that a caller gives: with input_ids they must agree with them, with inputs_embeds they must be known.
+
+Neither is asked while compiling, because looking at values would break the graph.
+"""
+
+import torch
+
+from .configuration_unimoe_text import MODALITIES
+from .errors_unimoe import ModalityError
+
+
+def require_agreeing_types(given: torch.Tensor | None, from_ids: torch.Tensor) -> None:
+    """Raises ModalityError unless the types [B, S] that were given are those of the placeholder tokens, or none were."""
+    if given is None or torch.compiler.is_compiling():
+        return
+    differing = given.to(from_ids.device) != from_ids
+    if differing.any():
+        row, position = differing.nonzero()[0].tolist()
+        raise ModalityError(
+            f"mm_token_type_ids say {int(given[row, position])} at row {row}, position {position}, where input_ids have "
+            f"the token of a modality {int(from_ids[row, position])} ({MODALITIES[int(from_ids[row, position])]}): they "
+            "follow from the placeholder tokens, so leave them out, or give inputs_embeds to choose them."
+        )
+
+
+def require_known_types(given: torch.Tensor | None) -> None:
+    """Raises ModalityError unless the types are ids of modalities, or none were given."""
+    if given is None or torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in given.aminmax())
+    if low < 0 or high >= len(MODALITIES):
+        names = ", ".join(f"{index} {name}" for index, name in enumerate(MODALITIES))
+        raise ModalityError(f"mm_token_type_ids hold values from {low} to {high}; there are {names}.")
+
+
+__all__ = ["require_agreeing_types", "require_known_types"]

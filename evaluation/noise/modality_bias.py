@@ -31,7 +31,7 @@ def modality_bias(results: Sequence[TaskResult]) -> Bias | None:
     """The bias over the modalities that have a score; None where there are fewer than two."""
     by_modality: dict[str, list[TaskResult]] = {}
     for result in results:
-        if result.score is not None and result.best is not None and result.best > result.base:
+        if result.replicates is not None and result.best is not None and result.best > result.base:
             by_modality.setdefault(result.modality, []).append(result)
     if len(by_modality) < 2:
         return None

@@ -13,7 +13,7 @@ _BAR = 0.42  # inches per task
 
 def plot_modality(results: Sequence[TaskResult]) -> str:
     """An SVG of the tasks of one modality that have a score and a best possible one; "" if there is none."""
-    shown = [result for result in results if result.score is not None and result.best]
+    shown = [result for result in results if result.low is not None and result.best]
     if not shown:
         return ""
     figure, axes = _figure(len(shown))
@@ -43,7 +43,7 @@ def plot_gains(bias: Bias) -> str:
     axes.set_yticks(range(len(bias.gains)), list(bias.gains))
     axes.set_xlabel("gain over chance, percent of what is possible; line: 95 % interval")
     lowest = min(0.0, *(100 * gain[1] for gain in bias.gains.values()))
-    axes.set_xlim(lowest, 112)
+    axes.set_xlim(1.05 * lowest, 112)
     return _svg(figure)
 
 

@@ -4,7 +4,22 @@ import re
 
 from .errors import RecipeError
 
-ROLES = ("towers", "connectors", "aligners", "router", "experts", "ffn", "attention", "norms", "embeddings", "head")
+ROLES = (
+    "towers",
+    "connectors",
+    "aligners",
+    "compressor",
+    "mixers",
+    "mixer_gates",
+    "plora",
+    "router",
+    "experts",
+    "ffn",
+    "attention",
+    "norms",
+    "embeddings",
+    "head",
+)
 
 # First match wins; names are those of UniMoeForCausalLM after `plain_name`.
 _PATTERNS = tuple(
@@ -15,6 +30,11 @@ _PATTERNS = tuple(
         # their own; Uni-MoE freezes them in stage 3. Queries and projections are "connectors".
         ("aligners", r"^model\.(image|video|speech|sound)_connector\.(decoder|qformer)\."),
         ("connectors", r"^model\.(image|video|speech|sound)_connector\."),
+        # MoAI's parts: its compressor, the experts and the gates of its mixers, its partial LoRA.
+        ("compressor", r"^model\.aux_compressor\."),
+        ("mixer_gates", r"\.mixer\.(image|language)_gate\."),
+        ("mixers", r"\.mixer\."),
+        ("plora", r"\.plora\."),
         ("head", r"^lm_head\."),
         ("embeddings", r"^model\.language_model\.embed_tokens\."),
         ("router", r"\.mlp\.gate\."),

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .configuration_unimoe_moai import UniMoeMixerConfig, UniMoePloraConfig
 from .errors_unimoe import ConfigurationError
 from .routing_validation_unimoe import LOSS_COEFFICIENTS, MODALITIES, require_routing
 from .validation_unimoe import (
@@ -37,6 +38,12 @@ _LARGEST = {
     "max_position_embeddings": MAX_POSITIONS,
 }
 
+# May be given as a dict; once the object exists it is a configuration or None.
+if TYPE_CHECKING:
+    SubConfig = Any
+else:
+    SubConfig = dict | PreTrainedConfig | None
+
 
 @dataclass(frozen=True)
 class RouterGroup:
@@ -56,6 +63,8 @@ class UniMoeTextConfig(PreTrainedConfig):
         attention_bias: biases on the q, k and v projections (Qwen2). `attention_output_bias` adds one to o_proj.
         use_qk_norm: RMSNorm on each query and key head before RoPE (Qwen3).
         sliding_window: attention span in tokens on every layer; None attends to everything.
+        mixer_config: `UniMoeMixerConfig`: some layers have a mixer (MoAI); None: none has.
+        plora_config: `UniMoePloraConfig`: additions for image positions (MoAI); None: there are none.
         num_experts: experts in each sparse layer; 0 makes a dense decoder.
         num_experts_per_tok: experts that each token uses.
         moe_intermediate_size: FFN width of one expert; `intermediate_size` when absent.
@@ -108,6 +117,7 @@ class UniMoeTextConfig(PreTrainedConfig):
 
     model_type = "unimoe_text"
     base_config_key = "text_config"
+    sub_configs = {"mixer_config": UniMoeMixerConfig, "plora_config": UniMoePloraConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_local_experts": "num_experts"}
     default_theta = 10_000.0
@@ -119,6 +129,13 @@ class UniMoeTextConfig(PreTrainedConfig):
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.self_attn.plora.q_b": "colwise",
+        "layers.*.self_attn.plora.k_b": "colwise",
+        "layers.*.self_attn.plora.v_b": "colwise",
+        "layers.*.self_attn.plora.o_a": "rowwise",
+        "layers.*.mlp.plora.gate_b": "colwise",
+        "layers.*.mlp.plora.up_b": "colwise",
+        "layers.*.mlp.plora.down_a": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -163,6 +180,8 @@ class UniMoeTextConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     use_qk_norm: bool = False
     sliding_window: int | None = None
+    mixer_config: SubConfig = None
+    plora_config: SubConfig = None
 
     num_experts: int = 4
     num_experts_per_tok: int = 2
@@ -213,7 +232,12 @@ class UniMoeTextConfig(PreTrainedConfig):
         if self.expert_groups is not None:
             # Gate rows follow the order of the groups, and a saved configuration comes back sorted by name.
             self.expert_groups = dict(sorted(self.expert_groups.items()))
+        for field, config_class in self.sub_configs.items():
+            if isinstance(getattr(self, field), dict):
+                setattr(self, field, config_class(**getattr(self, field)))
         self._check_sizes()
+        if self.mixer_config is not None:
+            self.mixer_config.require_fit(self.hidden_size, self.num_hidden_layers)
         require_routing(self)
         warn_of_misspellings(self, kwargs)
         super().__post_init__(**kwargs)

@@ -11,87 +11,32 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_torchvision_available, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .checkpoint_layouts_unimoe import FusedCheckpointMixin
-from .configuration_unimoe import AUTO_MAP, UniMoeConfig
+from .auxiliary_unimoe import AUX_INPUTS, AuxiliaryMixin, continued_prompt, prompt_before_answers
+from .configuration_unimoe import UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
-from .connectors_unimoe import init_connector_weights
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin, begins_text, check_text_inputs, place_features
 from .generation_unimoe import repeat_media, restarts_at_longer_rope
 from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
 from .outputs_unimoe import UniMoeCausalLMOutputWithPast, UniMoeModelOutputWithPast
+from .pretrained_unimoe import UniMoePreTrainedModel
 from .token_types_unimoe import require_agreeing_types, require_known_types
 
 logger = logging.get_logger(__name__)
 
 
-class UniMoePreTrainedModel(FusedCheckpointMixin, PreTrainedModel):
-    config: UniMoeConfig
-    base_model_prefix = "model"
-    input_modalities: Any = ("image", "video", "audio", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["UniMoeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    # Connected features are scattered into the text by position, which a static graph cannot capture.
-    _can_compile_fullgraph = False
-
-    def __init__(self, config: UniMoeConfig) -> None:
-        super().__init__(config)
-        self.input_modalities = _input_modalities(config)
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the decorator in this module's text; the experts are in modeling_unimoe_text.py.
-        return True
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; frozen towers come back frozen, which loading alone does not preserve."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.base_model.freeze_towers()  # type: ignore[operator]
-        return loaded
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the code goes along, so that the folder loads where unimoe is not installed.
-
-        A class that is not in `AUTO_MAP`, such as somebody's subclass, is saved without code.
-        """
-        cls = type(self)
-        own = [name for name, where in AUTO_MAP.items() if where.endswith(f".{cls.__name__}")]
-        if not own:
-            if cls._auto_class is None:
-                self.config.__dict__.pop("auto_map", None)  # it would name files that are not there
-            return super().save_pretrained(*args, **kwargs)
-        self.config.auto_map = dict(AUTO_MAP)
-        before = cls._auto_class
-        cls._auto_class = own[0]  # type: ignore[assignment]
-        try:
-            return super().save_pretrained(*args, **kwargs)
-        finally:
-            cls._auto_class = before
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_connector_weights(module, self.config.text_config.initializer_range)
-
-
-class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
+class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
     """Towers, connectors and decoder, without a language-modelling head."""
 
     def __init__(self, config: UniMoeConfig) -> None:
         super().__init__(config)
         self.build_encoders(config)
+        self.build_auxiliary(config)
         self.language_model = UniMoeTextModel(config.text_config)
         self.post_init()
 
@@ -137,10 +82,17 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
         video_encoder_states: torch.FloatTensor | None = None,
         speech_encoder_states: torch.FloatTensor | None = None,
         sound_encoder_states: torch.FloatTensor | None = None,
+        aux_input_ids: torch.LongTensor | None = None,
+        aux_attention_mask: torch.Tensor | None = None,
+        aux_pixel_values: torch.FloatTensor | None = None,
+        aux_encoder_states: torch.FloatTensor | None = None,
+        aux_features: torch.FloatTensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        expert_choice: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UniMoeModelOutputWithPast:
-        """Run the model; shapes of the media as in `encode_*`.
+        """Run the model; shapes of the media as in `encode_*`, of the aux and their masks in `auxiliary_unimoe`.
 
         mm_token_type_ids: [B, S] modality ids, for inputs_embeds: with input_ids they follow from the placeholder
         tokens, and others are refused.
@@ -172,12 +124,20 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
         else:
             require_known_types(mm_token_type_ids)
         inputs_embeds = place_features(inputs_embeds, mm_token_type_ids, features, needed)
+        aux = (aux_input_ids, aux_pixel_values, aux_encoder_states, aux_features)
+        aux_inputs = dict(zip(AUX_INPUTS, (*aux, aux_attention_mask, prompt_mask, expert_choice), strict=True))
+        mixing, idle = self.mixing(aux_inputs, mm_token_type_ids, inputs_embeds, attention_mask, past_key_values)
+        if idle is not None:
+            idle_branches = idle if idle_branches is None else idle_branches + idle.to(idle_branches.device)
+        may_hold_images = input_ids is None or "image" in features
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             mm_token_type_ids=None if mm_token_type_ids is None else self.routing_ids(mm_token_type_ids),
+            image_mask=self._image_mask(mm_token_type_ids) if may_hold_images else None,
+            mixing=mixing,
             use_cache=use_cache,
             **kwargs,
         )
@@ -190,6 +150,12 @@ class UniMoeModel(MediaEncoderMixin, UniMoePreTrainedModel):
             mm_token_type_ids=mm_token_type_ids,
             idle_branches=idle_branches,
         )
+
+    def _image_mask(self, modality_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Where partial LoRA acts, [B, S]; None for a model without it."""
+        if self.config.text_config.plora_config is None or modality_ids is None:
+            return None
+        return modality_ids == MODALITIES.index("image")
 
     def _embed(self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor) -> torch.Tensor:
         # Placeholders are replaced anyway, and their ids may lie outside the embedding table.
@@ -246,6 +212,13 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         video_encoder_states: torch.FloatTensor | None = None,
         speech_encoder_states: torch.FloatTensor | None = None,
         sound_encoder_states: torch.FloatTensor | None = None,
+        aux_input_ids: torch.LongTensor | None = None,
+        aux_attention_mask: torch.Tensor | None = None,
+        aux_pixel_values: torch.FloatTensor | None = None,
+        aux_encoder_states: torch.FloatTensor | None = None,
+        aux_features: torch.FloatTensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        expert_choice: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
@@ -263,6 +236,8 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             text_config.output_router_logits if output_router_logits is None else output_router_logits
         )
         needs_balance = labels is not None and bool(text_config.sparse_layers)
+        if labels is not None and prompt_mask is None and self.model.aux_compressor is not None:
+            prompt_mask = prompt_before_answers(labels)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -279,6 +254,13 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             video_encoder_states=video_encoder_states,
             speech_encoder_states=speech_encoder_states,
             sound_encoder_states=sound_encoder_states,
+            aux_input_ids=aux_input_ids,
+            aux_attention_mask=aux_attention_mask,
+            aux_pixel_values=aux_pixel_values,
+            aux_encoder_states=aux_encoder_states,
+            aux_features=aux_features,
+            prompt_mask=prompt_mask,
+            expert_choice=expert_choice,
             use_cache=use_cache,
             output_router_logits=return_router_logits or needs_balance,
             **kwargs,
@@ -337,9 +319,11 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         if not is_prompt:
             inputs.pop("mm_token_type_ids", None)
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for names in MEDIA_INPUTS.values():
-                for name in names:
-                    inputs.pop(name, None)
+            for name in (*(name for names in MEDIA_INPUTS.values() for name in names), *AUX_INPUTS):
+                inputs.pop(name, None)
+        elif inputs.get("prompt_mask") is not None:
+            tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+            inputs["prompt_mask"] = continued_prompt(inputs["prompt_mask"], tokens.shape[1])
         return inputs
 
     def _warn_of_long_context(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None) -> None:
@@ -359,8 +343,16 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        """Repeat every sample's media together: repeating row by row would interleave a sample's images."""
-        media = {n: model_kwargs.pop(n) for names in MEDIA_INPUTS.values() for n in names if n in model_kwargs}
+        """Repeat every sample's media together: repeating row by row would interleave a sample's images.
+
+        What is generated is no part of the prompt, which the mask says that is added here.
+        """
+        if input_ids is not None and any(model_kwargs.get(name) is not None for name in AUX_INPUTS):
+            mask = model_kwargs.get("attention_mask")
+            if model_kwargs.get("prompt_mask") is None:
+                model_kwargs["prompt_mask"] = torch.ones_like(input_ids) if mask is None else mask
+        apart = ("expert_choice", *(name for names in MEDIA_INPUTS.values() for name in names))
+        media = {name: model_kwargs.pop(name) for name in apart if name in model_kwargs}
         if expand_size > 1 and input_ids is not None:
             modality_ids = self.model.modality_ids(input_ids)
             for modality, names in MEDIA_INPUTS.items():
@@ -370,17 +362,6 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **media}
-
-
-def _input_modalities(config: UniMoeConfig) -> tuple[str, ...]:
-    """What this very model takes, in the words of transformers.
-
-    Its one reader there, the any-to-any pipeline, refuses to start without torchvision where images are named. Ours
-    need none, nor do text and audio: without torchvision they stay unnamed, and the pipeline takes all of them.
-    """
-    sees = (config.image_connector is not None or config.video_connector is not None) and is_torchvision_available()
-    hears = config.speech_connector is not None or config.sound_connector is not None
-    return (("image", "video") if sees else ()) + (("audio",) if hears else ()) + ("text",)
 
 
 def _share_of_batch(learned: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:

@@ -26,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_unimoe_text import UniMoeTextConfig
+from .modeling_unimoe_moai import Mixing, UniMoeAttentionPlora, UniMoeMixer, UniMoeMLPPlora, init_moai_weights
 from .rotary_unimoe import UniMoeRotaryEmbedding, apply_rotary_pos_emb
 from .routing_dynamic_unimoe import UniMoeDynamicRouter
 from .routing_unimoe import UniMoeRouter
@@ -85,6 +86,7 @@ class UniMoeAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.plora = None if config.plora_config is None else UniMoeAttentionPlora(config)
         if config.use_qk_norm:
             self.q_norm = UniMoeRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = UniMoeRMSNorm(self.head_dim, config.rms_norm_eps)
@@ -95,13 +97,16 @@ class UniMoeAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        image_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape)
-        key = self.k_proj(hidden_states).view(head_shape)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        projected = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.plora is not None:
+            projected = self.plora.inputs(hidden_states, projected, image_mask)
+        query, key, value = (states.view(head_shape) for states in projected)
+        value = value.transpose(1, 2)
         if self.config.use_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
@@ -122,7 +127,9 @@ class UniMoeAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+        output = output.reshape(*input_shape, -1)
+        result = self.o_proj(output)
+        return result if self.plora is None else self.plora.output(output, result, image_mask), weights
 
 
 class UniMoeMLP(nn.Module):
@@ -133,10 +140,18 @@ class UniMoeMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.plora = None if config.plora_config is None else UniMoeMLPPlora(config)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x_BSH: torch.Tensor, *_routing: torch.Tensor | None) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x_BSH)) * self.up_proj(x_BSH))
+    def forward(
+        self, x_BSH: torch.Tensor, *_routing: torch.Tensor | None, image_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        gate, up = self.gate_proj(x_BSH), self.up_proj(x_BSH)
+        if self.plora is not None:
+            gate, up = self.plora.inputs(x_BSH, gate, up, image_mask)
+        inner = self.act_fn(gate) * up
+        result = self.down_proj(inner)
+        return result if self.plora is None else self.plora.output(inner, result, image_mask)
 
 
 @use_experts_implementation
@@ -187,6 +202,7 @@ class UniMoeSparseBlock(nn.Module):
         x_BSH: torch.Tensor,
         token_group_BS: torch.Tensor | None = None,
         token_mask_BS: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
         if self.gate.jitter_reaches_experts:
@@ -215,6 +231,8 @@ class UniMoeDecoderLayer(GradientCheckpointingLayer):
         self.mlp = UniMoeSparseBlock(config) if config.is_sparse(layer_idx) else UniMoeMLP(config)
         self.input_layernorm = UniMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = UniMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        mixed_layers = [] if config.mixer_config is None else config.mixer_config.layers
+        self.mixer = UniMoeMixer(config, mixed_layers.index(layer_idx)) if layer_idx in mixed_layers else None
 
     def forward(
         self,
@@ -224,13 +242,19 @@ class UniMoeDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         token_groups: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        mixing: Mixing | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)
+        if self.mixer is not None:
+            normed = self.mixer(normed, mixing)
         attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
+            normed, position_embeddings, attention_mask, past_key_values, image_mask=image_mask, **kwargs
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), token_groups, token_mask)
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + self.mlp(normed, token_groups, token_mask, image_mask=image_mask)
 
 
 class UniMoeTextPreTrainedModel(PreTrainedModel):
@@ -255,6 +279,7 @@ class UniMoeTextPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        init_moai_weights(module)
         std = self.config.initializer_range
         if isinstance(module, UniMoeExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
@@ -293,6 +318,8 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        mixing: Mixing | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
@@ -302,6 +329,8 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
             input_ids: [B, S]; or inputs_embeds [B, S, H].
             mm_token_type_ids: modality id of every position, [B, S]; None means that all are text. Only models with
                 more than one routing group look at it.
+            image_mask: true at image positions, [B, S], where partial LoRA acts; None means nowhere.
+            mixing: what the mixers read and write, see `AuxiliaryMixin.mixing`; None leaves everything as it is.
             kwargs: with `cu_seq_lens_q` (and its siblings of transformers' flash attention) several texts share a row:
                 position_ids start at 0 with each of them and with the padding, which is all that attention_mask says.
 
@@ -329,6 +358,9 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         token_groups = self.token_groups(inputs_embeds, mm_token_type_ids)
         token_mask = self.token_mask(inputs_embeds, attention_mask)
+        if image_mask is None and self.config.plora_config is not None and self.training:
+            # Nothing is added, but what is trained is part of every step.
+            image_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
 
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -339,6 +371,8 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
                 past_key_values=past_key_values,
                 token_groups=token_groups,
                 token_mask=token_mask,
+                image_mask=image_mask,
+                mixing=mixing,
                 position_ids=position_ids,
                 **kwargs,
             )

@@ -1,4 +1,4 @@
-"""Chat templates: ChatML, Uni-MoE's and the five of Bunny, which MoIIE uses.
+"""Chat templates: ChatML, Uni-MoE's, the five of Bunny, which MoIIE uses, and MoAI's.
 
 Answers stand between `{% generation %}` and `{% endgeneration %}`, so that labels follow from the template alone. Media
 stand in a message's content; what follows one in the text is its `after`, else what the template says.
@@ -10,6 +10,7 @@ from types import MappingProxyType
 from transformers import PreTrainedTokenizerBase
 
 from .media_policy_unimoe import OptionError
+from .moai_prompts_unimoe import MOAI_CHAT_TEMPLATES
 
 _CONTENT_MACRO = """\
 {%- macro show(content, after_media) -%}
@@ -124,3 +125,15 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself puts a BOS before every text."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer.encode("")[:1] == [bos]
+
+
+__all__ = [
+    "BUNNY_SEPARATORS",
+    "BUNNY_VERSIONS",
+    "DEFAULT_CHAT_TEMPLATE",
+    "MOAI_CHAT_TEMPLATES",
+    "VICUNA_CHAT_TEMPLATE",
+    "begins_with_bos",
+    "bunny_chat_template",
+    "bunny_chat_templates",
+]

@@ -25,19 +25,24 @@ IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN, SOUND_TOKEN = MEDIA_TOKENS = ("<image>", 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 ROLES = ("system", "user", "assistant", "tool")
 _MAX_TEMPLATE_CHARACTERS = 200_000
+_TURN_MARK = re.compile(r"\[UNUSED_TOKEN_\d+\]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKS = [chr(c) for c in range(0xF0000, 0xF0100)]  # private-use characters; one that no text contains is taken
 
 
 @dataclass
 class MediaItem:
-    """One medium of a conversation; `where` names its place for error messages. A sound track's value is its video."""
+    """One medium of a conversation; `where` names its place for error messages. A sound track's value is its video.
+
+    `aux` is what external vision models saw in an image, see `auxiliary_inputs_unimoe`.
+    """
 
     kind: str
     value: Any
     encoder: str = "both"
     sampling_rate: int | None = None
     where: str = ""
+    aux: Any = None
 
 
 @dataclass
@@ -172,8 +177,11 @@ def read_media(item: Mapping[str, Any], where: str) -> list[MediaItem]:
     encoder = item.get("encoder") or "both"
     if encoder not in ("both", "speech", "sound") or (encoder != "both" and kind != "audio" and not track):
         raise ConversationError(f"{where}: encoder {encoder!r} is not 'speech', 'sound' or 'both' (audio only).")
+    aux = item.get("aux")
+    if aux is not None and kind != "image":
+        raise ConversationError(f"{where}: 'aux' is of images only; remove it.")
     if not track:
-        return [MediaItem(kind, value, encoder, item.get("sampling_rate"), where)]
+        return [MediaItem(kind, value, encoder, item.get("sampling_rate"), where, aux)]
     if value is not None and not isinstance(value, str | bytes | bytearray | memoryview | os.PathLike):
         raise MediaError("audio", "frames have no sound track; give the video as a file or as its bytes", where)
     return [MediaItem("audio", value, encoder, None, f"{where}, sound track"), MediaItem(kind, value, where=where)]
@@ -220,6 +228,8 @@ class ChatEncoder:
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         control = {token for token, special in added.items() if token.strip() and (special or token in template)}
+        # InternLM2's marks of turns are pieces of its vocabulary like any word.
+        control |= set(_TURN_MARK.findall(template)) & set(tokenizer.get_vocab())
         control |= set(tokenizer.all_special_tokens) | set(MEDIA_TOKENS)
         self.control_tokens = sorted(control, key=lambda token: (-len(token), token))  # the longest match wins
         numbers: Any = tokenizer.convert_tokens_to_ids(self.control_tokens)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .auxiliary_inputs_unimoe import aux_inputs
 from .call_options_unimoe import (
     CALL_OPTIONS,
     counts_per_text,
@@ -23,11 +24,8 @@ from .call_options_unimoe import (
 )
 from .chat_templates_unimoe import DEFAULT_CHAT_TEMPLATE, VICUNA_CHAT_TEMPLATE
 from .chat_unimoe import (
-    AUDIO_TOKEN,
-    IMAGE_TOKEN,
     MEDIA_KINDS,
-    SOUND_TOKEN,
-    VIDEO_TOKEN,
+    MEDIA_TOKENS,
     ChatEncoder,
     choose_template,
     placeholder_id,
@@ -35,11 +33,11 @@ from .chat_unimoe import (
     read_messages,
 )
 from .feature_extraction_unimoe import UniMoeFeatureExtractor
-from .media_inputs_unimoe import IMAGE_ASPECT_RATIOS, check_token_counts, process_media, waiting_runs
-from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, MediaPolicy, OptionError, PlaceholderError
-from .original_chat_unimoe import TOKENIZATIONS, build_encoder, needs_answer
+from .media_inputs_unimoe import check_token_counts, process_media, waiting_runs
+from .media_policy_unimoe import DEFAULT_POLICY, ConversationError, MediaPolicy, PlaceholderError
+from .original_chat_unimoe import build_encoder, needs_answer
 from .placeholders_unimoe import Sample, check_all_used, expand, pad, to_tensors, truncate, with_labels
-from .processor_parts_unimoe import PARTS, PresentParts, forget_code_of_processor, load_parts
+from .processor_parts_unimoe import PARTS, PresentParts, check_settings, forget_code_of_processor, load_parts
 from .sound_tracks_unimoe import with_sound_tracks
 from .video_processing_unimoe import UniMoeVideoProcessor
 
@@ -61,14 +59,14 @@ class UniMoeProcessor(ProcessorMixin):
             begin with "original": ids and labels of the original code with its faults, see `build_encoder`.
         image_aspect_ratio: "square" leaves the shape of pictures to the image processor; "pad" first puts each in the
             middle of a square of the image processor's mean colour. Frames of videos are left as they are.
+        aux_maps: how pictures of segments become pixels: "picture", as photos; "released", see `map_pixels`.
 
     Attributes:
         media_policy: where media may come from and how big they may be; not saved with the processor.
         padding_side: "left" for generation; `training_inputs` pads right unless told otherwise.
 
     Raises:
-        PlaceholderError: a token count is impossible, or the tokenizer lacks a placeholder token.
-        OptionError: image_aspect_ratio is neither of the two.
+        PlaceholderError, OptionError: a token count or a setting is impossible, or the tokenizer lacks a placeholder.
     """
 
     padding_side = "left"
@@ -87,6 +85,7 @@ class UniMoeProcessor(ProcessorMixin):
         sound_tokens: int = 0,
         tokenization: str = "plain",
         image_aspect_ratio: str = "square",
+        aux_maps: str = "picture",
     ) -> None:
         # Not the inherited __init__: it wants every part to be there, and real torchvision for the video one.
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -99,22 +98,17 @@ class UniMoeProcessor(ProcessorMixin):
         self.chat_template = chat_template or DEFAULT_CHAT_TEMPLATE
         self.image_tokens, self.video_tokens = image_tokens, video_tokens
         self.speech_tokens, self.sound_tokens = speech_tokens, sound_tokens
-        if tokenization not in TOKENIZATIONS:
-            raise PlaceholderError(f"UniMoeProcessor: tokenization is {tokenization!r}; use one of {TOKENIZATIONS}.")
-        if image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
-            allowed = " or ".join(map(repr, IMAGE_ASPECT_RATIOS))
-            raise OptionError(f"UniMoeProcessor: image_aspect_ratio is {image_aspect_ratio!r}; use {allowed}.")
-        self.tokenization, self.image_aspect_ratio = tokenization, image_aspect_ratio
+        self.tokenization, self.image_aspect_ratio, self.aux_maps = tokenization, image_aspect_ratio, aux_maps
+        check_settings(self)
         self.media_policy = DEFAULT_POLICY
         self._encoders: dict[tuple[str, int, str], ChatEncoder] = {}
-        self.image_token, self.video_token, self.audio_token = IMAGE_TOKEN, VIDEO_TOKEN, AUDIO_TOKEN
-        self.sound_token = SOUND_TOKEN
+        self.image_token, self.video_token, self.audio_token, self.sound_token = MEDIA_TOKENS
         check_token_counts(self)
-        self.image_token_id = placeholder_id(tokenizer, IMAGE_TOKEN, image_tokens)
-        self.video_token_id = placeholder_id(tokenizer, VIDEO_TOKEN, video_tokens)
+        self.image_token_id = placeholder_id(tokenizer, self.image_token, image_tokens)
+        self.video_token_id = placeholder_id(tokenizer, self.video_token, video_tokens)
         # Every clip has one <audio> in the text, also where only the sound branch exists.
-        self.audio_token_id = placeholder_id(tokenizer, AUDIO_TOKEN, speech_tokens + sound_tokens)
-        self.sound_token_id = placeholder_id(tokenizer, SOUND_TOKEN, sound_tokens)
+        self.audio_token_id = placeholder_id(tokenizer, self.audio_token, speech_tokens + sound_tokens)
+        self.sound_token_id = placeholder_id(tokenizer, self.sound_token, sound_tokens)
 
     def __call__(
         self,
@@ -188,7 +182,8 @@ class UniMoeProcessor(ProcessorMixin):
             `tokenize=False`: the prompt(s), unescaped. Else with `return_dict` a BatchFeature with input_ids,
             attention_mask, mm_token_type_ids [B, S] and, as far as given, pixel_values [n, 3, H, W],
             pixel_values_videos [n, F, 3, H, W], speech_features, audio_features, audio_padding_mask (all media of the
-            batch in order); with `return_assistant_tokens_mask` also assistant_masks [B, S]. Without: the input_ids.
+            batch in order), aux_input_ids and the like; with `return_assistant_tokens_mask` also assistant_masks [B, S].
+            Without: the input_ids.
 
         Raises:
             ConversationError, MediaError, PlaceholderError: the message names conversation, message and content.
@@ -377,6 +372,7 @@ class UniMoeProcessor(ProcessorMixin):
         ]
         encoded = [encoder.encode(plain, **template_options) for plain, _ in read]
         tensors, waiting = process_media(self, [item for _, media in read for item in media], options, policy)
+        tensors |= aux_inputs(self, [media for _, media in read], policy, options.get("return_tensors"))
         samples = []
         for index, (chat, (_, media)) in enumerate(zip(encoded, read, strict=True)):
             own = {kind: [waiting[kind].pop(0) for item in media if item.kind == kind] for kind in MEDIA_KINDS}

@@ -6,10 +6,26 @@ from typing import Any
 import transformers
 from transformers import AutoTokenizer
 
+from .auxiliary_inputs_unimoe import AUX_MAPS
 from .feature_extraction_unimoe import UniMoeFeatureExtractor
+from .media_inputs_unimoe import IMAGE_ASPECT_RATIOS
+from .media_policy_unimoe import OptionError, PlaceholderError
+from .original_chat_unimoe import TOKENIZATIONS
 from .video_processing_unimoe import UniMoeVideoProcessor
 
 PARTS = ("image_processor", "video_processor", "feature_extractor", "tokenizer")
+
+
+def check_settings(processor: Any) -> None:
+    """Raises a PlaceholderError or an OptionError unless a processor's settings are among those that there are."""
+    if processor.tokenization not in TOKENIZATIONS:
+        raise PlaceholderError(
+            f"UniMoeProcessor: tokenization is {processor.tokenization!r}; use one of {TOKENIZATIONS}."
+        )
+    for name, allowed in (("image_aspect_ratio", IMAGE_ASPECT_RATIOS), ("aux_maps", AUX_MAPS)):
+        if getattr(processor, name) not in allowed:
+            words = " or ".join(map(repr, allowed))
+            raise OptionError(f"UniMoeProcessor: {name} is {getattr(processor, name)!r}; use {words}.")
 
 
 class PresentParts:

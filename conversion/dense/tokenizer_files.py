@@ -24,7 +24,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     if not any((folder / name).is_file() for name in VOCABULARIES):
         return None
-    _require_reader(folder)
+    require_sentencepiece(folder)
     try:
         with _without_remarks_on_the_config():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -56,7 +56,7 @@ def _without_remarks_on_the_config() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _require_reader(folder: Path) -> None:
+def require_sentencepiece(folder: Path) -> None:
     """Without these packages transformers would make another tokenizer of a SentencePiece model, with a warning only."""
     if (folder / "tokenizer.json").is_file() or all(map(_is_installed, ("sentencepiece", "google.protobuf"))):
         return
@@ -72,4 +72,4 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-__all__ = ["SENTENCEPIECE", "VOCABULARIES", "read_tokenizer", "tokenizer_if_readable"]
+__all__ = ["SENTENCEPIECE", "VOCABULARIES", "read_tokenizer", "require_sentencepiece", "tokenizer_if_readable"]

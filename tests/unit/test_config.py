@@ -266,7 +266,8 @@ def test_defaults_are_filled_in() -> None:
 
 
 def test_plans_name_modules_that_exist() -> None:
-    model = tiny.model(text={"use_qk_norm": True, "num_shared_experts": 1}).model.language_model
+    text = {"use_qk_norm": True, "num_shared_experts": 1, "plora_config": {"rank": 4}}
+    model = tiny.model(text).model.language_model
     names = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
     config = model.config
     for plan in (config.base_model_tp_plan, config.base_model_ep_plan, config.base_model_pp_plan):

@@ -9,6 +9,7 @@ from typing import Any
 
 import hub_checks
 import pytest
+import tiny_moai
 import tiny_training
 import torch
 import twins
@@ -17,7 +18,7 @@ from unimoe import UniMoeForCausalLM, UniMoeProcessor
 from unimoe.conversion.publishing.hub import PROCESSOR_AUTO_MAP, code_files, save_bundle
 from unimoe.modeling_unimoe.configuration_unimoe import AUTO_MAP
 
-MODELS = ("everything", "moiie", "text-only", "shared-tower", "saved")
+MODELS = ("everything", "moiie", "text-only", "shared-tower", "mixed", "saved")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     UniMoeForCausalLM.from_pretrained(root / "everything").save_pretrained(root / "saved")
     UniMoeProcessor.from_pretrained(root / "everything").save_pretrained(root / "saved")
     torch.save(dict(inputs), root / "saved.inputs")
-    for name in MODELS[1:-1]:
+    save_bundle(tiny_moai.model(), None, root / "mixed")
+    torch.save(tiny_moai.collate([tiny_moai.sample(1), tiny_moai.sample(2, aux_tokens=9)]), root / "mixed.inputs")
+    for name in MODELS[1:-2]:
         save_bundle(twins.build(name), None, root / name)
         torch.save(twins.collate(twins.samples(name)), root / f"{name}.inputs")
     return root

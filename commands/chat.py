@@ -2,28 +2,32 @@
 
 import argparse
 import io
+import json
+import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, UniMoeError
-from ..hub_access import MODEL_FILES
+from ..errors import UniMoeError
+from .inspect import router_load_lines
 
 if TYPE_CHECKING:
-    import torch
+    from ..serving.answering import Reply
 
 _EPILOG = """\
 while chatting:
   /image FILE, /audio FILE, /video FILE   attach to the next message (again for several)
   /video-with-sound FILE                  attach a video whose sound track is heard too
+  /experts                                which experts the last answer used, by modality
   /reset                                  forget the conversation
   /quit                                   leave (so does the end of the input)
 
 examples:
   unimoe chat quickstart-out/model
   unimoe chat quickstart-out/model --image cat.png --once "What is in the picture?"
+  unimoe chat quickstart-out/model --audio word.ogg --once "What word is spoken?" --json
   echo "Hello!" | unimoe chat quickstart-out/model
 """
 # What can be attached, by the name of its option and command, as items of a message's content.
@@ -33,17 +37,8 @@ _MEDIA: dict[str, dict[str, Any]] = {
     "video": {"type": "video"},
     "video-with-sound": {"type": "video", "sound_track": True},
 }
-# JSON files that must be objects where they exist.
-_JSON_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "generation_config.json",
-)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# Answers a conversation; hands over the text piece by piece while it appears, and returns all of it.
-Answer = Callable[[list[dict[str, Any]], Callable[[str], None]], str]
+# Answers a conversation; hands over the text piece by piece while it appears.
+Answer = Callable[[list[dict[str, Any]], Callable[[str], None]], "Reply"]
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -64,24 +59,28 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             help=f"{kind.replace('-', ' ')} for the first message (again for several)",
         )
     parser.add_argument("--once", metavar="TEXT", help="answer this one message and stop")
+    parser.add_argument("--json", action="store_true", help="print every answer as a JSON object, with its experts")
+    parser.add_argument("--system", metavar="TEXT", help="a system message that every conversation begins with")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest word (default); 1: sample"
     )
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest words that make up P")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer one message, the lines of a pipe, or a person."""
-    if args.max_new_tokens < 1:
-        raise UniMoeError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1.")
-    if not 0 <= args.temperature < float("inf"):
-        raise UniMoeError(f"--temperature is {args.temperature}; it must be 0 or a positive number.")
+    options = _generation_options(args)
     _accept_any_bytes()
-    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
-    if args.temperature > 0:
-        options["temperature"] = args.temperature
-    conversation = Conversation(load_answerer(args.model, args.device, options))
+    from transformers import set_seed
+
+    from ..serving.answering import load_answerer
+
+    set_seed(args.seed)
+    system = None if args.system is None else _plain_text(args.system)
+    conversation = Conversation(load_answerer(args.model, args.device, options), system, args.json)
     for kind in _MEDIA:
         for file in getattr(args, kind.replace("-", "_")):
             conversation.attach(kind, file)
@@ -98,35 +97,71 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class Conversation:
-    """The messages so far and the media that wait for the next one."""
+def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    if args.max_new_tokens < 1:
+        raise UniMoeError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1.")
+    if not (math.isfinite(args.temperature) and args.temperature >= 0):
+        raise UniMoeError(f"--temperature is {args.temperature}; it must be 0 or a positive number.")
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        options["temperature"] = args.temperature
+    if args.top_p is not None:
+        if not 0 < args.top_p <= 1 or not args.temperature:
+            raise UniMoeError(
+                f"--top-p is {args.top_p} with --temperature {args.temperature}; it must be above 0 and up to 1, and "
+                "goes with a --temperature above 0."
+            )
+        options["top_p"] = args.top_p
+    return options
 
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
-        self.messages: list[dict[str, Any]] = []
-        self.waiting: list[dict[str, Any]] = []
+
+class Conversation:
+    """The messages so far and the media that wait for the next one.
+
+    Args:
+        system: a message that every conversation begins with.
+        as_json: answers are printed as JSON objects, whole.
+    """
+
+    def __init__(self, answer: Answer, system: str | None = None, as_json: bool = False) -> None:
+        self._answer, self._as_json = answer, as_json
+        self._start = [] if system is None else [_message("system", [], system)]
+        self.last: Reply | None = None
+        self.reset()
 
     def attach(self, kind: str, file: str) -> None:
         """A medium of the next message; `kind` is one of `_MEDIA`."""
         self.waiting.append({**_MEDIA[kind], "path": file})
 
     def reset(self) -> None:
-        self.messages, self.waiting = [], []
+        self.messages, self.waiting = list(self._start), []
 
     def say(self, text: str) -> None:
         """Print the answer to a message as it comes. After an error or Ctrl-C the message counts as not said."""
-        question = {"role": "user", "content": [*self.waiting, {"type": "text", "text": text}]}
-        self.waiting = []
-        answer = self._answer([*self.messages, question], _show)
+        question = _message("user", self.waiting, text)
+        media, self.waiting = self.waiting, []
+        reply = self._answer([*self.messages, question], _keep_silent if self._as_json else _show)
+        if self._as_json:
+            facts = {"question": text, "media": media, **asdict(reply), "text": reply.text.strip()}
+            print(json.dumps(facts, ensure_ascii=False), end="")
         print(flush=True)
-        self.messages += [question, {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}]
+        self.messages += [question, _message("assistant", [], reply.text.strip())]
+        self.last = reply
+
+    def experts(self) -> str:
+        """Which experts the last answer used."""
+        if self.last is None:
+            raise UniMoeError("There is no answer yet whose experts could be shown: say something first.")
+        if self.last.load is None:
+            return "This model is dense: it has no experts."
+        return "\n".join(router_load_lines(self.last.load))
 
 
 def talk(conversation: Conversation) -> None:
     """A person at the keyboard: mistakes are reported and the conversation goes on; Ctrl-C stops an answer."""
     with suppress(ImportError):
         import readline  # noqa: F401 (gives input() its line editing)
-    print(f"Type a message; {', '.join(f'/{kind} FILE' for kind in _MEDIA)} attach; /reset, /quit.")
+    print(f"Type a message; {', '.join(f'/{kind} FILE' for kind in _MEDIA)} attach; /experts, /reset, /quit.")
     going_on = True
     while going_on:
         try:
@@ -153,113 +188,20 @@ def handle_line(conversation: Conversation, line: str) -> bool:
         return False
     if command == "/reset":
         conversation.reset()
+    elif command == "/experts":
+        print(conversation.experts())
     elif command.removeprefix("/") in _MEDIA and command.startswith("/"):
         if not argument.strip():
             raise UniMoeError(f"{command} needs a file: {command} FILE.")
         conversation.attach(command.removeprefix("/"), argument.strip())
     elif command.startswith("/"):
         raise UniMoeError(
-            f"{command} is no command; there are {', '.join(f'/{kind}' for kind in _MEDIA)}, /reset and /quit."
+            f"{command} is no command; there are {', '.join(f'/{kind}' for kind in _MEDIA)}, /experts, /reset "
+            "and /quit."
         )
     elif line:
         conversation.say(line)
     return True
-
-
-def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Answer:
-    """Load a model and its processor; the result generates with the given options. Errors are those of `open_model`."""
-    from transformers import TextStreamer
-
-    processor, model = open_model(name, device)
-
-    class Pieces(TextStreamer):
-        """Hands finished words to `show`."""
-
-        def __init__(self, show: Callable[[str], None]) -> None:
-            super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            self.show = show
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.show(text)
-
-    def answer(messages: list[dict[str, Any]], show: Callable[[str], None]) -> str:
-        inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(model.device)
-        output = model.generate(**inputs, **options, streamer=Pieces(show))
-        return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    return answer
-
-
-def open_model(name: str, device: str | None) -> tuple[Any, Any]:
-    """The processor and the model of a folder or Hub id, ready to be used on a device (None: cuda, if there is one).
-
-    Raises:
-        ConversionError: there is no such folder or Hub repository, it holds another kind of model, or a file of it is
-            missing or damaged.
-        CheckpointError: its tokenizer is missing, or its files do not go together.
-        UniMoeError: the device is not there.
-    """
-    from ..conversion.dense.sources import resolve_folder
-    from ..progress_bars import transformers_bars
-
-    place = _usable_device(device)
-    with transformers_bars(shown=False):
-        folder = resolve_folder(name, MODEL_FILES)
-        _check_files(folder)
-        return _load(folder, place)
-
-
-def _usable_device(name: str | None) -> "torch.device":
-    """The device of that name once it has computed something; cuda or cpu for None."""
-    import torch
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).add(1).tolist()
-    except (RuntimeError, AssertionError, ImportError) as error:  # which one depends on the kind of device
-        reason = str(error).partition("\n")[0]
-        raise UniMoeError(
-            f"--device is {name!r}, which cannot be used here ({reason}): use cpu, or leave the option out."
-        ) from error
-    return device
-
-
-def _check_files(folder: Path) -> None:
-    """What transformers would answer with a traceback: files that are missing, truncated or not what they should be."""
-    from ..conversion.checkpoints.checkpoint_reader import Checkpoint, read_json
-    from ..conversion.dense.sources import read_our_config
-
-    read_our_config(folder)
-    Checkpoint(folder)
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise CheckpointError(
-            f"{folder} has no {_TOKENIZER_FILES[0]}: if it was converted, convert again with the tokenizer's files beside "
-            "the original config.json; else save the processor into it (processor.save_pretrained)."
-        )
-    contents = {file: read_json(folder / file) for file in _JSON_FILES if (folder / file).is_file()}
-    if not isinstance(contents.get("tokenizer.json", {"model": {}}).get("model"), dict):
-        raise CheckpointError(f"{folder / 'tokenizer.json'} has no model of a tokenizer in it: fetch the file again.")
-
-
-def _load(folder: Path, device: "torch.device") -> tuple[Any, Any]:
-    """Processor and model. What transformers raises here means that the files do not go together, or do not fit in."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"The processor in {folder} cannot be loaded ({error}): save it again, with its tokenizer."
-        ) from error
-    try:
-        return processor, AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"The model in {folder} cannot be loaded on {device}: {error}") from error
 
 
 def _accept_any_bytes() -> None:
@@ -272,6 +214,14 @@ def _accept_any_bytes() -> None:
 def _plain_text(argument: str) -> str:
     """An argument of the command line without the halves of characters by which Python keeps bytes that are no text."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _message(role: str, media: list[dict[str, Any]], text: str) -> dict[str, Any]:
+    return {"role": role, "content": [*media, {"type": "text", "text": text}]}
+
+
+def _keep_silent(piece: str) -> None:
+    """For answers that are printed whole."""
 
 
 def _show(piece: str) -> None:

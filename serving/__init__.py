@@ -1,6 +1,7 @@
-"""A model over HTTP: transformers' OpenAI-compatible server behind a guard that answers bad requests with 4xx.
+"""A model for its users: answers in a terminal, and over HTTP.
 
-request_checks.py   what a request may say
-request_guard.py    reads a request's body within a limit, before anything else sees it
-server.py           transformers' server with the guard, for one model
+answering.py        a model that answers conversations and notes which experts it used
+server.py           transformers' OpenAI-compatible server for one model, behind
+request_guard.py    which reads a request's body within a limit, before anything else sees it, and
+request_checks.py   which knows what a request may say
 """

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ import tiny_media
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands import chat
+from unimoe.conversion.checkpoints.description import RouterLoad
 from unimoe.errors import CheckpointError, UniMoeError
+from unimoe.serving.answering import Reply, load_answerer
 
 UNIMOE = [sys.executable, "-m", "unimoe.cli"]
 
@@ -240,6 +243,8 @@ def test_bad_options_and_folders(folder: Path, tmp_path: Path, capsys: pytest.Ca
         ([str(tmp_path / "llama"), "--once", "Hi"], "'llama' model"),
         ([str(folder), "--once", "Hi", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         ([str(folder), "--once", "Hi", "--temperature", "-1"], "--temperature is -1.0"),
+        ([str(folder), "--once", "Hi", "--top-p", "0.9"], "goes with a --temperature"),
+        ([str(folder), "--once", "Hi", "--top-p", "1.5", "--temperature", "1"], "--top-p is 1.5"),
         ([str(folder), "--once", "Hi", "--device", "nonsense"], "--device is 'nonsense'"),
         ([str(folder), "--once", "Hi", "--device", "meta"], "--device is 'meta'"),
         ([str(folder), "--once", "Hi", "--device", ""], "--device is ''"),
@@ -301,20 +306,23 @@ def test_without_standard_input_a_message_is_asked_for(
     assert "--once" in capsys.readouterr().err
 
 
+LOAD = RouterLoad([0, 2], ["0", "1"], {"image": [[1.0, 0.0], [0.5, 0.5]]})
+
+
 class Script:
     """Answers in place of a model and records what it was asked."""
 
     def __init__(self, *answers: str | BaseException) -> None:
         self.answers, self.asked = list(answers), []
 
-    def __call__(self, messages: list[dict[str, Any]], show: Any) -> str:
+    def __call__(self, messages: list[dict[str, Any]], show: Any) -> Reply:
         self.asked.append(messages)
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
             raise answer
         for word in answer.split():
             show(word + " ")
-        return answer
+        return Reply(answer, 3, len(answer.split()), 0.5, LOAD)
 
 
 def texts(messages: list[dict[str, Any]]) -> list[str]:
@@ -374,9 +382,50 @@ def test_end_of_input_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pieces_are_shown_while_the_answer_is_made(folder: Path) -> None:
-    answer = chat.load_answerer(str(folder), "cpu", {"max_new_tokens": 12, "do_sample": False})
+    answer = load_answerer(str(folder), "cpu", {"max_new_tokens": 12, "do_sample": False})
     pieces: list[str] = []
     question = {"role": "user", "content": [{"type": "text", "text": "A b c"}]}
-    text = answer([question], pieces.append)
+    reply = answer([question], pieces.append)
     assert len(pieces) > 1
-    assert "".join(pieces) == text
+    assert "".join(pieces) == reply.text
+    assert 1 <= reply.new_tokens <= 12
+
+
+def test_json_holds_the_answer_and_its_experts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = str(folder / "cat.png")
+    facts = json.loads(run_chat(folder, capsys, "--image", picture, "--once", "What is it?", "--json"))
+    content = [{"type": "image", "path": picture}, {"type": "text", "text": "What is it?"}]
+    assert facts["text"] == expected_answer(folder, [{"role": "user", "content": content}]).strip()
+    assert facts["media"] == content[:1]
+    assert set(facts["load"]["modalities"]) == {"image", "text"}
+    for layers in facts["load"]["modalities"].values():
+        assert [sum(shares) for shares in layers] == pytest.approx([1.0] * len(facts["load"]["layers"]))
+
+
+def test_the_system_message_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    script = Script("a", "b", "c")
+    conversation = chat.Conversation(script, system="Be brief.")
+    for line in ("one", "two", "/reset", "three"):
+        chat.handle_line(conversation, line)
+    assert [texts(messages) for messages in script.asked] == [
+        ["Be brief.", "one"],
+        ["Be brief.", "one", "a", "two"],
+        ["Be brief.", "three"],
+    ]
+
+
+def test_experts_of_the_last_answer_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = chat.Conversation(Script("a"))
+    with pytest.raises(UniMoeError, match="no answer yet"):
+        chat.handle_line(conversation, "/experts")
+    for line in ("one", "/experts"):
+        chat.handle_line(conversation, line)
+    shown = capsys.readouterr().out
+    assert "image" in shown
+    assert "100" in shown
+
+
+def test_sampling_depends_on_the_seed_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--once", "A b c", "--temperature", "1.5", "--top-p", "0.95", "--seed")
+    answers = [run_chat(folder, capsys, *options, seed) for seed in ("1", "1", "2")]
+    assert answers[0] == answers[1] != answers[2]

@@ -45,7 +45,6 @@ from unimoe.trainers.state_tree import load_tree  # noqa: E402
 from unimoe.trainers.trainer import UniMoeTrainer  # noqa: E402
 
 PHASES = ("starting", "training", "saving a checkpoint", "saving the model of a stage", "ended")
-STEPS = 6
 # Longest that a process may take before it counts as hanging.
 HANGING = 300.0
 
@@ -87,8 +86,8 @@ class Board:
         return struct.unpack_from("d", self.memory, 8)[0]
 
 
-def recipe(start: Path, out: Path) -> Recipe:
-    common: dict[str, Any] = {"batch_size": 2, "learning_rate": 1e-2, "log_every": 4, "save_every": 1, "steps": STEPS}
+def recipe(start: Path, out: Path, steps: int) -> Recipe:
+    common: dict[str, Any] = {"batch_size": 2, "learning_rate": 1e-2, "log_every": 4, "save_every": 1, "steps": steps}
     return Recipe(
         str(start / "model"),
         [str(start / "train.jsonl")],
@@ -118,7 +117,7 @@ def prepare(folder: Path) -> None:
     processor.save_pretrained(folder / "model")
 
 
-def train(start: Path, out: Path, board: Board) -> None:
+def train(start: Path, out: Path, steps: int, board: Board) -> None:
     """Run the recipe, or go on with it; keeps the board up to date."""
     save, save_model, build = UniMoeTrainer._save_checkpoint, curriculum._Curriculum._save_model, stage._build_trainer
 
@@ -143,7 +142,7 @@ def train(start: Path, out: Path, board: Board) -> None:
     UniMoeTrainer._save_checkpoint = watched_save  # type: ignore[method-assign]
     curriculum._Curriculum._save_model = watched_save_model  # type: ignore[method-assign]
     stage._build_trainer = watched_build
-    curriculum.run_curriculum(recipe(start, out), progress_bar=False)
+    curriculum.run_curriculum(recipe(start, out, steps), progress_bar=False)
     board.enter("ended")
 
 
@@ -186,7 +185,7 @@ def wait(child: int, seconds: float, until: Callable[[], bool] = lambda: False) 
         time.sleep(0.001)
 
 
-def read_back(out: Path, answer: Path) -> None:
+def read_back(out: Path, steps: int, answer: Path) -> None:
     """Read all that a killed process left as complete: digests, weights, states. Writes the newest step per stage."""
     newest = {}
     for name in ("all", "adapters"):
@@ -201,7 +200,7 @@ def read_back(out: Path, answer: Path) -> None:
             assert checkpoint.name == f"checkpoint-{state['global_step']}"
         newest[name] = int(found[-1].name.rpartition("-")[2]) if found else 0
         if (out / name / "DONE").is_file():
-            newest[name] = STEPS + 1
+            newest[name] = steps + 1
     answer.write_bytes(pickle.dumps(newest))
 
 
@@ -219,8 +218,8 @@ def results(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
 class Killer:
     """Kills runs until there were enough kills, and the last run has ended."""
 
-    def __init__(self, folder: Path, kills: int, seed: int) -> None:
-        self.folder, self.wanted = folder, kills
+    def __init__(self, folder: Path, kills: int, steps: int, seed: int) -> None:
+        self.folder, self.wanted, self.steps = folder, kills, steps
         self.random = random.Random(seed)
         self.board = Board()
         self.phases: Counter[str] = Counter()
@@ -233,11 +232,9 @@ class Killer:
         start = self.folder / "start"
         self._work(lambda: prepare(start))
         reference = self.folder / "reference"
-        self._work(lambda: train(start, reference, self.board))  # fills the cache, too
-        shutil.rmtree(reference)
         before = time.perf_counter()
         self.board.clear()
-        self._work(lambda: train(start, reference, self.board))
+        self._work(lambda: train(start, reference, self.steps, self.board))
         duration, self.save_seconds = time.perf_counter() - before, self.board.seconds_saving / self.board.saves
         expected = results(reference)
         while sum(self.phases.values()) < self.wanted and not self.failures:
@@ -260,7 +257,7 @@ class Killer:
     def _run(self, start: Path, out: Path, duration: float, expected: Any) -> None:
         while True:
             self.board.clear()
-            child = in_fork(lambda: train(start, out, self.board))
+            child = in_fork(lambda: train(start, out, self.steps, self.board))
             code = self._until_the_moment(child, duration)
             if code is None:
                 os.kill(child, signal.SIGKILL)
@@ -296,7 +293,9 @@ class Killer:
     def _look(self, out: Path, phase: str) -> None:
         """After a kill: whatever was sealed is there and can be read."""
         answer = self.folder / "newest"
-        if self._work(lambda: read_back(out, answer), fails=f"{out.name}, killed while {phase}: reading back failed"):
+        if self._work(
+            lambda: read_back(out, self.steps, answer), fails=f"{out.name}, killed while {phase}: reading back failed"
+        ):
             newest = pickle.loads(answer.read_bytes())
             name, step = ("all", "adapters")[self.board.memory[1]], self.board.memory[2]
             if newest[name] < step:
@@ -315,6 +314,7 @@ class Killer:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=6, help="of each of the two stages")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", help="where to train; by default a temporary folder")
     parser.add_argument("--out", help="JSON file for the figures")
@@ -323,7 +323,7 @@ def main() -> int:
     logging.disable_progress_bar()
     gc.freeze()  # forks need not look through what is loaded
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        figures = Killer(Path(folder), arguments.kills, arguments.seed)()
+        figures = Killer(Path(folder), arguments.kills, arguments.steps, arguments.seed)()
     text = json.dumps(figures, indent=1)
     print(text)
     if arguments.out:

@@ -3,7 +3,7 @@
     python benchmarks/kill_training.py --kills 200 --out kills.json
 
 A run has two stages: all of a mixture with loss-free balancing and a balance weight that falls, then LoRA. Every step saves
-a checkpoint, so that many kills hit the saving. After each kill, all checkpoints that are marked complete are read back
+a checkpoint. Half of the kills come at any moment, half within a save, at a random moment of it. After each kill, all checkpoints that are marked complete are read back
 and no step that was sealed may be lost; the next process must go on from the newest. At the end of each run, every tensor
 and every logged loss must be those of the unkilled run, to the last bit. Processes are forks of this one, which has all
 modules loaded. Needs fork, so Linux or macOS.
@@ -18,6 +18,7 @@ import pickle
 import random
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -44,7 +45,6 @@ from unimoe.trainers.state_tree import load_tree  # noqa: E402
 from unimoe.trainers.trainer import UniMoeTrainer  # noqa: E402
 
 PHASES = ("starting", "training", "saving a checkpoint", "saving the model of a stage", "ended")
-STEPS = 6
 # Longest that a process may take before it counts as hanging.
 HANGING = 300.0
 
@@ -53,10 +53,10 @@ class Board:
     """What a process tells the one that will kill it, in memory that they share."""
 
     def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, 4)
+        self.memory = mmap.mmap(-1, 16)
 
     def clear(self) -> None:
-        self.memory[:] = bytes(4)
+        self.memory[:] = bytes(16)
 
     def enter(self, phase: str) -> None:
         self.memory[0] = PHASES.index(phase)
@@ -69,12 +69,25 @@ class Board:
         """A checkpoint is complete."""
         self.memory[1], self.memory[2] = stage_number, step
 
-    def started(self, step: int) -> None:
-        self.memory[3] = step
+    def begin_save(self, phase: str) -> None:
+        self.memory[3] += 1
+        self.enter(phase)
+
+    def end_save(self, phase: str, seconds: float) -> None:
+        struct.pack_into("d", self.memory, 8, self.seconds_saving + seconds)
+        self.enter(phase)
+
+    @property
+    def saves(self) -> int:
+        return self.memory[3]
+
+    @property
+    def seconds_saving(self) -> float:
+        return struct.unpack_from("d", self.memory, 8)[0]
 
 
-def recipe(start: Path, out: Path) -> Recipe:
-    common: dict[str, Any] = {"batch_size": 2, "learning_rate": 1e-2, "log_every": 4, "save_every": 1, "steps": STEPS}
+def recipe(start: Path, out: Path, steps: int) -> Recipe:
+    common: dict[str, Any] = {"batch_size": 2, "learning_rate": 1e-2, "log_every": 4, "save_every": 1, "steps": steps}
     return Recipe(
         str(start / "model"),
         [str(start / "train.jsonl")],
@@ -104,20 +117,22 @@ def prepare(folder: Path) -> None:
     processor.save_pretrained(folder / "model")
 
 
-def train(start: Path, out: Path, board: Board) -> None:
+def train(start: Path, out: Path, steps: int, board: Board) -> None:
     """Run the recipe, or go on with it; keeps the board up to date."""
     save, save_model, build = UniMoeTrainer._save_checkpoint, curriculum._Curriculum._save_model, stage._build_trainer
 
     def watched_save(self: UniMoeTrainer, *args: Any) -> None:
-        board.enter("saving a checkpoint")
+        board.begin_save("saving a checkpoint")
+        started = time.perf_counter()
         save(self, *args)
         board.sealed(["all", "adapters"].index(Path(self.args.output_dir).parent.name), self.state.global_step)
-        board.enter("training")
+        board.end_save("training", time.perf_counter() - started)
 
     def watched_save_model(self: Any, folder: Path) -> None:
-        board.enter("saving the model of a stage")
+        board.begin_save("saving the model of a stage")
+        started = time.perf_counter()
         save_model(self, folder)
-        board.enter("starting")
+        board.end_save("starting", time.perf_counter() - started)
 
     def watched_build(*args: Any) -> UniMoeTrainer:
         trainer = build(*args)
@@ -127,7 +142,7 @@ def train(start: Path, out: Path, board: Board) -> None:
     UniMoeTrainer._save_checkpoint = watched_save  # type: ignore[method-assign]
     curriculum._Curriculum._save_model = watched_save_model  # type: ignore[method-assign]
     stage._build_trainer = watched_build
-    curriculum.run_curriculum(recipe(start, out), progress_bar=False)
+    curriculum.run_curriculum(recipe(start, out, steps), progress_bar=False)
     board.enter("ended")
 
 
@@ -136,7 +151,6 @@ class _Watch(TrainerCallback):
         self.board = board
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.board.started(state.global_step)
         self.board.enter("training")
 
 
@@ -159,19 +173,19 @@ def in_fork(work: Callable[[], Any]) -> int:
         os._exit(code)
 
 
-def wait(child: int, seconds: float) -> int | None:
-    """The exit code of a process, negative for a signal; None when it is still there."""
+def wait(child: int, seconds: float, until: Callable[[], bool] = lambda: False) -> int | None:
+    """The exit code of a process, negative for a signal; None when it is still there after that time, or `until` holds."""
     deadline = time.perf_counter() + seconds
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        if time.perf_counter() > deadline:
+        if time.perf_counter() > deadline or until():
             return None
-        time.sleep(0.002)
+        time.sleep(0.001)
 
 
-def read_back(out: Path, answer: Path) -> None:
+def read_back(out: Path, steps: int, answer: Path) -> None:
     """Read all that a killed process left as complete: digests, weights, states. Writes the newest step per stage."""
     newest = {}
     for name in ("all", "adapters"):
@@ -186,7 +200,7 @@ def read_back(out: Path, answer: Path) -> None:
             assert checkpoint.name == f"checkpoint-{state['global_step']}"
         newest[name] = int(found[-1].name.rpartition("-")[2]) if found else 0
         if (out / name / "DONE").is_file():
-            newest[name] = STEPS + 1
+            newest[name] = steps + 1
     answer.write_bytes(pickle.dumps(newest))
 
 
@@ -204,24 +218,24 @@ def results(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
 class Killer:
     """Kills runs until there were enough kills, and the last run has ended."""
 
-    def __init__(self, folder: Path, kills: int, seed: int) -> None:
-        self.folder, self.wanted = folder, kills
+    def __init__(self, folder: Path, kills: int, steps: int, seed: int) -> None:
+        self.folder, self.wanted, self.steps = folder, kills, steps
         self.random = random.Random(seed)
         self.board = Board()
         self.phases: Counter[str] = Counter()
         self.runs = 0
         self.failures: list[str] = []
+        self.save_seconds = 0.0
 
     def __call__(self) -> dict[str, Any]:
         started = time.perf_counter()
         start = self.folder / "start"
         self._work(lambda: prepare(start))
         reference = self.folder / "reference"
-        self._work(lambda: train(start, reference, self.board))  # fills the cache, too
-        shutil.rmtree(reference)
         before = time.perf_counter()
-        self._work(lambda: train(start, reference, self.board))
-        duration = time.perf_counter() - before
+        self.board.clear()
+        self._work(lambda: train(start, reference, self.steps, self.board))
+        duration, self.save_seconds = time.perf_counter() - before, self.board.seconds_saving / self.board.saves
         expected = results(reference)
         while sum(self.phases.values()) < self.wanted and not self.failures:
             self._run(start, self.folder / f"run-{self.runs}", duration, expected)
@@ -235,6 +249,7 @@ class Killer:
             "runs_bit_equal": self.runs - len(self.failures),
             "tensors_compared_per_run": len(expected[0]),
             "seconds_of_the_unkilled_run": round(duration, 2),
+            "seconds_of_a_save": round(self.save_seconds, 3),
             "seconds": round(time.perf_counter() - started, 1),
             "failures": self.failures,
         }
@@ -242,9 +257,8 @@ class Killer:
     def _run(self, start: Path, out: Path, duration: float, expected: Any) -> None:
         while True:
             self.board.clear()
-            child = in_fork(lambda: train(start, out, self.board))
-            enough = sum(self.phases.values()) >= self.wanted
-            code = wait(child, HANGING if enough else self.random.uniform(0, 0.6 * duration))
+            child = in_fork(lambda: train(start, out, self.steps, self.board))
+            code = self._until_the_moment(child, duration)
             if code is None:
                 os.kill(child, signal.SIGKILL)
                 phase, code = self.board.phase, wait(child, HANGING)
@@ -266,10 +280,22 @@ class Killer:
             return
         shutil.rmtree(out)
 
+    def _until_the_moment(self, child: int, duration: float) -> int | None:
+        """Wait until a process shall be killed; its exit code, if it ended before."""
+        if sum(self.phases.values()) >= self.wanted:
+            return wait(child, HANGING)
+        if self.random.random() < 0.5:
+            return wait(child, self.random.uniform(0, 0.6 * duration))
+        saves = self.random.randint(1, 3)
+        code = wait(child, HANGING, until=lambda: self.board.saves >= saves)
+        return wait(child, self.random.uniform(0, self.save_seconds)) if code is None else code
+
     def _look(self, out: Path, phase: str) -> None:
         """After a kill: whatever was sealed is there and can be read."""
         answer = self.folder / "newest"
-        if self._work(lambda: read_back(out, answer), fails=f"{out.name}, killed while {phase}: reading back failed"):
+        if self._work(
+            lambda: read_back(out, self.steps, answer), fails=f"{out.name}, killed while {phase}: reading back failed"
+        ):
             newest = pickle.loads(answer.read_bytes())
             name, step = ("all", "adapters")[self.board.memory[1]], self.board.memory[2]
             if newest[name] < step:
@@ -288,6 +314,7 @@ class Killer:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=6, help="of each of the two stages")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", help="where to train; by default a temporary folder")
     parser.add_argument("--out", help="JSON file for the figures")
@@ -296,7 +323,7 @@ def main() -> int:
     logging.disable_progress_bar()
     gc.freeze()  # forks need not look through what is loaded
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        figures = Killer(Path(folder), arguments.kills, arguments.seed)()
+        figures = Killer(Path(folder), arguments.kills, arguments.steps, arguments.seed)()
     text = json.dumps(figures, indent=1)
     print(text)
     if arguments.out:

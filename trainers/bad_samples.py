@@ -5,6 +5,7 @@ sample with its id and the reason.
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from .data import ConversationDataset, Sample, group_of
 from .objective import IGNORED
 
 logger = logging.get_logger(__name__)
+
+# How far, in standard deviations, the samples met so far must be above the limit to end a run before its data are known.
+_DEVIATIONS = 4
 
 FILE = "bad_samples.jsonl"
 # Faults of a sample. Whatever else goes wrong is a fault of the run and ends it.
@@ -79,24 +83,38 @@ class BadSamples:
     def __init__(self, folder: Path, total: int, limit: float) -> None:
         self.file, self.total, self.limit = folder / FILE, total, limit
         self.reasons: dict[str, str] = {}
+        self._seen = self._seen_bad = 0  # by this process
         if self.file.is_file():
             text = self.file.read_text(encoding="utf-8")
             text = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
             self.file.write_text(text, encoding="utf-8")
             self.reasons = {record["id"]: record["reason"] for record in map(json.loads, text.splitlines())}
 
-    def note(self, bad: Iterable[tuple[str, str]]) -> None:
-        """List samples that were left out. Raises DataError when they have become too many."""
+    def note(self, bad: Iterable[tuple[str, str]], readable: int = 0) -> None:
+        """List samples that were left out. Raises DataError when they have become too many.
+
+        Args:
+            readable: samples that came with them and could be read. Where far more of the samples so far are bad than are
+                allowed, the run ends before it has met so many that they are too many of the whole.
+        """
         for name, reason in bad:
+            self._seen += 1
             if name in self.reasons:
                 continue
+            self._seen_bad += 1
             self.reasons[name] = reason
             logger.warning(f"The sample {name} is left out: {reason}")
             append_line(self.file, json.dumps({"id": name, "reason": reason}, ensure_ascii=False))
+        self._seen += readable
         if len(self.reasons) > self.limit * self.total:
-            name, reason = next(iter(self.reasons.items()))
-            raise DataError(
-                f"{len(self.reasons)} of {self.total} samples cannot be read, more than max_bad_samples allows "
-                f"({self.limit:g} of them); they are listed in {self.file}. The first: {name}: {reason.rstrip('.')}. Repair or remove "
-                "them, or raise max_bad_samples."
-            )
+            raise self._too_many(f"{len(self.reasons)} of {self.total} samples")
+        expected = self.limit * self._seen
+        if self._seen_bad > expected + _DEVIATIONS * math.sqrt(expected) + _DEVIATIONS:
+            raise self._too_many(f"{self._seen_bad} of the first {self._seen} samples")
+
+    def _too_many(self, which: str) -> DataError:
+        name, reason = next(iter(self.reasons.items()))
+        return DataError(
+            f"{which} cannot be read, more than max_bad_samples allows ({self.limit:g} of them); they are listed in "
+            f"{self.file}. The first: {name}: {reason.rstrip('.')}. Repair or remove them, or raise max_bad_samples."
+        )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
@@ -49,6 +49,11 @@ class ResumableTrainer(Trainer):
 
     _saving = False
     _resumed_from: str | None = None
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
+        with told("The folder for checkpoints could not be made", Path(args.output_dir)):
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().__init__(model=model, args=args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As usual; `resume_from_checkpoint=True` means the newest complete checkpoint, if there is one.

@@ -142,7 +142,7 @@ class UniMoeTrainer(ResumableTrainer):
         """Cross entropy (smoothed) at the labelled tokens plus balance terms; see `objective.training_loss`."""
         raw, labels, inputs = inputs, inputs["labels"], _model_inputs(inputs)
         group = raw.get("group", "")
-        self._note_bad(raw.get("bad_samples", ()))
+        self._note_bad(raw.get("bad_samples", ()), len(raw.get("sample_ids", ())))
         base, config = self.base, self.base.config.text_config
         keep = raw.get("logits_to_keep") or columns_to_keep(labels)
         outputs = model(
@@ -172,9 +172,9 @@ class UniMoeTrainer(ResumableTrainer):
             self.finite_guard.add(raw, inputs, loss)
         return (loss, outputs) if return_outputs else loss
 
-    def _note_bad(self, bad: Sequence[tuple[str, str]]) -> None:
+    def _note_bad(self, bad: Sequence[tuple[str, str]], readable: int) -> None:
         if self.bad_samples is not None:
-            self.bad_samples.note(bad)
+            self.bad_samples.note(bad, readable)
         elif bad:
             raise DataError(
                 f"The sample {bad[0][0]} cannot be read: {bad[0][1]} Repair it, or set trainer.bad_samples."

@@ -124,3 +124,21 @@ def test_a_list_goes_on_after_a_kill(tmp_path: Path) -> None:
     again.note([("b", "broken")])
     with pytest.raises(DataError, match="3 of 100 samples"):
         again.note([("c", "broken")])
+
+
+@pytest.mark.parametrize(("every", "stops"), [(200, False), (50, True)], ids=["0.5%", "2%"])
+def test_a_run_need_not_see_all_data_to_know_that_they_are_bad(tmp_path: Path, every: int, stops: bool) -> None:
+    """At most 1 % may be bad of a million samples, of which the run will see a fraction."""
+    listed = BadSamples(tmp_path, 1_000_000, 0.01)
+
+    def see(count: int) -> int:
+        for index in range(0, count, every):
+            listed.note([(f"sample-{index}", "broken")], readable=every - 1)
+        return count
+
+    if not stops:
+        assert see(50_000) == 50_000
+        return
+    with pytest.raises(DataError, match=r"of the first (\d+) samples cannot be read, more than max_bad_samples"):
+        see(50_000)
+    assert len(listed.reasons) < 100

@@ -8,7 +8,7 @@ import tiny
 import tiny_training
 import torch
 import torch.nn.functional as F
-from test_trainers_trainer import Bench
+from training_bench import Bench
 
 from unimoe import UniMoeForCausalLM
 from unimoe.conversion.dense.sources import open_source

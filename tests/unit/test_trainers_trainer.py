@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 import tiny_training
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from training_bench import ONLY_TEXT, Bench
+from transformers import TrainerCallback
 
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import CheckpointError, RecipeError, TrainingError
 from unimoe.roles import role_of
 from unimoe.trainers.checkpoints import COMPLETE_FILE, complete_checkpoints, newest_checkpoint, rotate, seal, verify
-from unimoe.trainers.collator import CachedCollator
-from unimoe.trainers.data import ConversationDataset
-from unimoe.trainers.encoder_cache import EncoderCache
 from unimoe.trainers.lora import add_lora, merge_lora
 from unimoe.trainers.recipe_parts import LoraSettings
 from unimoe.trainers.resumable import TRAINED_FILE
@@ -31,52 +29,6 @@ from unimoe.trainers.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
 
 ROLES = ["router", "experts", "connectors", "attention"]
-OWN_OPTIONS = ("learning_rates", "modality_weights", "max_skipped_steps", "eval_dataset")
-ONLY_TEXT = {"text": 1, "image": 0, "speech": 0, "sound": 0}
-
-
-class Bench:
-    """A processor, data and cached states that trainers of one test file share."""
-
-    def __init__(self, folder: Path) -> None:
-        self.processor = tiny_training.processor()
-        self.dataset = ConversationDataset.from_samples(tiny_training.samples(folder, 4), media_root=folder)
-        self.cache = EncoderCache(folder / "cache", self.model(), self.processor)
-        self.cache.build(self.dataset.samples, progress=False)
-
-    def model(self) -> UniMoeForCausalLM:
-        return tiny_training.model(
-            self.processor, sparse=True, attention_dropout=0.1, router_aux_loss_coef=0.01, router_z_loss_coef=0.01
-        )
-
-    def trainer(self, folder: Path, model: Any, steps: int, augment: Any = None, **options: Any) -> UniMoeTrainer:
-        own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}
-        arguments = {
-            "output_dir": str(folder),
-            "max_steps": steps,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 2,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-        }
-        collator = CachedCollator(self.processor, self.cache, feature_noise=0.1, token_dropout=0.1, augment=augment)
-        collator.fit(self.dataset)
-        return UniMoeTrainer(
-            model,
-            TrainingArguments(**{**arguments, **options}),
-            train_dataset=self.dataset,
-            data_collator=collator,
-            processing_class=self.processor,
-            label_smoothing=0.05,
-            min_learning_rate_ratio=0.1,
-            **own,
-        )
 
 
 @pytest.fixture(scope="module")

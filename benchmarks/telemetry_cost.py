@@ -1,8 +1,9 @@
-"""What watching the routers costs: a training step of the quickstart's model with and without telemetry.
+"""What watching the routers costs, as a share of a forward and backward pass of a model of the quickstart's size.
 
     python benchmarks/telemetry_cost.py
 
-Both kinds of steps alternate in one process; CPU time of the thread counts, so that other load hardly matters.
+Medians of CPU time of one thread, so that other load matters little. The parts are timed apart: their sum is smaller than
+the noise of whole steps.
 """
 
 import argparse
@@ -38,17 +39,17 @@ def quickstart_model(hidden: int, layers: int, experts: int) -> UniMoeForCausalL
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--batch", type=int, nargs=2, default=(32, 40), metavar=("B", "S"))
-    parser.add_argument("--steps", type=int, default=30, help="of each kind")
+    parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = quickstart_model(args.hidden, args.layers, args.experts)
-    recorder = RoutingRecorder(model, in_training_only=True)
-    watch = CollapseWatch(model.config.text_config)
+    config = model.config.text_config
+    recorder, watch = RoutingRecorder(model, in_training_only=True), CollapseWatch(config)
     ids = torch.randint(8, 1448, tuple(args.batch))
     mask = torch.ones_like(ids)
 
@@ -56,48 +57,40 @@ def main() -> None:
         model(ids, attention_mask=mask, labels=ids).loss.backward()
         model.zero_grad()
 
-    seen = 0
+    count = _kept_call(recorder, step)
 
-    def watched_step() -> None:
-        nonlocal seen
-        recorder.attach()
-        step()
-        seen += 1
-        if seen % WINDOW == 0:
-            watch.look(recorder.counts.read(only=CollapseWatch.NEEDS))
-        if seen % LOG_EVERY == 0:
-            counts = recorder.counts.read()
-            load = ExpertLoad.of(model.config.text_config, counts.tokens_NM[0], counts.chosen_NLMX[0])
-            _ = load.layer_entropies, load.max_ratios, load.dead
-        recorder.detach()
+    def look() -> None:
+        watch.look(recorder.counts.read(only=CollapseWatch.NEEDS))
 
-    plain, watched = [], []
-    for index in range(args.steps + 2):
-        for kind, times in ((step, plain), (watched_step, watched)):
-            seconds = _cpu_seconds(kind)
-            if index > 1:  # the first ones build kernels
-                times.append(seconds)
-    differences = [b - a for a, b in zip(plain, watched, strict=True)]
-    base = statistics.median(plain)
+    def log() -> None:
+        counts = recorder.counts.read()
+        load = ExpertLoad.of(config, counts.tokens_NM[0], counts.chosen_NLMX[0])
+        _ = load.layer_entropies, load.max_ratios, load.dead
+
+    step()  # builds kernels
+    base = statistics.median(_cpu_seconds(step) for _ in range(args.steps))
+    with torch.no_grad():
+        parts = {name: _typical(work) for name, work in (("count", count), ("look", look), ("log", log))}
+    total = parts["count"] + parts["look"] / WINDOW + parts["log"] / LOG_EVERY
+    print(f"forward and backward: {1e3 * base:.1f} ms of CPU time")
+    print(f"counting, every step: {1e3 * parts['count']:.2f} ms")
     print(
-        f"step {1e3 * base:.1f} ms of CPU time; telemetry {1e3 * statistics.median(differences):+.2f} ms (median of "
-        f"{args.steps} pairs), {100 * statistics.median(differences) / base:+.2f} %"
+        f"alarm, every {WINDOW} steps: {1e3 * parts['look']:.2f} ms; figures, every {LOG_EVERY}: {1e3 * parts['log']:.2f} ms"
     )
-    print(
-        f"counting alone: {1e3 * _counting(recorder, model, ids, mask):.2f} ms, {100 * _counting(recorder, model, ids, mask) / base:.2f} %"
-    )
+    print(f"per step {1e3 * total:.2f} ms: {100 * total / base:.2f} %")
 
 
-def _counting(recorder: RoutingRecorder, model: UniMoeForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> float:
-    """The least time of what the hooks do after one forward pass."""
-    recorder.attach()
+def _kept_call(recorder: RoutingRecorder, step: Callable[[], None]) -> Callable[[], None]:
+    """What the hooks do after a forward pass, to be done again."""
     kept: list[tuple] = []
     count, recorder._count = recorder._count, lambda *given: kept.append(given)  # type: ignore[method-assign]
-    model(ids, attention_mask=mask)
-    recorder._count = count  # type: ignore[method-assign]
-    recorder.detach()
-    with torch.no_grad():
-        return min(_cpu_seconds(lambda: count(*kept[0])) for _ in range(20))
+    with recorder:
+        step()
+    return lambda: count(*kept[0])
+
+
+def _typical(work: Callable[[], None]) -> float:
+    return statistics.median(_cpu_seconds(work) for _ in range(40))
 
 
 def _cpu_seconds(work: Callable[[], None]) -> float:

@@ -12,6 +12,7 @@ from ..inspection.html_page import cards, grid, heading, items, section, write_p
 from ..inspection.line_chart import Curve, line_chart
 from ..modeling_unimoe.configuration_unimoe_text import MODALITIES, UniMoeTextConfig
 from .bad_samples import FILE as BAD_SAMPLES_FILE
+from .loss_meter import BALANCED
 from .routing_figures import ExpertLoad, load_change, mean_of_known
 from .telemetry import read_telemetry
 
@@ -88,14 +89,16 @@ def _losses(losses: Records) -> str:
         values = _series(losses, key)
         if not any(value for _, value in values):
             continue  # what is 0 throughout does not train
-        curves, balanced = [Curve("", values)], _balanced(losses, key)
+        curves, balanced = [Curve("", values)], _series(losses, key + BALANCED)
         if any(value is not None for _, value in balanced):
             curves = [Curve("now", values), Curve("balanced", balanced, dashed=True)]
             even = " Dashed: the value that perfectly even routing has."
         charts.append(line_chart(title, curves))
-    groups = list(dict.fromkeys(group for record in losses for group in record.get("groups", {})))
+    groups = list(dict.fromkeys(group for record in losses for group in record.get("groups", ())))
     if len(groups) > 1:
-        by_group = [Curve(g, [(r["step"], r["groups"].get(g)) for r in losses if g in r["groups"]]) for g in groups]
+        by_group = [
+            Curve(g, [(r["step"], r["groups"].get(g)) for r in losses if g in r.get("groups", ())]) for g in groups
+        ]
         charts.append(line_chart("cross entropy by task", by_group))
     charts.append(line_chart("gradient norm", [Curve("", _series(losses, "grad_norm"))], from_zero=True))
     return section(
@@ -104,11 +107,6 @@ def _losses(losses: Records) -> str:
         + even,
         grid(charts),
     )
-
-
-def _balanced(losses: Records, key: str) -> list[tuple[float, float | None]]:
-    """The value of a loss under even routing, where it is logged."""
-    return [(r["step"], r.get(f"{key}_balanced", (r.get("balanced") or {}).get(key))) for r in losses]
 
 
 def _routing(records: Records, config: UniMoeTextConfig) -> str:

@@ -107,7 +107,7 @@ def test_equal_experts_are_found(looked: Any, models: tuple[Path, Path]) -> None
     config = UniMoeForCausalLM.from_pretrained(models[1])
     distances = expert_distances(models[1], config.config.text_config)
     experts = config.model.language_model.layers[2].mlp.experts
-    flat = torch.cat((experts.gate_up_proj.flatten(1), experts.down_proj.flatten(1)), dim=1)
+    flat = torch.cat((experts.gate_up_proj.flatten(1), experts.down_proj.flatten(1)), dim=1).detach()
     expected = (flat[0] - flat[1]).norm() / (flat[0].norm() + flat[1].norm()) * 2
     assert distances[1][0][1] == pytest.approx(float(expected), rel=1e-4)
     assert duplicates([[0, 2e-3], [2e-3, 0]]) == []

@@ -20,6 +20,7 @@ PAGE_FILE = "report.html"
 LOSSES_FILE = "losses.jsonl"
 # "Before" and "after" are the loads of the first and of the last such share of the steps.
 EDGE = 0.1
+_MOST_CURVES = 8
 Records = list[dict[str, Any]]
 
 
@@ -113,21 +114,16 @@ def _routing(records: Records, config: UniMoeTextConfig) -> str:
     routed = [record for record in records if "entropy" in record]
     if not routed:
         return ""
-    layers = routed[0]["layers"]
-
-    def by_layer(name: str) -> list[Curve]:
-        return [Curve(f"layer {n}", [(r["step"], r[name][i]) for r in routed]) for i, n in enumerate(layers)]
-
     loads = [(r["step"], ExpertLoad.of(config, list(r["tokens"].values()), r["chosen"])) for r in routed]
     by_modality = [
         Curve(name, [(step, mean_of_known([row[m] for row in load.entropies])) for step, load in loads])
         for m, name in enumerate(MODALITIES)
     ]
     charts = [
-        line_chart("load entropy per layer", by_layer("entropy")),
+        line_chart("load entropy per layer", _by_layer(routed, "entropy")),
         line_chart("load entropy per modality", by_modality),
-        line_chart("largest load, times an even one", by_layer("max_load_ratio"), from_zero=True),
-        line_chart("router drift since the stage's start", by_layer("router_drift"), from_zero=True),
+        line_chart("largest load, times an even one", _by_layer(routed, "max_load_ratio"), from_zero=True),
+        line_chart("router drift since the stage's start", _by_layer(routed, "router_drift"), from_zero=True),
     ]
     if config.router_type == "dynamic" or config.num_null_experts:
         charts.append(_choices_chart(loads))
@@ -138,6 +134,16 @@ def _routing(records: Records, config: UniMoeTextConfig) -> str:
         grid(charts),
     )
     return curves + _load_maps(routed, config)
+
+
+def _by_layer(routed: Records, name: str) -> list[Curve]:
+    """A curve per layer, or where these are too many to tell apart, the lowest, the mean and the highest."""
+    layers = routed[0]["layers"]
+    if len(layers) <= _MOST_CURVES:
+        return [Curve(f"layer {n}", [(r["step"], r[name][i]) for r in routed]) for i, n in enumerate(layers)]
+    known = [(r["step"], [value for value in r[name] if value is not None]) for r in routed]
+    kinds = {"highest": max, "mean": lambda values: sum(values) / len(values), "lowest": min}
+    return [Curve(kind, [(step, pick(v)) for step, v in known if v]) for kind, pick in kinds.items()]
 
 
 def _choices_chart(loads: Sequence[tuple[int, ExpertLoad]]) -> str:
@@ -169,7 +175,8 @@ def _load_maps(routed: Records, config: UniMoeTextConfig) -> str:
     return section(
         "Who goes where, before and after",
         "Percent of a modality's choices that went to each expert, in the first and in the last tenth of the steps; rows "
-        "sum to 100. The last table: the percent of them that go elsewhere in the end.",
+        "sum to 100. The last table: the percent of them that go elsewhere in the end. "
+        "Both tenths saw other samples, so small differences mean little.",
         grid(panels, narrow=True),
     )
 

@@ -112,6 +112,18 @@ def test_tasks_are_counted_apart_and_readings_subtract() -> None:
     assert both.since(None) is both
 
 
+def test_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = made("plain")
+    with RoutingRecorder(model) as recorder, torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]))
+    alone = recorder.counts.read()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(2))
+    both = recorder.counts.read(over_ranks=True, only=("tokens_NM", "together_LXX"))
+    assert both.tokens_NM.equal(2 * alone.tokens_NM)
+    assert both.together_LXX.equal(2 * alone.together_LXX)
+    assert recorder.counts.read().tokens_NM.equal(alone.tokens_NM)  # this rank's own stay
+
+
 def test_dense_models_have_tokens_only() -> None:
     model = tiny.model({"num_experts": 0, "sparse_layers": []})
     with RoutingRecorder(model) as recorder, torch.no_grad():

@@ -19,8 +19,8 @@ from unimoe.trainers.bad_samples import FILE as BAD_SAMPLES_FILE
 from unimoe.trainers.collator import CachedCollator
 from unimoe.trainers.recipe import Recipe, StageConfig
 from unimoe.trainers.stage import RunSettings, run_training
-from unimoe.trainers.stage_page import write_stage_page
-from unimoe.trainers.telemetry import TELEMETRY_FILE, read_telemetry
+from unimoe.trainers.stage_page import _by_layer, write_stage_page
+from unimoe.trainers.telemetry import TELEMETRY_FILE, read_telemetry, watch_stage
 from unimoe.trainers.telemetry_settings import TelemetrySettings
 from unimoe.trainers.trainable import set_trainable
 
@@ -200,6 +200,24 @@ def test_dense_models_tell_speed_and_memory(bench: Bench, tmp_path: Path) -> Non
 
 def recipe(**telemetry: Any) -> Recipe:
     return Recipe("m", ["d"], "o", [StageConfig("s")], telemetry=TelemetrySettings(**telemetry))
+
+
+def test_tensorboards_files_lie_where_they_outlive_checkpoints(bench: Bench, tmp_path: Path) -> None:
+    trainer = bench.trainer(tmp_path / "checkpoints", bench.model(), 1)
+    callback = TensorBoardCallback.__new__(TensorBoardCallback)
+    callback.logging_dir = None
+    trainer.callback_handler.callbacks.append(callback)
+    watch_stage(trainer, TelemetrySettings(), tmp_path)
+    assert callback.logging_dir == str(tmp_path / "tensorboard")
+    assert trainer.telemetry.folder == tmp_path
+
+
+def test_many_layers_share_a_chart() -> None:
+    records = [{"step": 1, "layers": list(range(9)), "entropy": [0.1 * i for i in range(8)] + [None]}]
+    curves = {curve.name: curve.points for curve in _by_layer(records, "entropy")}
+    assert curves == {"highest": [(1, pytest.approx(0.7))], "mean": [(1, pytest.approx(0.35))], "lowest": [(1, 0.0)]}
+    records = [{"step": 1, "layers": [4, 6], "entropy": [0.5, None]}]
+    assert [curve.name for curve in _by_layer(records, "entropy")] == ["layer 4", "layer 6"]
 
 
 def test_settings_are_checked() -> None:

@@ -16,15 +16,15 @@ p{margin:.3rem 0 .8rem;max-width:52rem}.note{color:var(--soft);font-size:.92rem;
 .card{background:var(--panel);border:1px solid var(--line);border-radius:.6rem;padding:.5rem .7rem}
 .card b{display:block;font-size:1.22rem;font-variant-numeric:tabular-nums;line-height:1.3}.card span{color:var(--soft);font-size:.84rem}
 h3+.wide+h3{margin-top:.7rem}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:1rem;margin:.8rem 0}.narrow{grid-template-columns:repeat(auto-fill,minmax(min(15rem,100%),1fr))}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:1rem;margin:.8rem 0}.narrow{grid-template-columns:repeat(auto-fill,minmax(min(17rem,100%),1fr))}
 .panel{background:var(--panel);border:1px solid var(--line);border-radius:.6rem;padding:.7rem .8rem;min-width:0}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.86rem}
-.plain{width:100%}.plain th,.plain td{padding:.28rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top;overflow-wrap:anywhere}
-.plain th{color:var(--soft);font-weight:600;white-space:nowrap;overflow-wrap:normal}.plain td:first-child{white-space:nowrap;overflow-wrap:normal}.plain th:first-child,.plain td:first-child,.plain .left{text-align:left}
-.heat td{min-width:2.35rem;height:1.7rem;text-align:center;border:1px solid var(--back);padding:0 .15rem}
+.plain{width:100%}.plain th,.plain td{padding:.28rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top;white-space:nowrap}
+.plain th{color:var(--soft);font-weight:600}.plain td.left:not(:first-child){white-space:normal;overflow-wrap:anywhere}.plain th:first-child,.plain td:first-child,.plain .left{text-align:left}
+.heat td{min-width:2.25rem;height:1.7rem;text-align:center;border:1px solid var(--back);padding:0 .15rem}
 .heat th{font-weight:500;color:var(--soft);padding:0 .45rem 0 0;text-align:right;white-space:nowrap;font-size:.8rem}
-.heat thead th{text-align:center;padding:.1rem .2rem}.heat .strong{color:#fff}.heat .none{color:var(--soft);opacity:.6}
+.heat thead th{text-align:center;padding:.1rem;font-size:.74rem}.heat .strong{color:#fff}.heat .none{color:var(--soft);opacity:.6}
 @media(prefers-color-scheme:dark){.heat .strong{color:#0b1220}}
 svg{display:block;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
 .key{font-size:.8rem;color:var(--soft);margin:.1rem 0 .2rem}.key i{display:inline-block;width:.8rem;height:.2rem;border-radius:1px;margin:0 .3rem .2rem 0}.key span{white-space:nowrap;margin-right:.6rem}

@@ -217,8 +217,8 @@ def _changes(facts: dict[str, Any]) -> str:
             r["role"],
             f"{r['changed']} of {r['tensors']}",
             f"{r['parameters']:,}",
-            f"{100 * r['relative']:.2f} %",
-            f"{r['largest']:.1e}",
+            f"{100 * r['relative']:.2f} %" if r["changed"] else "none",
+            f"{r['largest']:.1e}" if r["changed"] else "0",
         )
         for r in changes["roles"]
     ]

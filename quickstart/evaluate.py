@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ..modeling_unimoe.gate_rows_unimoe import expert_load
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..trainers.collator import CachedCollator
 from ..trainers.encoder_cache import EncoderCache
 from ..trainers.objective import IGNORED
-from ..trainers.router_bias import choice_biases
+from ..trainers.routing_figures import ExpertLoad
+from ..trainers.routing_statistics import RoutingRecorder
 
 TASKS = ("image", "speech", "sound", "video_direction", "video_object", "text")
 MAX_ANSWER_TOKENS = 12
@@ -108,17 +108,13 @@ def load_by_modality(
     by_modality = defaultdict(list)
     for sample in samples:
         by_modality[sample["modality"]].append(sample)
-    loads = {}
-    for modality, members in by_modality.items():
-        inputs = _model_inputs(collator(members[:BATCH_SIZE]))
-        outputs = model(**inputs, output_router_logits=True)
-        mask = inputs["attention_mask"].reshape(-1)
-        groups = model.model.token_groups(model.model.modality_ids(inputs["input_ids"]))
-        groups = None if groups is None else groups.reshape(-1)
-        biases = [*choice_biases(model).values()] or None
-        load = expert_load(outputs.router_logits, model.config.text_config, groups, mask, biases)
-        loads[modality] = load.tolist()
-    return loads
+    with RoutingRecorder(model, list(by_modality)) as recorder:
+        for recorder.task, members in enumerate(by_modality.values()):
+            model(**_model_inputs(collator(members[:BATCH_SIZE])))
+    counts = recorder.counts.read()
+    config = model.config.text_config
+    loads = [ExpertLoad.of(config, *both) for both in zip(counts.tokens_NM, counts.chosen_NLMX, strict=True)]
+    return {modality: load.layer_shares.tolist() for modality, load in zip(by_modality, loads, strict=True)}
 
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

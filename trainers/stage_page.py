@@ -12,6 +12,7 @@ from ..inspection.html_page import cards, grid, heading, items, section, write_p
 from ..inspection.line_chart import Curve, line_chart
 from ..modeling_unimoe.configuration_unimoe_text import MODALITIES, UniMoeTextConfig
 from .bad_samples import FILE as BAD_SAMPLES_FILE
+from .loss_meter import BALANCED
 from .routing_figures import ExpertLoad, load_change, mean_of_known
 from .telemetry import read_telemetry
 
@@ -19,6 +20,7 @@ PAGE_FILE = "report.html"
 LOSSES_FILE = "losses.jsonl"
 # "Before" and "after" are the loads of the first and of the last such share of the steps.
 EDGE = 0.1
+_MOST_CURVES = 8
 Records = list[dict[str, Any]]
 
 
@@ -88,14 +90,16 @@ def _losses(losses: Records) -> str:
         values = _series(losses, key)
         if not any(value for _, value in values):
             continue  # what is 0 throughout does not train
-        curves, balanced = [Curve("", values)], _balanced(losses, key)
+        curves, balanced = [Curve("", values)], _series(losses, key + BALANCED)
         if any(value is not None for _, value in balanced):
             curves = [Curve("now", values), Curve("balanced", balanced, dashed=True)]
             even = " Dashed: the value that perfectly even routing has."
         charts.append(line_chart(title, curves))
-    groups = list(dict.fromkeys(group for record in losses for group in record.get("groups", {})))
+    groups = list(dict.fromkeys(group for record in losses for group in record.get("groups", ())))
     if len(groups) > 1:
-        by_group = [Curve(g, [(r["step"], r["groups"].get(g)) for r in losses if g in r["groups"]]) for g in groups]
+        by_group = [
+            Curve(g, [(r["step"], r["groups"].get(g)) for r in losses if g in r.get("groups", ())]) for g in groups
+        ]
         charts.append(line_chart("cross entropy by task", by_group))
     charts.append(line_chart("gradient norm", [Curve("", _series(losses, "grad_norm"))], from_zero=True))
     return section(
@@ -106,30 +110,20 @@ def _losses(losses: Records) -> str:
     )
 
 
-def _balanced(losses: Records, key: str) -> list[tuple[float, float | None]]:
-    """The value of a loss under even routing, where it is logged."""
-    return [(r["step"], r.get(f"{key}_balanced", (r.get("balanced") or {}).get(key))) for r in losses]
-
-
 def _routing(records: Records, config: UniMoeTextConfig) -> str:
     routed = [record for record in records if "entropy" in record]
     if not routed:
         return ""
-    layers = routed[0]["layers"]
-
-    def by_layer(name: str) -> list[Curve]:
-        return [Curve(f"layer {n}", [(r["step"], r[name][i]) for r in routed]) for i, n in enumerate(layers)]
-
     loads = [(r["step"], ExpertLoad.of(config, list(r["tokens"].values()), r["chosen"])) for r in routed]
     by_modality = [
         Curve(name, [(step, mean_of_known([row[m] for row in load.entropies])) for step, load in loads])
         for m, name in enumerate(MODALITIES)
     ]
     charts = [
-        line_chart("load entropy per layer", by_layer("entropy")),
+        line_chart("load entropy per layer", _by_layer(routed, "entropy")),
         line_chart("load entropy per modality", by_modality),
-        line_chart("largest load, times an even one", by_layer("max_load_ratio"), from_zero=True),
-        line_chart("router drift since the stage's start", by_layer("router_drift"), from_zero=True),
+        line_chart("largest load, times an even one", _by_layer(routed, "max_load_ratio"), from_zero=True),
+        line_chart("router drift since the stage's start", _by_layer(routed, "router_drift"), from_zero=True),
     ]
     if config.router_type == "dynamic" or config.num_null_experts:
         charts.append(_choices_chart(loads))
@@ -140,6 +134,16 @@ def _routing(records: Records, config: UniMoeTextConfig) -> str:
         grid(charts),
     )
     return curves + _load_maps(routed, config)
+
+
+def _by_layer(routed: Records, name: str) -> list[Curve]:
+    """A curve per layer, or where these are too many to tell apart, the lowest, the mean and the highest."""
+    layers = routed[0]["layers"]
+    if len(layers) <= _MOST_CURVES:
+        return [Curve(f"layer {n}", [(r["step"], r[name][i]) for r in routed]) for i, n in enumerate(layers)]
+    known = [(r["step"], [value for value in r[name] if value is not None]) for r in routed]
+    kinds = {"highest": max, "mean": lambda values: sum(values) / len(values), "lowest": min}
+    return [Curve(kind, [(step, pick(v)) for step, v in known if v]) for kind, pick in kinds.items()]
 
 
 def _choices_chart(loads: Sequence[tuple[int, ExpertLoad]]) -> str:
@@ -171,7 +175,8 @@ def _load_maps(routed: Records, config: UniMoeTextConfig) -> str:
     return section(
         "Who goes where, before and after",
         "Percent of a modality's choices that went to each expert, in the first and in the last tenth of the steps; rows "
-        "sum to 100. The last table: the percent of them that go elsewhere in the end.",
+        "sum to 100. The last table: the percent of them that go elsewhere in the end. "
+        "Both tenths saw other samples, so small differences mean little.",
         grid(panels, narrow=True),
     )
 

@@ -57,7 +57,9 @@ def test_counts_equal_a_recount(name: str) -> None:
             assert counts.together_LXX[layer, 0, a] == both
     groups = model.model.token_groups(modalities)
     biases = [*choice_biases(model).values()] or None
-    load = expert_load(output.router_logits, config, None if groups is None else groups.reshape(-1), MASK.reshape(-1), biases)
+    load = expert_load(
+        output.router_logits, config, None if groups is None else groups.reshape(-1), MASK.reshape(-1), biases
+    )
     figures = ExpertLoad.of(config, counts.tokens_NM[0], counts.chosen_NLMX[0])
     torch.testing.assert_close(figures.layer_shares.float(), load)
     nulls = counts.chosen_NLMX[0, ..., 4].sum()
@@ -108,6 +110,18 @@ def test_tasks_are_counted_apart_and_readings_subtract() -> None:
     assert both.since(first).tokens_NM[:, 0].tolist() == [0, 2]
     assert both.since(first).chosen_NLMX[0].sum() == 0
     assert both.since(None) is both
+
+
+def test_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = made("plain")
+    with RoutingRecorder(model) as recorder, torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]))
+    alone = recorder.counts.read()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(2))
+    both = recorder.counts.read(over_ranks=True, only=("tokens_NM", "together_LXX"))
+    assert both.tokens_NM.equal(2 * alone.tokens_NM)
+    assert both.together_LXX.equal(2 * alone.together_LXX)
+    assert recorder.counts.read().tokens_NM.equal(alone.tokens_NM)  # this rank's own stay
 
 
 def test_dense_models_have_tokens_only() -> None:

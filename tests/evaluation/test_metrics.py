@@ -7,7 +7,7 @@ from subprocess import run
 import pytest
 
 from unimoe.errors import DataError
-from unimoe.evaluation.metrics import hallusionbench, mme, pope, speech_recognition
+from unimoe.evaluation.metrics import cmmmu, hallusionbench, mme, mmmu, pope, speech_recognition
 from unimoe.evaluation.metrics.captioning import captioning, cider
 from unimoe.evaluation.metrics.edit_distance import edit_distance
 from unimoe.evaluation.metrics.exact_match import exact_match, majority_match
@@ -111,3 +111,27 @@ def test_metrics_need_no_torch() -> None:
     )
     done = run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_rules_of_mmmu_that_few_answers_need() -> None:
+    options = ["red cat", "dog"]
+    assert mmmu.parse_letter("here it shows the red cat", options) == "A"
+    assert mmmu.parse_letter("it shows the red cat", options) == mmmu.RANDOM  # five words are too few
+    assert mmmu.parse_letter("B'.", options) == "B"
+    assert mmmu.parse_letter("B.'", options) == mmmu.RANDOM  # full stops had their turn before apostrophes
+    assert mmmu.parse_letter("(A) or (B), but I mean (A)", options) == "A"
+    assert mmmu.parse_short_answer("It could be 3, so the answer is 1/64.") == ["1/64", 1.0, 64.0]
+    assert mmmu.parse_short_answer("This is\nx = 1,234.567") == ["is", 1234.57, 1234.0, 234.57]
+
+
+def test_rules_of_cmmmu_that_few_answers_need() -> None:
+    item = {"id": 1, "type": "填空", "category": "科学", "answer": "答"}
+    texts = {"abc答": 0, "ab答": 1, "答" + "字" * 20: 1, "答" + "字" * 21: 0}
+    for text, right in texts.items():
+        assert cmmmu.cmmmu_answers([item], {1: text}).per_sample[0]["score"] == right, text
+    assert cmmmu.parse_true_false("这个说法正确") == "对"
+    assert cmmmu.parse_true_false("这个说法是否正确") is None
+    assert cmmmu.parse_true_false("不对") == "对"  # the original finds 对 in it
+    assert cmmmu.parse_choice("A,B", ["", "", "", ""]) == "AB"
+    assert cmmmu.parse_choice("RGB", ["", "", "", ""]) == "B"
+    assert cmmmu.parse_choice("不知道", ["甲", "乙", "丙", "丁"]) is None

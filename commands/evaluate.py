@@ -44,6 +44,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--out", metavar="DIR", help="folder of the results")
     parser.add_argument("--limit", type=int, metavar="N", help="about N items of each task, evenly spread")
     parser.add_argument("--batch-size", default="auto", metavar="N", help="items at a time (default: auto)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: each task's, of the system in --prompts)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument(
         "--prompts",
@@ -82,7 +88,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     tasks = find_tasks(filter(None, args.tasks.split(",")))
     data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
     planned = runner.plan_run(tasks, data, out, args.prompts, args.limit)
-    settings = runner.settings_of(args.model, planned, args.prompts, args.limit)
+    settings = runner.settings_of(args.model, planned, args.prompts, args.limit, args.max_new_tokens)
     settings = runner.check_settings(settings, out, args.resume)
     processes = runner.Processes(args.device)
     is_main = processes.rank == 0
@@ -94,7 +100,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if is_main:
         settings.save(out)
     with _Bar(sum(len(plan.waiting) for plan in planned), processes.count, is_main) as bar:
-        runner.answer_all(planned, args.model, out, processes, args.prompts, batch_size, bar)
+        runner.answer_all(planned, args.model, out, processes, args.prompts, batch_size, args.max_new_tokens, bar)
     if is_main:
         results = score_run(planned, out, ask)
         pages = write_report(results, args.model, out)
@@ -108,8 +114,10 @@ def _check(args: argparse.Namespace) -> int | None:
         if not getattr(args, name):
             option = name.upper() if name == "model" else f"--{name}"
             raise UniMoeError(f"{option} is missing; `unimoe evaluate --help` shows examples.")
-    if args.limit is not None and args.limit < 1:
-        raise UniMoeError(f"--limit is {args.limit}; it must be at least 1.")
+    for name in ("limit", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UniMoeError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
     if args.judge and not args.judge_model:
         raise UniMoeError("--judge needs --judge-model, the name of the model that is to grade.")
     if args.batch_size == "auto":
@@ -135,7 +143,7 @@ def _print_plan(planned: "list[PlannedTask]", args: argparse.Namespace, processe
     rows = [["task", "split", "items", "done", "media missing", "longest answer", "scored by"]]
     for plan in planned:
         task = plan.task
-        answer = f"{task.longest_answer(args.prompts)} tokens"
+        answer = f"{args.max_new_tokens or task.longest_answer(args.prompts)} tokens"
         judged = task.scored_by if task.scored_by != "judge" or args.judge else "judge (none given with --judge)"
         numbers = [len(plan.items), len(plan.items) - len(plan.waiting), plan.missing]
         rows.append([task.name, task.split, *map(str, numbers), answer, judged])

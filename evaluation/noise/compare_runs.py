@@ -60,12 +60,14 @@ def _compare(name: str, result: dict[str, Any], first: Path, second: Path) -> Ta
     shared = [
         key for key, row in rows[0].items() if key in rows[1] and None not in (row["score"], rows[1][key]["score"])
     ]
-    sums = [_sums(name, [side[key] for key in shared], result["unit"]) for side in rows]
+    first_sums, second_sums = (_sums(name, [side[key] for key in shared], result["unit"]) for side in rows)
     signs = [rows[1][key]["score"] - rows[0][key]["score"] for key in shared]
     lower = bool(result["lower_is_better"])
     higher, smaller = sum(sign > 0 for sign in signs), sum(sign < 0 for sign in signs)
     better, worse = (smaller, higher) if lower else (higher, smaller)
-    return TaskComparison(name, result["title"], result["unit"], paired_difference(*sums), better, worse, lower)
+    return TaskComparison(
+        name, result["title"], result["unit"], paired_difference(first_sums, second_sums), better, worse, lower
+    )
 
 
 def _sums(name: str, rows: list[dict[str, Any]], unit: str) -> Additive:

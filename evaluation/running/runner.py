@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Settings:
     model_fingerprint: str
     prompts: str
     limit: int | None
+    max_new_tokens: int | None  # None: each task's own
     items: dict[str, str]  # task -> digest of its prompts
 
     def save(self, folder: Path) -> None:
@@ -85,7 +86,13 @@ def plan_run(
     return planned
 
 
-def settings_of(model: str, planned: Sequence[PlannedTask], system: str, limit: int | None) -> Settings:
+def settings_of(
+    model: str,
+    planned: Sequence[PlannedTask],
+    system: str,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+) -> Settings:
     """The settings of a planned run."""
     digests = {}
     for plan in planned:
@@ -93,7 +100,7 @@ def settings_of(model: str, planned: Sequence[PlannedTask], system: str, limit: 
         for request in plan.requests:
             digest.update(json.dumps([request.id, request.text], ensure_ascii=False).encode("utf-8", "surrogatepass"))
         digests[plan.task.name] = digest.hexdigest()[:16]
-    return Settings(model, fingerprint(model), system, limit, digests)
+    return Settings(model, fingerprint(model), system, limit, max_new_tokens, digests)
 
 
 def check_settings(settings: Settings, out: Path, resume: bool) -> Settings:
@@ -111,7 +118,7 @@ def check_settings(settings: Settings, out: Path, resume: bool) -> Settings:
         earlier = json.loads(file.read_text(encoding="utf-8"))
         changed = [
             f"{name} was {earlier[name]!r} and is {getattr(settings, name)!r}"
-            for name in ("model_fingerprint", "prompts", "limit")
+            for name in ("model_fingerprint", "prompts", "limit", "max_new_tokens")
             if earlier[name] != getattr(settings, name)
         ]
         changed += [
@@ -122,7 +129,7 @@ def check_settings(settings: Settings, out: Path, resume: bool) -> Settings:
         raise CheckpointError(f"{file} cannot be read ({error}): give another --out.") from error
     if changed:
         raise CheckpointError(f"{out} holds another run ({'; '.join(changed)}): give another --out.")
-    return Settings(settings.model, settings.model_fingerprint, settings.prompts, settings.limit, items)
+    return replace(settings, items=items)
 
 
 class Processes:
@@ -155,11 +162,13 @@ def answer_all(
     processes: Processes,
     system: str = "unimoe",
     batch_size: int | None = None,
+    max_new_tokens: int | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Ask everything that is not answered yet, each process its share.
 
     Args:
+        max_new_tokens: longest answer, in place of each task's.
         progress: called with the number of items that have just been answered by this process.
 
     Raises:
@@ -180,5 +189,5 @@ def answer_all(
                 progress(len(predictions))
 
             share = sorted(plan.waiting, key=lambda request: len(request.text))[processes.rank :: processes.count]
-            batches.run(share, plan.task.longest_answer(system), keep)
+            batches.run(share, max_new_tokens or plan.task.longest_answer(system), keep)
     processes.wait()

@@ -2,7 +2,7 @@
 
 A case is a folder with `expected.json` and `predictions.jsonl`; the beginning of its name, or of the name of a folder
 around it, says which benchmark it is ("textvqa", "textvqa-2", "pope/seed7"). Question files are in a folder `questions`
-beside the cases.
+anywhere below the root.
 
 Environment:
     UNIMOE_GOLDEN_EVAL   the folder of cases; default: ../shared/golden-eval next to the repository. Question files that
@@ -116,8 +116,9 @@ def texts_of(case: Path) -> dict[Any, str]:
 
 
 def question_file(name: str) -> Path:
-    found = [root / "questions" / name for root in (golden_eval_root(), default_root())]
-    return next((file for file in found if file.exists()), found[0])
+    roots = (golden_eval_root(), default_root())
+    found = [file for root in roots for file in sorted(root.rglob(f"questions/{name}"))]
+    return found[0] if found else roots[0] / "questions" / name
 
 
 @functools.cache

@@ -138,7 +138,7 @@ def test_failed_items_are_tried_again(multimodal: Path, short_answers: list[int]
     assert read_results(out)[0]["failed"] == 0
 
 
-@pytest.mark.parametrize("options", [("--limit", "2"), ("--prompts", "moai")])
+@pytest.mark.parametrize("options", [("--limit", "2"), ("--prompts", "moai"), ("--max-new-tokens", "3")])
 def test_another_run_is_not_resumed(
     options: tuple[str, ...], multimodal: Path, short_answers: list[int], tmp_path: Path, capsys: Any
 ) -> None:

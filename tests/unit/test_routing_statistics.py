@@ -57,7 +57,9 @@ def test_counts_equal_a_recount(name: str) -> None:
             assert counts.together_LXX[layer, 0, a] == both
     groups = model.model.token_groups(modalities)
     biases = [*choice_biases(model).values()] or None
-    load = expert_load(output.router_logits, config, None if groups is None else groups.reshape(-1), MASK.reshape(-1), biases)
+    load = expert_load(
+        output.router_logits, config, None if groups is None else groups.reshape(-1), MASK.reshape(-1), biases
+    )
     figures = ExpertLoad.of(config, counts.tokens_NM[0], counts.chosen_NLMX[0])
     torch.testing.assert_close(figures.layer_shares.float(), load)
     nulls = counts.chosen_NLMX[0, ..., 4].sum()

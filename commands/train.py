@@ -27,7 +27,17 @@ def add_parser(subparsers: Any) -> None:
         metavar="FIELD=VALUE",
         help="override a field, e.g. seed=1 or connectors.steps=100 (stage name, field); may be repeated",
     )
-    parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what would be done, with tokens, memory and time, and stop; reads configurations and data, no weights",
+    )
+    parser.add_argument(
+        "--tokens-per-second",
+        type=float,
+        metavar="N",
+        help="speed of all devices together, for the plan's time where none was measured",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,15 +45,13 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ..trainers.curriculum import run_curriculum
-    from ..trainers.moe_fit import require_fitting_moe
     from ..trainers.recipe_file import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.out is not None:
         recipe.out = str(Path(args.out).absolute())
-    _print_plan(recipe)
+    _print_plan(recipe, args.tokens_per_second)
     if args.plan:
-        require_fitting_moe(recipe)
         return 0
     reports = run_curriculum(recipe, on_stage_start=_print_stage)
     for report in reports:
@@ -55,15 +63,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(recipe: Any) -> None:
-    from ..trainers.plan import missing_files, plan_curriculum
+def _print_plan(recipe: Any, tokens_per_second: float | None) -> None:
+    from ..trainers.memory_plan import degrees_of
+    from ..trainers.plan_text import format_plan
+    from ..trainers.run_plan import plan_run
 
-    print(f"From {recipe.model} to {recipe.out}, seed {recipe.seed}:")
-    for row in plan_curriculum(recipe):
-        limit = "" if row.seconds is None else f", at most {row.seconds:.0f} s"
-        print(f"  {row.name}: {row.what}; {row.steps} steps of {row.batch_size} samples{limit}")
-    for file in missing_files(recipe):
-        print(f"  not there yet: {file}")
+    plan = plan_run(recipe, degrees_of(getattr(recipe, "parallel", None)), tokens_per_second)
+    print(format_plan(recipe, plan), flush=True)
 
 
 def _print_stage(name: str, rows: Any, steps: int) -> None:

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..conversion.upcycling.upcycle import upcycle_model
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..roles import role_of
 from .moe_fit import sparse_layers, sparsity_of
+from .recipe import StageConfig
 from .recipe_parts import ExpertConfig, MoeConfig
 
 EXPERT_FILE = "expert.safetensors"
@@ -132,6 +134,23 @@ def assemble(dense: UniMoeForCausalLM, moe: MoeConfig, expert_folders: Sequence[
         expert_ffns=[load_file(folder / EXPERT_FILE) for folder in expert_folders] or None,
         router_rows=rows,
     )
+
+
+def require_roles_of_experts(
+    model: UniMoeForCausalLM, stage: StageConfig, owners: dict[str, str], layers: Sequence[int]
+) -> None:
+    """Raises RecipeError if a stage of kind "experts" trains what would not go into the sparse model."""
+    found = set().union(*(roles_of(model, trained_by(e.name, owners, layers)) for e in stage.experts))
+    if wrong := sorted(set(stage.train) - found) or (["LoRA"] if stage.lora else []):
+        raise RecipeError(
+            f"The stage {stage.name!r} of kind 'experts' trains {wrong}; here it can train {sorted(found)}, because "
+            "nothing else of its runs goes into the sparse model."
+        )
+
+
+def roles_of(model: UniMoeForCausalLM, trained: Callable[[str], bool]) -> set[str]:
+    """The roles of the parameters whose names `trained` accepts."""
+    return {role_of(name) for name, _ in model.named_parameters() if trained(name)}
 
 
 def expert_modalities(dataset: Any, expert: ExpertConfig) -> set[str]:

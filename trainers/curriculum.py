@@ -28,11 +28,12 @@ from ..conversion.publishing.model_card import model_card
 from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars
-from ..roles import role_of
 from .assembly import (
     assemble,
     connector_owners,
     expert_modalities,
+    require_roles_of_experts,
+    roles_of,
     save_expert,
     save_router_means,
     trained_by,
@@ -217,12 +218,7 @@ class _Curriculum:
     def _train_experts(self, stage: StageConfig, dataset: ConversationDataset, folder: Path) -> StageReport:
         layers = sparse_layers(self.model.config.text_config, self.recipe.moe)
         owners = connector_owners(self.model, [(e.name, expert_modalities(dataset, e)) for e in stage.experts])
-        found = set().union(*(_roles_of(self.model, trained_by(e.name, owners, layers)) for e in stage.experts))
-        if wrong := sorted(set(stage.train) - found) or (["LoRA"] if stage.lora else []):
-            raise RecipeError(
-                f"The stage {stage.name!r} of kind 'experts' trains {wrong}; here it can train {sorted(found)}, because "
-                "nothing else of its runs goes into the sparse model."
-            )
+        require_roles_of_experts(self.model, stage, owners, layers)
         runs = []
         for expert in stage.experts:
             own = folder / expert.name
@@ -252,7 +248,7 @@ class _Curriculum:
         """Train one copy of the FFN in place, keep it in a folder, and put the dense one back."""
         trained = trained_by(expert.name, owners, layers)
         own_data = dataset.select(expert.modalities)
-        stage = _stage_of_expert(stage, expert, own_data, _roles_of(self.model, trained))
+        stage = _stage_of_expert(stage, expert, own_data, roles_of(self.model, trained))
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters() if trained(name)}
         name = f"{stage.name}/{expert.name}"
         self.model, report = run_training(
@@ -342,10 +338,6 @@ def _stage_of_expert(
     names = {name for group in dataset.groups for name in dataset.names_of(group)}
     weights = {name: weight for name, weight in stage.modality_weights.items() if name in names}
     return dataclasses.replace(stage, train=train, modality_weights=weights, steps=stage.steps_of(expert))
-
-
-def _roles_of(model: UniMoeForCausalLM, trained: Callable[[str], bool]) -> set[str]:
-    return {role_of(name) for name, _ in model.named_parameters() if trained(name)}
 
 
 def _with_implementations(model: UniMoeForCausalLM, recipe: Recipe) -> UniMoeForCausalLM:

@@ -83,6 +83,10 @@ class Source:
         found = chain([first], found)
         yield from found if shuffle is None else _through_buffer(found, self.entry.shuffle_buffer, shuffle)
 
+    def sample_of(self, value: Any, file: Path) -> Sample:
+        """The sample of a single record of one of the files. Raises DataError."""
+        return sample_reader(file, self.media_root, *self._options)(value, str(file))
+
     def _in_order(self, shuffle: np.random.Generator | None, tolerant: bool) -> Iterator[Sample]:
         parts: Sequence[Any] = self.parts
         if shuffle is not None and len(parts) > 1:
@@ -154,7 +158,11 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
             for batch in opened.iter_batches(_ROWS_AT_ONCE):
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"The data file {file} cannot be read ({error}): is it Parquet, and whole?") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(f"The data file {file} cannot be read ({error}): is it Parquet, and whole?")
 
 
 def _dataset_rows(rows: Any, shuffle: np.random.Generator | None) -> Iterable[dict[str, Any]]:
@@ -176,7 +184,11 @@ def _count_of(part: Any) -> int | None:
         return len(part) if hasattr(part, "__len__") else None
     if part.suffix != ".parquet":
         return None
-    return _pyarrow().parquet.ParquetFile(part).metadata.num_rows
+    pyarrow = _pyarrow()
+    try:
+        return pyarrow.parquet.read_metadata(part).num_rows
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _unreadable(part, error) from error
 
 
 def _pyarrow() -> Any:

@@ -5,8 +5,8 @@ Per rank and kind of memory, all in bytes:
 weights       parameters held * weight_bytes
 gradients     trained parameters held * gradient_bytes
 optimizer     trained parameters held * optimizer_bytes (AdamW: two moments)
-copies        weights in the dtype of the matrix products, which autocast keeps until the backward pass, and experts
-              with their adapters added
+copies        weights in the dtype of the matrix products, which autocast keeps until the backward pass, experts with
+              their adapters added, and weights that a run of an expert puts back at its end
 activations   what the backward pass needs of a forward pass, see `activation_bytes`
 buffers       what is being sent: buckets of gradients (zero 0), gathered weights of two layers (zero 3)
 
@@ -16,7 +16,8 @@ these too); both kinds of ranks are among the `data` * `tensor` processes. ZeRO 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 KINDS = ("weights", "gradients", "optimizer", "copies", "activations", "buffers")
 
@@ -39,6 +40,7 @@ class ParameterSizes:
         whole: all else, which every rank has: towers, connectors, routers, norms, embeddings.
         adapted_experts: parameters of experts that carry adapters (the adapters themselves count in `whole`).
         largest_layer: parameters of the largest decoder layer, which ZeRO-3 gathers.
+        set_aside: parameters of which the run keeps a second copy, as those of experts do.
     """
 
     experts: Count = Count()
@@ -46,6 +48,7 @@ class ParameterSizes:
     whole: Count = Count()
     adapted_experts: int = 0
     largest_layer: int = 0
+    set_aside: int = 0
 
     @property
     def total(self) -> int:
@@ -124,6 +127,14 @@ class Degrees:
         return max(1, self.ranks // self.expert_parts)
 
 
+def degrees_of(parallel: Any) -> Degrees:
+    """The degrees that a `parallel:` section names; one process where it is None, 1 where it says nothing."""
+    if parallel is None:
+        return Degrees()
+    get = parallel.get if isinstance(parallel, Mapping) else lambda name, default: getattr(parallel, name, default)
+    return Degrees(**{name: int(get(name, None) or default) for name, default in asdict(Degrees()).items()})
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of one rank by kind (see `KINDS`); `total` is the peak: not all kinds are there at the same time."""
@@ -166,29 +177,49 @@ def memory_per_rank(
 
 
 def activation_bytes(training: MemorySettings, tensor: int = 1) -> int:
-    """What a forward pass keeps for the backward pass in the decoder and its head.
+    """The most that decoder and head hold at once for the backward pass: `kept_activations`, and what passes.
 
-    Per token and layer, in numbers of the compute dtype b: both norms keep their input and its scaled form, queries, keys
-    and values are kept before and after rotation, the feed-forward network keeps gate, up, their activation and the product,
-    and copies of its input and output per expert. Norms compute in float32.
+    In passing, one layer has its scores twice more and the gradients of its feed-forward network's inside; with
+    checkpointing it is computed again.
     """
-    b, tokens = training.compute_bytes, training.rows * training.row_length
-    hidden = training.hidden_size
+    tokens = training.rows * training.row_length
+    again = _layer_bytes(training, tensor) if training.checkpointing or not training.below_decoder else 0
+    inside = 3 * training.compute_bytes * training.ffn_size / tensor
+    return kept_activations(training, tensor) + round(again + tokens * (8 * _scores(training, tensor) + inside))
+
+
+def kept_activations(training: MemorySettings, tensor: int = 1) -> int:
+    """What a forward pass leaves for the backward pass in the decoder and its head, bytes."""
+    if not training.below_decoder:
+        layers = 0.0
+    elif training.checkpointing:
+        layers = training.layers * training.rows * training.row_length * training.hidden_size * 4
+    else:
+        layers = training.layers * _layer_bytes(training, tensor)
+    # Logits, those of labelled positions in float32, their log-softmax, and the gradient.
+    head = training.rows * training.logits_length * training.vocabulary_size * (training.compute_bytes + 4 + 4 + 4)
+    return round(layers + head)
+
+
+def _layer_bytes(training: MemorySettings, tensor: int) -> float:
+    """What a layer keeps, b being the bytes of the compute dtype.
+
+    Both norms keep their input and its scaled form in float32 and their output in b; attention keeps queries, keys and
+    values for every head, and its output; the feed-forward network keeps gate, its activation, up and the product, and the
+    inputs and outputs of chosen experts. Scores are kept after their softmax, in float32 and in b.
+    """
+    b, hidden = training.compute_bytes, training.hidden_size
     norms = 2 * hidden * (4 + 4 + b)
-    attention = b * (3 * training.query_size + 3 * training.key_value_size) / tensor
-    scores = training.heads * training.row_length * (4 + 2 * b) / tensor if training.stores_scores else 0
+    attention = b * 4 * training.query_size / tensor
+    scores = _scores(training, tensor) * (4 if b == 4 else 4 + b)
     experts = 2 * training.copies_per_token * hidden if training.copies_per_token != 1 else 0
     ffn = b * (4 * training.ffn_size / tensor + experts)
-    layer = tokens * (norms + attention + scores + ffn)
-    if not training.below_decoder:
-        layers = layer
-    elif training.checkpointing:
-        layers = training.layers * tokens * hidden * b + layer
-    else:
-        layers = training.layers * layer
-    # Logits, those of labelled positions in float32, their log-softmax, and the gradient.
-    head = training.rows * training.logits_length * training.vocabulary_size * (b + 4 + 4 + 4)
-    return round(layers + head)
+    return training.rows * training.row_length * (norms + attention + scores + ffn)
+
+
+def _scores(training: MemorySettings, tensor: int) -> float:
+    """Scores of attention per token and layer, where they are stored."""
+    return training.heads * training.row_length / tensor if training.stores_scores else 0.0
 
 
 def _held(parameters: ParameterSizes, parallel: Degrees) -> tuple[Count, Count, Count]:
@@ -205,6 +236,7 @@ def _copies(
 ) -> int:
     share = 1 / max(1, training.layers) if training.checkpointing else 1.0
     adapted = parameters.adapted_experts / parallel.expert_parts * training.weight_bytes * share
+    adapted += parameters.set_aside * training.weight_bytes
     if training.compute_bytes == training.weight_bytes or parallel.zero == 3:
         return round(adapted)
     return round(adapted + (held[0].total + held[1].total) * training.compute_bytes * share)

@@ -122,7 +122,7 @@ def run_training(
     """
     name = name or stage.name
     folder.mkdir(parents=True, exist_ok=True)
-    _apply_balance_terms(model, stage)
+    apply_balance_terms(model, stage)
     torch.manual_seed(settings.seed)
     set_trainable(model, stage.train, trained_names)
     trained_model = model if stage.lora is None else add_lora(model, stage.lora)
@@ -305,7 +305,8 @@ def _decide_steps(stage: StageConfig, folder: Path, trainer_for: Callable[[int],
     return plan["steps"]
 
 
-def _apply_balance_terms(model: UniMoeForCausalLM, stage: StageConfig) -> None:
+def apply_balance_terms(model: UniMoeForCausalLM, stage: StageConfig) -> None:
+    """Write a stage's coefficients into the model's configuration. Raises RecipeError where they cannot work."""
     config = model.config.text_config
     for name in COEFFICIENTS:
         if getattr(stage, name) is not None:
@@ -314,4 +315,9 @@ def _apply_balance_terms(model: UniMoeForCausalLM, stage: StageConfig) -> None:
         raise RecipeError(
             f"Stage {stage.name!r} has router_modality_loss_coef = {config.router_modality_loss_coef}, but the model's "
             "modality_experts names no experts: set moe.modality_experts, or leave this loss out."
+        )
+    if stage.packing and config.router_losses_as_released:
+        raise RecipeError(
+            f"Stage {stage.name!r} packs texts, but the model's router losses are sums over rows, as released "
+            "(router_losses_as_released), which packing would change: leave packing out."
         )

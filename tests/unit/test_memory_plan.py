@@ -67,5 +67,5 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpointing() -> None:
     assert activation_bytes(dataclasses.replace(shape, checkpointing=True)) < once / 4
     assert activation_bytes(dataclasses.replace(shape, compute_bytes=2)) < once
     scores = activation_bytes(dataclasses.replace(shape, stores_scores=True)) - once
-    assert scores == 10 * 2 * 16 * (4 * 16 * 12)
+    assert scores == 2 * 16 * 4 * 16 * (10 * 4 + 8)  # kept in 10 layers, twice in passing in one
     assert activation_bytes(shape, tensor=2) < once

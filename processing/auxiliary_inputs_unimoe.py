@@ -46,13 +46,10 @@ def aux_inputs(
     if not any(found):
         return {}
     tokenizer = processor.tokenizer
-    rows = [
-        {"aux_input_ids": [] if aux is None else tokenizer.encode(aux.text, split_special_tokens=True)}
-        for aux in found
-    ]
-    batch = pad(rows, processor.padding_id, "left", None)
+    texts = ([] if aux is None else tokenizer.encode(aux.text, split_special_tokens=True) for aux in found)
+    batch = pad([{"input_ids": ids} for ids in texts], processor.padding_id, "left", None)
     inputs = {
-        "aux_input_ids": torch.tensor(batch["aux_input_ids"]),
+        "aux_input_ids": torch.tensor(batch["input_ids"]),
         "aux_attention_mask": torch.tensor(batch["attention_mask"]),
     }
     maps = [None if aux is None else aux.map for aux in found]

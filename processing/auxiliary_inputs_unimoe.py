@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .chat_unimoe import MediaItem
+from .chat_unimoe import MediaItem, read_messages
 from .media_inputs_unimoe import image_pixels
 from .media_policy_unimoe import ConversationError, MediaPolicy
 from .media_unimoe import load_image
@@ -59,6 +59,14 @@ def aux_inputs(
         places = has_map.expand(-1, processor.image_tokens)
         inputs["aux_attention_mask"] = torch.cat((inputs["aux_attention_mask"], places), dim=1)
     return {name: tensor.numpy() for name, tensor in inputs.items()} if return_tensors == "np" else inputs
+
+
+def aux_of_conversations(processor: Any, conversations: Sequence[Any]) -> dict[str, Any]:
+    """`aux_inputs` of conversations as messages; None stands for a text without any."""
+    policy = processor.media_policy
+    return aux_inputs(
+        processor, [[] if one is None else read_messages(one, policy.limits)[1] for one in conversations], policy
+    )
 
 
 def map_pixels(processor: Any, maps: Sequence[PIL.Image.Image | None]) -> torch.Tensor:
@@ -112,4 +120,4 @@ def _released_pixels(image_processor: Any, picture: PIL.Image.Image) -> torch.Te
     return (colours - mean) / std
 
 
-__all__ = ["AUX_MAPS", "aux_inputs", "map_pixels", "spread_rows"]
+__all__ = ["AUX_MAPS", "aux_inputs", "aux_of_conversations", "map_pixels", "spread_rows"]

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .chat_unimoe import MediaItem
+from .chat_unimoe import MediaItem, read_messages
 from .media_inputs_unimoe import image_pixels
 from .media_policy_unimoe import ConversationError, MediaPolicy
 from .media_unimoe import load_image
@@ -46,13 +46,10 @@ def aux_inputs(
     if not any(found):
         return {}
     tokenizer = processor.tokenizer
-    rows = [
-        {"aux_input_ids": [] if aux is None else tokenizer.encode(aux.text, split_special_tokens=True)}
-        for aux in found
-    ]
-    batch = pad(rows, processor.padding_id, "left", None)
+    texts = ([] if aux is None else tokenizer.encode(aux.text, split_special_tokens=True) for aux in found)
+    batch = pad([{"input_ids": ids} for ids in texts], processor.padding_id, "left", None)
     inputs = {
-        "aux_input_ids": torch.tensor(batch["aux_input_ids"]),
+        "aux_input_ids": torch.tensor(batch["input_ids"]),
         "aux_attention_mask": torch.tensor(batch["attention_mask"]),
     }
     maps = [None if aux is None else aux.map for aux in found]
@@ -62,6 +59,14 @@ def aux_inputs(
         places = has_map.expand(-1, processor.image_tokens)
         inputs["aux_attention_mask"] = torch.cat((inputs["aux_attention_mask"], places), dim=1)
     return {name: tensor.numpy() for name, tensor in inputs.items()} if return_tensors == "np" else inputs
+
+
+def aux_of_conversations(processor: Any, conversations: Sequence[Any]) -> dict[str, Any]:
+    """`aux_inputs` of conversations as messages; None stands for a text without any."""
+    policy = processor.media_policy
+    return aux_inputs(
+        processor, [[] if one is None else read_messages(one, policy.limits)[1] for one in conversations], policy
+    )
 
 
 def map_pixels(processor: Any, maps: Sequence[PIL.Image.Image | None]) -> torch.Tensor:
@@ -115,4 +120,4 @@ def _released_pixels(image_processor: Any, picture: PIL.Image.Image) -> torch.Te
     return (colours - mean) / std
 
 
-__all__ = ["AUX_MAPS", "aux_inputs", "map_pixels", "spread_rows"]
+__all__ = ["AUX_MAPS", "aux_inputs", "aux_of_conversations", "map_pixels", "spread_rows"]

@@ -15,6 +15,7 @@ import torch
 from ..errors import DataError
 from .data import MIXED, ConversationDataset, Sample, group_of, media_items
 from .encoder_cache import EncoderCache
+from .mixer_stage import aux_of_samples, spread_aux, with_prompt
 from .objective import IGNORED, columns_to_keep
 from .packing import Row, packed_tensors
 
@@ -110,7 +111,8 @@ class RawCollator:
                 kept = mask[position].bool()
                 rows.append((ids[position][kept].tolist(), labels[position][kept].tolist()))
                 position += 1
-        return _batch(self.processor, samples, rows, self.multiple, rules=self.rules) | inputs
+        batch = _batch(self.processor, samples, rows, self.multiple, rules=self.rules)
+        return with_prompt(batch | spread_aux(inputs, samples))
 
 
 class CachedCollator:
@@ -176,7 +178,7 @@ class CachedCollator:
         for name, tensors in media.items():
             joined = torch.cat(tensors) if name in ("speech", "sound") else torch.stack(tensors)
             batch[f"{name}_encoder_states"] = joined if seed is None else self._disturb(name, joined, seed)
-        return batch
+        return with_prompt(batch | aux_of_samples(self.processor, samples))
 
     def _row(self, sample: Sample) -> Row:
         return self.tokens.row(sample, () if "text" in sample else self.cache.audio_windows(sample))

@@ -46,6 +46,7 @@ from .data import ConversationDataset
 from .data_sets import TrainingData, in_memory, open_data
 from .encoder_cache import EncoderCache
 from .folder_lock import exclusive
+from .mixer_stage import prepare_mixers
 from .moe_fit import require_fitting_moe, sparse_layers
 from .plan import require_data, require_model_folder
 from .recipe import Recipe, StageConfig
@@ -197,6 +198,7 @@ class _Curriculum:
 
     def _run(self, stage: StageConfig, folder: Path) -> StageReport:
         self._enter(self.model_folder)
+        prepare_mixers(self.model, stage.train, self.recipe.mixers, self.recipe.seed, stage.name)
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / SETTINGS_FILE, json.dumps(self._settings_of(stage), indent=1))
         dataset = self._data(stage)
@@ -327,7 +329,8 @@ class _Curriculum:
         moe = None if stage.kind == "train" or self.recipe.moe is None else asdict(self.recipe.moe)
         shared = {"seed": self.recipe.seed, "precision": self.recipe.precision}
         data = settings_of(self.recipe.data if stage.data is None else stage.data)
-        return {"stage": asdict(stage), "moe": moe, **shared, "data": data}
+        mixers = {} if self.recipe.mixers is None else {"mixers": asdict(self.recipe.mixers)}
+        return {"stage": asdict(stage), "moe": moe, **mixers, **shared, "data": data}
 
 
 def _stage_of_expert(

@@ -10,6 +10,7 @@ from typing import Literal
 from ..errors import RecipeError
 from ..roles import ROLES
 from .recipe_data import VOICES, DataEntry, check_batches, check_data, check_use_of_data
+from .recipe_mixers import MixersConfig
 from .recipe_parts import ExpertConfig, LoraSettings, MoeConfig, require_folder_name
 from .recipe_values import require, require_choice, require_range
 from .telemetry_settings import TelemetrySettings
@@ -54,6 +55,7 @@ class StageConfig:
             model's coefficients during this stage.
         router_aux_loss_final_coef: where `router_aux_loss_coef` goes, linearly within `router_aux_loss_decay_steps`
             optimizer steps (0: the whole stage); None leaves it where it is.
+        mixer_choice: how mixers choose their experts in this stage: "random" (MoAI's first step) or "gates" (its second).
         feature_noise: standard deviation of Gaussian noise on cached tower states, relative to the states' own; one
             figure or one per modality. Cached training only, as is token_dropout.
         token_dropout: probability that a position of the cached tower states becomes the mean state.
@@ -96,6 +98,7 @@ class StageConfig:
     router_divergence_loss_coef: float | None = None
     router_aux_loss_final_coef: float | None = None
     router_aux_loss_decay_steps: int = 0
+    mixer_choice: Literal["gates", "random"] = "gates"
     feature_noise: float | dict[str, float] = 0.0
     token_dropout: float | dict[str, float] = 0.0
     save_every: int = 0
@@ -149,6 +152,11 @@ class StageConfig:
     def _check_roles(self, where: str) -> None:
         for role in self.train:
             require_choice(f"{where}.train", role, ROLES)
+        if self.mixer_choice == "random" and "mixer_gates" in self.train:
+            raise RecipeError(
+                f"{where} draws the mixers' experts, so their gates would learn nothing: leave mixer_gates out of train, "
+                "or set mixer_choice to 'gates'."
+            )
         if self.lora is not None:
             self.lora.check(f"{where}.lora")
             both = sorted(set(self.train) & set(self.lora.targets))
@@ -179,6 +187,7 @@ class Recipe:
         media_root: folder of the media; no file outside of it is opened then, also where a symbolic link in it leads.
         out: folder of the stages' results.
         moe: needed by stages of kind "experts" and "moe".
+        mixers: what a model without mixers gets before the first stage that trains them.
         precision: "bfloat16" runs the matrix products in it; weights and optimizer stay float32.
         attention: "auto" takes "eager" on CPUs, where training with it is faster, and "sdpa" elsewhere.
         experts_implementation: of transformers ("grouped_mm", "batched_mm", "eager"); None leaves its default.
@@ -200,6 +209,7 @@ class Recipe:
     media_root: str | None = None
     seed: int = 0
     moe: MoeConfig | None = None
+    mixers: MixersConfig | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     attention: str = "auto"
     experts_implementation: str | None = None
@@ -238,6 +248,8 @@ class Recipe:
     def _check_assembly(self) -> None:
         if self.moe is not None:
             self.moe.check("moe")
+        if self.mixers is not None:
+            self.mixers.check("mixers")
         trained_experts: int | None = None
         for index, stage in enumerate(self.stages):
             where = f"stages[{index}] ({stage.name})"

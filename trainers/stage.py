@@ -22,6 +22,7 @@ from .data import ConversationDataset
 from .data_sets import TrainingData
 from .lora import add_lora, merge_lora
 from .loss_meter import LOGGED_LOSSES
+from .mixer_stage import choose_experts
 from .recipe import COEFFICIENTS, StageConfig
 from .speed import seconds_per_checkpoint, seconds_per_step
 from .stage_page import write_stage_page
@@ -123,6 +124,7 @@ def run_training(
     name = name or stage.name
     folder.mkdir(parents=True, exist_ok=True)
     apply_balance_terms(model, stage)
+    choose_experts(model, stage.mixer_choice)
     torch.manual_seed(settings.seed)
     set_trainable(model, stage.train, trained_names)
     trained_model = model if stage.lora is None else add_lora(model, stage.lora)
@@ -157,6 +159,7 @@ def run_training(
     # Gradients and optimizer state of this run must not live as long as the model does.
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
+    choose_experts(model, "gates")
     return model.eval(), report
 
 

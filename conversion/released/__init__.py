@@ -10,4 +10,6 @@ here), `export_eight_experts`, `unimoe_originals`.
 
 MoIIE: `import_moiie` (start here), `moiie_variant`, `moiie_keys`, `moiie_config`, `bunny_processor`; and back:
 `export_moiie`.
+
+MoAI: `import_moai` (start here), `moai_keys`, `moai_config`, `moai_tokenizer`, `moai_processor`; and back: `export_moai`.
 """

@@ -7,6 +7,7 @@ from . import (
     _convert_compose,
     _convert_layouts,
     _convert_moiie,
+    _convert_psgtr,
     _convert_unimoe,
     _convert_upcycle,
 )
@@ -21,3 +22,4 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _convert_layouts.add_parser(kinds)
     _convert_unimoe.add_parser(kinds)
     _convert_moiie.add_parser(kinds)
+    _convert_psgtr.add_parser(kinds)

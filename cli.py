@@ -19,7 +19,7 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 # The order on the help screen; commands that are not listed follow in alphabetical order.
-_ORDER = ("quickstart", "train", "check_data", "convert", "chat", "inspect")
+_ORDER = ("quickstart", "train", "check_data", "convert", "chat", "perceive", "inspect")
 
 _DESCRIPTION = "Makes a multimodal Mixture of Experts of a dense language model and encoders."
 _EXAMPLES = """\

@@ -8,6 +8,7 @@ from . import (
     _convert_layouts,
     _convert_moai,
     _convert_moiie,
+    _convert_psgtr,
     _convert_unimoe,
     _convert_upcycle,
 )
@@ -23,3 +24,4 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _convert_unimoe.add_parser(kinds)
     _convert_moiie.add_parser(kinds)
     _convert_moai.add_parser(kinds)
+    _convert_psgtr.add_parser(kinds)

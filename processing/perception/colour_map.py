@@ -13,6 +13,19 @@ from .results import Segmentation
 # Rows of the original's colour table: COCO's 133 classes and one for nothing.
 ORIGINAL_ROWS = 134
 _BITS = 8
+# Classes that everybody knows by a colour; others get one by their name.
+_NATURAL = {
+    "sky": (120, 180, 235),
+    "grass": (95, 170, 70),
+    "tree": (40, 115, 55),
+    "water": (45, 115, 190),
+    "sea": (35, 95, 170),
+    "river": (60, 130, 200),
+    "sand": (225, 200, 140),
+    "snow": (235, 240, 250),
+    "road": (120, 120, 130),
+    "person": (220, 45, 75),
+}
 
 
 def bit_colours(rows: int = ORIGINAL_ROWS) -> np.ndarray:
@@ -58,6 +71,8 @@ def class_map(segmentation: Segmentation) -> np.ndarray:
 
 def class_colour(name: str) -> tuple[int, int, int]:
     """The colour of a class: bright enough to be told from black, by its clean name."""
+    if (natural := _NATURAL.get(clean_name(name))) is not None:
+        return natural
     number = zlib.crc32(clean_name(name).encode())
     hue, saturation, value = number % 360 / 360, 0.55 + number // 360 % 4 * 0.15, 0.7 + number // 1440 % 3 * 0.15
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))

@@ -18,7 +18,7 @@ import numpy as np
 
 from .class_names import clean_name
 from .original_order import largest_as_partitioned
-from .results import Bounds, Box, Perception, SceneGraph, Segmentation, TextLine
+from .results import Bounds, Box, Perception, Relation, SceneGraph, Segmentation, TextLine
 
 OBJECTS = "The image includes bounding box coordinates and their objects: "
 RELATIONS = "The image includes relationships between objects: "
@@ -75,7 +75,7 @@ def join_parts(parts: Iterable[str], legacy: bool = False) -> str:
 
 
 def segment_items(segmentation: Segmentation, size: tuple[int, int], rules: Verbalization = DEFAULT) -> list[str]:
-    """ "[0.10, 0.20, 0.30, 0.40] name" of the segments in their order; `size` is (width, height)."""
+    """The segments in their order, each as "[0.10, 0.20, 0.30, 0.40] name"; `size` is (width, height)."""
     bounds = segmentation.bounds()
     if rules.legacy:
         by_position = list(bounds.values())
@@ -94,18 +94,21 @@ def box_items(boxes: Sequence[Box], size: tuple[int, int], rules: Verbalization 
     return (found if rules.legacy else list(dict.fromkeys(found)))[: rules.max_boxes]
 
 
-def relation_items(graph: SceneGraph, rules: Verbalization = DEFAULT) -> list[str]:
-    """ "person (#1) is on horse" of the best relations, at most `max_relations` and as many as there are objects."""
+def told_relations(graph: SceneGraph, rules: Verbalization = DEFAULT) -> list[Relation]:
+    """The best relations, at most `max_relations` and as many as there are objects, in the order in which they are told."""
     scores = [relation.score for relation in graph.relations]
     wanted = min(rules.max_relations, len(graph.objects))
     if rules.legacy:
-        if len(scores) < wanted:
-            return []
-        chosen = largest_as_partitioned(scores, wanted)
+        chosen = largest_as_partitioned(scores, wanted) if 0 < wanted <= len(scores) else []
     else:
         chosen = sorted(range(len(scores)), key=lambda i: -scores[i])[:wanted]
+    return [graph.relations[i] for i in chosen if scores[i] >= rules.min_relation_score]
+
+
+def relation_items(graph: SceneGraph, rules: Verbalization = DEFAULT) -> list[str]:
+    """The relations that are told, each as "person (#1) is on horse"."""
     names = numbered_names([one.name for one in graph.objects])
-    told = [graph.relations[i] for i in chosen if scores[i] >= rules.min_relation_score]
+    told = told_relations(graph, rules)
     found = [f"{names[relation.subject]} is {relation.predicate} {names[relation.object]}" for relation in told]
     return found if rules.legacy else list(dict.fromkeys(found))
 

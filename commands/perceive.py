@@ -1,0 +1,202 @@
+"""`unimoe perceive`: what other vision models see in an image, to look at; or in all images of a data file, to train on."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..processing.perception.perceiver import Perceiver
+    from ..processing.perception.verbalize import Verbalization
+
+EXIT_PROBLEMS = 1
+DATA_SUFFIXES = (".json", ".jsonl")
+
+_DESCRIPTION = """\
+Look at images with other vision models, and say what they see in the words that a MoAI-style model reads. With an image:
+print the text, and with --show draw a picture of it. With data files and --out: keep what is seen in all their images, for
+training; the same command goes on after a stop."""
+_EPILOG = """\
+examples:
+  unimoe perceive photo.jpg --show                        text in the image (pip install 'unimoe[perception]')
+  unimoe perceive photo.jpg --segment --detect --show     the models that MoAI used, from the Hub
+  unimoe perceive photo.jpg --detect MODEL --names things.txt --relate rules
+  unimoe perceive train.jsonl --out seen                  results for training
+
+--relate rules is a stand-in that only knows where boxes are; a scene graph model: see docs/perception.md."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to `unimoe`."""
+    parser = subparsers.add_parser(
+        "perceive",
+        help="see an image as other vision models do",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", nargs="+", metavar="IMAGE|DATA", help="one image, or data files (.jsonl, .json)")
+    parser.add_argument("--show", nargs="?", const="", metavar="FILE", help="draw a picture (default: IMAGE.seen.png)")
+    parser.add_argument("--out", metavar="CACHE", help="of data files: the folder that keeps the results")
+    models = parser.add_argument_group("what looks (Hub ids or folders; default: --text rapidocr alone)")
+    models.add_argument(
+        "--segment", nargs="?", const="", metavar="MODEL", help="panoptic segmentation: Mask2Former, ..."
+    )
+    models.add_argument("--detect", nargs="?", const="", metavar="MODEL", help="object detection: OWLv2, DETR, ...")
+    models.add_argument("--names", metavar="FILE", help="what --detect looks for, a name per line (open vocabularies)")
+    models.add_argument("--relate", default="none", metavar="MODEL|rules|none", help="scene graphs: a converted PSGTR")
+    models.add_argument("--text", choices=("rapidocr", "none"), help="lines of text")
+    models.add_argument("--replay", metavar="FILE", help="recorded results in place of all models")
+    more = parser.add_argument_group("options")
+    more.add_argument("--original", action="store_true", help="as MoAI did, its faults included; for released models")
+    more.add_argument("--text-side", type=int, default=736, metavar="N", help="pixels in which text is looked for")
+    more.add_argument("--device", default="cpu", help="e.g. cuda (default: cpu)")
+    more.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    more.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
+    more.add_argument("--media-root", metavar="DIR", help="of data files: folder that holds the media")
+    more.add_argument("--json", action="store_true", help="of an image: print the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look at an image, or fill a cache; returns the exit code."""
+    from ..errors import OptionError
+
+    is_data = [Path(name).suffix.lower() in DATA_SUFFIXES for name in args.input]
+    if all(is_data) and args.out is not None:
+        if args.show is not None:
+            raise OptionError("--show draws one image: name that image in place of the data.")
+        return _run_data(args)
+    if any(is_data) or len(args.input) > 1 or args.out is not None:
+        raise OptionError("Name one image; or data files (.jsonl, .json) with --out CACHE.")
+    return _run_image(args)
+
+
+def _run_image(args: argparse.Namespace) -> int:
+    import json
+
+    from ..processing.media_unimoe import load_image
+    from ..processing.perception.picture import perception_picture
+    from ..processing.perception.verbalize import verbalize
+
+    file = Path(args.input[0])
+    image = load_image(str(file), where=str(file))
+    perceiver, rules = chosen_perceiver(args), chosen_rules(args)
+    (seen,) = perceiver.perceive([image])
+    text = verbalize(seen, rules)
+    print(json.dumps(seen.to_json(), ensure_ascii=False) if args.json else _printable(text))
+    if args.show is not None:
+        target = Path(args.show or file.with_suffix(".seen.png").name)
+        perception_picture(image, seen, rules).save(target)
+        print(f"Drawn in {target}")
+    return 0
+
+
+def _run_data(args: argparse.Namespace) -> int:
+    from ..processing.media_policy_unimoe import MediaPolicy
+    from ..trainers.perceive_data import carry_out, data_samples, open_cache, plan_perception
+
+    perceiver = chosen_perceiver(args)
+    samples = data_samples(args.input, args.media_root)
+    policy = MediaPolicy(media_root=args.media_root)
+    cache = open_cache(args.out, perceiver, policy)
+    plan = plan_perception(samples, cache)
+    print(f"{plan.samples:,} samples with {plan.images:,} images, {plan.known:,} of them in {cache.folder} already")
+    for task, adapter in perceiver.identity().items():
+        print(f"  {task}: {_in_short(adapter)}")
+    print(f"{len(plan.missing):,} to do", flush=True)
+    done = carry_out(plan, perceiver, cache, args.batch_size)
+    print(f"{done:,} images perceived; {len(cache):,} in {cache.folder}")
+    for image, reason in plan.unreadable[:5]:
+        print(f"  not readable: {_printable(image)}: {reason}")
+    if len(plan.unreadable) > 5:
+        print(f"  and {len(plan.unreadable) - 5} more")
+    return EXIT_PROBLEMS if plan.unreadable else 0
+
+
+def chosen_perceiver(args: argparse.Namespace) -> "Perceiver":
+    """The perceiver that the options ask for; nothing is loaded yet."""
+    from ..processing.perception.perceiver import ORIGINAL_SIDE, Perceiver
+
+    stretch = ORIGINAL_SIDE if args.original else None
+    if args.replay is not None:
+        from ..processing.perception.replay import Replay
+
+        replay = Replay(args.replay)
+        tasks = replay.tasks
+        return Perceiver(**dict.fromkeys(tasks, replay), stretch_to=stretch)
+    nothing_chosen = args.segment is None and args.detect is None and args.relate == "none"
+    text = args.text or ("rapidocr" if nothing_chosen or args.original else "none")
+    return Perceiver(
+        _segmenter(args), _detector(args), _relator(args), _reader(args) if text != "none" else None, stretch
+    )
+
+
+def chosen_rules(args: argparse.Namespace) -> "Verbalization":
+    """How results become text."""
+    from ..processing.perception.verbalize import DEFAULT, ORIGINAL
+
+    return ORIGINAL if args.original else DEFAULT
+
+
+def _segmenter(args: argparse.Namespace) -> Any:
+    if args.segment is None:
+        return None
+    from ..processing.perception.segmentation_transformers import ORIGINAL_MODEL, TransformersSegmenter
+
+    return TransformersSegmenter(args.segment or ORIGINAL_MODEL, **_model_options(args))
+
+
+def _detector(args: argparse.Namespace) -> Any:
+    if args.detect is None:
+        return None
+    from ..processing.perception.detection_transformers import ORIGINAL_MODEL, TransformersDetector
+
+    names = None
+    if args.names is not None:
+        names = [line.strip() for line in _read(args.names).splitlines() if line.strip()]
+    return TransformersDetector(args.detect or ORIGINAL_MODEL, names, **_model_options(args))
+
+
+def _relator(args: argparse.Namespace) -> Any:
+    from ..errors import OptionError
+
+    if args.relate == "none":
+        return None
+    if args.relate == "rules":
+        if args.segment is None and args.detect is None:
+            raise OptionError("--relate rules relates what --segment or --detect find: add one of them.")
+        from ..processing.perception.spatial_relations import SpatialRules
+
+        return SpatialRules()
+    from ..processing.perception.scene_graph_psgtr import PsgtrRelator
+
+    return PsgtrRelator(args.relate, legacy=args.original, **_model_options(args))
+
+
+def _reader(args: argparse.Namespace) -> Any:
+    from ..processing.perception.ocr_rapidocr import RapidOcrReader
+
+    return RapidOcrReader(detection_side=args.text_side, device=args.device, legacy=args.original)
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"device": args.device, "dtype": args.dtype, "batch_size": args.batch_size}
+
+
+def _read(file: str) -> str:
+    from ..errors import DataError
+
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}).") from error
+
+
+def _in_short(adapter: Any) -> str:
+    if not isinstance(adapter, dict):
+        return str(adapter)
+    return ", ".join(f"{k} {len(v)}" if isinstance(v, list | tuple) else f"{k} {v}" for k, v in adapter.items())
+
+
+def _printable(text: str) -> str:
+    """What an image holds may be anything; a terminal must not act on it."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

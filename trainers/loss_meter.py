@@ -12,7 +12,6 @@ from ..modeling_unimoe.configuration_unimoe_text import LOSS_COEFFICIENTS, UniMo
 from .objective import LossParts
 
 BALANCED = "_balanced"
-LOSS_NAMES = ("ce_loss", *LOSS_COEFFICIENTS)
 ALWAYS_LOGGED = ("loss", "ce_loss", "aux_loss", "z_loss")
 _ROUTERS_ADD = ("loss", *LOSS_COEFFICIENTS)  # what would be another value if the experts were balanced
 # All names that a log may hold: the losses, and what they would be with balanced experts.

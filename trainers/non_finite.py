@@ -55,7 +55,7 @@ class FiniteGuard:
             TrainingError: losses or gradients are not finite and no step may be left out any more.
         """
         batches, self._batches = self._batches, []
-        losses_finite = _on_all_ranks(trainer, all(bool(torch.isfinite(batch.loss)) for batch in batches))
+        losses_finite = not _on_any_rank(trainer, any(not _is_finite(batch.loss) for batch in batches))
         self.step_made = losses_finite and math.isfinite(float(norm))
         if self.step_made:
             return True
@@ -79,30 +79,37 @@ class FiniteGuard:
         return False
 
     def _describe(self, trainer: Any, batches: list[_Batch]) -> str:
-        bad = [batch for batch in batches if not bool(torch.isfinite(batch.loss))] or batches
-        what = "gradient norm" if bad is batches else "loss"
-        samples = ", ".join(str(name) for batch in bad for name in batch.raw.get("sample_ids", ()))
+        bad = [batch for batch in batches if not _is_finite(batch.loss)]
+        named = bad or batches
+        # Ranks may have to run the model together, so all of them look at as many batches.
+        looked_at = named if trainer.accelerator.num_processes == 1 else batches
 
         def backward() -> None:
-            for batch in bad:
+            for batch in looked_at:
                 trainer.compute_loss(trainer.base, batch.raw).backward()
             self._batches = []
 
         devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
         # As in the step itself: what overflows in half precision may not do so in float32.
         with trainer.accelerator.autocast(), torch.random.fork_rng(devices=devices):
-            origin = first_bad_module(trainer.base, [batch.inputs for batch in bad], backward)
+            origin = first_bad_module(
+                trainer.base,
+                [batch.inputs for batch in looked_at],
+                backward,
+                lambda found: _on_any_rank(trainer, found),
+            )
+        samples = ", ".join(str(name) for batch in named for name in batch.raw.get("sample_ids", ()))
         return (
-            f"The {what} is not finite at step {trainer.state.global_step + 1} on rank {trainer.args.process_index}; it "
-            f"begins with {origin}. Samples of the batch: {samples}."
+            f"The {'loss' if bad else 'gradient norm'} is not finite at step {trainer.state.global_step + 1} on rank "
+            f"{trainer.args.process_index}; it begins with {origin}. Samples of the batch: {samples}."
         )
 
 
-def _on_all_ranks(trainer: Any, good: bool) -> bool:
+def _on_any_rank(trainer: Any, found: bool) -> bool:
     if trainer.accelerator.num_processes == 1:
-        return good
-    bad_ranks = trainer.accelerator.reduce(torch.tensor(float(not good), device=trainer.args.device), "sum")
-    return float(bad_ranks) == 0
+        return found
+    ranks = trainer.accelerator.reduce(torch.tensor(float(found), device=trainer.args.device), "sum")
+    return float(ranks) > 0
 
 
 def _scale_can_shrink(trainer: Any) -> bool:
@@ -111,7 +118,12 @@ def _scale_can_shrink(trainer: Any) -> bool:
     return scaler is not None and scaler.is_enabled() and scaler.get_scale() > _LEAST_SCALE
 
 
-def first_bad_module(model: nn.Module, batches: Sequence[Mapping[str, Any]], backward: Callable[[], None]) -> str:
+def first_bad_module(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    backward: Callable[[], None],
+    on_any_rank: Callable[[bool], bool] = bool,
+) -> str:
     """Name the origin of a loss or gradient that is not finite, for a message.
 
     Looks at the weights, then at every module's output in a new forward pass, then at gradients as they are made.
@@ -120,13 +132,15 @@ def first_bad_module(model: nn.Module, batches: Sequence[Mapping[str, Any]], bac
         batches: inputs of the model's forward.
         backward: makes the gradients of these batches anew; those of the step itself were scaled by their norm, which
             makes all of them NaN.
+        on_any_rank: whether any rank has found something, so that all of them look no further.
     """
-    for name, parameter in model.named_parameters():
-        if not _is_finite(parameter):
-            return f"the weights of {name}"
-    for batch in batches:
-        if (found := _first_bad_output(model, batch)) is not None:
-            return f"the output of {found}"
+    elsewhere = "something on another rank, which names it"
+    weights = next((name for name, parameter in model.named_parameters() if not _is_finite(parameter)), None)
+    if on_any_rank(weights is not None):
+        return elsewhere if weights is None else f"the weights of {weights}"
+    outputs = [name for batch in batches if (name := _first_bad_output(model, batch)) is not None]
+    if on_any_rank(bool(outputs)):
+        return f"the output of {outputs[0]}" if outputs else elsewhere
     gradient = _first_bad_gradient(model, backward)
     return "the loss" if gradient is None else f"the gradient of {gradient}"
 

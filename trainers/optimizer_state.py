@@ -71,7 +71,7 @@ def _whole(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def _placed(value: Any, parameter: torch.Tensor) -> Any:
+def _placed(value: Any, parameter: Any) -> Any:
     """A state as its parameter is spread: moments have its shape, counters do not."""
     if not hasattr(parameter, "full_tensor") or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         return value

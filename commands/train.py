@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     if args.out is not None:
         recipe.out = str(Path(args.out).absolute())
-    _print_plan(recipe, args.tokens_per_second)
+    _print_plan(recipe, args)
     if args.plan:
         return 0
     reports = run_curriculum(recipe, on_stage_start=_print_stage)
@@ -63,12 +63,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(recipe: Any, tokens_per_second: float | None) -> None:
+def _print_plan(recipe: Any, args: argparse.Namespace) -> None:
     from ..trainers.memory_plan import degrees_of
+    from ..trainers.plan import missing_files
     from ..trainers.plan_text import format_plan
     from ..trainers.run_plan import plan_run
 
-    plan = plan_run(recipe, degrees_of(getattr(recipe, "parallel", None)), tokens_per_second)
+    # A run that lacks its data says so itself, and at once.
+    brief = not args.plan and bool(missing_files(recipe))
+    plan = plan_run(recipe, degrees_of(getattr(recipe, "parallel", None)), args.tokens_per_second, brief)
     print(format_plan(recipe, plan), flush=True)
 
 

@@ -78,6 +78,7 @@ class MemorySettings:
         checkpointing: only the inputs of layers are kept, one layer at a time is computed again.
         below_decoder: what trains lies at the decoder's input or below or within it, so that its layers keep their
             activations; False when only the head trains.
+        frozen_matrices: nothing in the decoder's layers trains but routers, so that its matrices and norms keep no inputs.
         tower_activations: bytes that towers and connectors keep for the backward pass or hold at once.
     """
 
@@ -100,6 +101,7 @@ class MemorySettings:
     stores_scores: bool = False
     checkpointing: bool = False
     below_decoder: bool = True
+    frozen_matrices: bool = False
     tower_activations: int = 0
 
 
@@ -206,14 +208,16 @@ def _layer_bytes(training: MemorySettings, tensor: int) -> float:
 
     Both norms keep their input and its scaled form in float32 and their output in b; attention keeps queries, keys and
     values for every head, and its output; the feed-forward network keeps gate, its activation, up and the product, and the
-    inputs and outputs of chosen experts. Scores are kept after their softmax, in float32 and in b.
+    inputs and outputs of chosen experts. Scores are kept after their softmax, in float32 and in b. Where the matrices are
+    frozen, only what comes before a nonlinearity or a product of two activations is kept.
     """
     b, hidden = training.compute_bytes, training.hidden_size
-    norms = 2 * hidden * (4 + 4 + b)
-    attention = b * 4 * training.query_size / tensor
+    frozen = training.frozen_matrices
+    norms = 2 * hidden * (4 if frozen else 4 + 4 + b)
+    attention = b * (3 if frozen else 4) * training.query_size / tensor
     scores = _scores(training, tensor) * (4 if b == 4 else 4 + b)
-    experts = 2 * training.copies_per_token * hidden if training.copies_per_token != 1 else 0
-    ffn = b * (4 * training.ffn_size / tensor + experts)
+    experts = (1 if frozen else 2) * training.copies_per_token * hidden if training.copies_per_token != 1 else 0
+    ffn = b * ((3 if frozen else 4) * training.ffn_size / tensor + experts)
     return training.rows * training.row_length * (norms + attention + scores + ffn)
 
 

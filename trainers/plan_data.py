@@ -67,16 +67,15 @@ def look_at(entry: DataEntry, media_root: str | None, voice_as: Any) -> DataSetH
     if size <= _WHOLE and source.count is None:
         samples = list(source.samples(tolerant=True))
         return DataSetHeader(entry, [s for s in samples if "fault" not in s], len(samples), True)
-    count = source.count
     lined = [file for file in files if file.suffix == ".jsonl"]
-    if count is None and len(lined) == len(files) and entry.split is None and not entry.columns:
+    if source.count is None and len(lined) == len(files) and entry.split is None and not entry.columns:
         found = list(_spread(source, lined))
         if found:
             bytes_each = sum(length for _, length in found) / len(found)
             count = min(size / bytes_each, entry.max_samples or size)
             return DataSetHeader(entry, [sample for sample, _ in found], count, False)
-    samples = islice(source.samples(tolerant=True), _PLACES * _PER_PLACE)
-    return DataSetHeader(entry, [sample for sample in samples if "fault" not in sample], count, False)
+    head = [s for s in islice(source.samples(tolerant=True), _PLACES * _PER_PLACE) if "fault" not in s]
+    return DataSetHeader(entry, head, source.count, False)
 
 
 def chosen_count(headers: Sequence[DataSetHeader], names: Sequence[str]) -> float | None:

@@ -112,7 +112,9 @@ def parameter_sizes(model: nn.Module, stage: StageConfig) -> ParameterSizes:
             layers[parts[1].partition(".")[0]] = layers.get(parts[1].partition(".")[0], 0) + size
     adapted = stage.lora is not None and "experts" in stage.lora.targets
     return ParameterSizes(
-        **{kind: Count(*counts) for kind, counts in totals.items()},
+        experts=Count(*totals["experts"]),
+        split=Count(*totals["split"]),
+        whole=Count(*totals["whole"]),
         adapted_experts=totals["experts"][0] if adapted else 0,
         largest_layer=max(layers.values(), default=0),
     )
@@ -156,6 +158,7 @@ def memory_settings(
         stores_scores=eager,
         checkpointing=recipe.gradient_checkpointing,
         below_decoder=bool(made.trained_roles - {"head"}),
+        frozen_matrices=not made.trained_roles & {"attention", "ffn", "experts", "norms"},
         tower_activations=towers,
     )
 

@@ -102,7 +102,7 @@ def _data_beside(recipe_path: Path, where: str, entry: str | DataEntry) -> str |
     found = {
         name: _beside(recipe_path, f"{where}.{name}", value) for name, value in paths.items() if value is not None
     }
-    return replace(entry, **found)
+    return replace(entry, **found)  # type: ignore[arg-type]
 
 
 def _beside(recipe_path: Path, field_name: str, name: str) -> str:

@@ -55,12 +55,15 @@ class RunPlan:
     degrees: Degrees
 
 
-def plan_run(recipe: Recipe, degrees: Degrees | None = None, tokens_per_second: float | None = None) -> RunPlan:
+def plan_run(
+    recipe: Recipe, degrees: Degrees | None = None, tokens_per_second: float | None = None, brief: bool = False
+) -> RunPlan:
     """The plan of a recipe: configurations and data are read, weights are not.
 
     Args:
         degrees: of parallelism; one process when None.
         tokens_per_second: of all ranks together, where no earlier start of a stage has measured its speed.
+        brief: say only what the recipe itself does, as if its model were not there.
 
     Raises:
         RecipeError, ConfigurationError, ConversionError: a stage cannot be, whatever its weights.
@@ -68,7 +71,7 @@ def plan_run(recipe: Recipe, degrees: Degrees | None = None, tokens_per_second: 
     """
     degrees = degrees or Degrees()
     rows, missing = plan_curriculum(recipe), missing_files(recipe)
-    if recipe.model in missing:
+    if brief or recipe.model in missing:
         return RunPlan(rows, missing, {}, [], degrees)
     from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
     from ..processing.processing_unimoe import UniMoeProcessor

@@ -180,7 +180,7 @@ def _parts_of_data_sets(
     if origins is None or weights is None:
         return {}
     own = {name: np.bincount(np.asarray(origins)[indices], minlength=len(weights)) for name, indices in groups.items()}
-    sizes = sum(own.values())
+    sizes = np.sum(list(own.values()), axis=0)
     used = sum(weight for weight, size in zip(weights, sizes, strict=True) if size)
     return {
         name: {

@@ -69,8 +69,7 @@ class StreamedConversations(Dataset):
         while True:
             shuffle = np.random.default_rng((seed, number, epoch))
             found = False
-            in_memory = isinstance(member, ConversationDataset)
-            for sample in _in_memory(member, shuffle) if in_memory else member.samples(shuffle, tolerant=True):
+            for sample in _one_pass(member, shuffle):
                 if "fault" not in sample:
                     if not self._chosen(sample):
                         continue
@@ -109,9 +108,11 @@ class StreamedConversations(Dataset):
         return f" of {', '.join(self.names)}" if self.names else " that can be read"
 
 
-def _in_memory(dataset: ConversationDataset, shuffle: np.random.Generator) -> Iterator[Sample]:
-    for index in shuffle.permutation(len(dataset)):
-        yield dataset.samples[index]
+def _one_pass(member: Source | ConversationDataset, shuffle: np.random.Generator) -> Iterator[Sample]:
+    if isinstance(member, Source):
+        return member.samples(shuffle, tolerant=True)
+    samples = member.samples
+    return (samples[index] for index in shuffle.permutation(len(samples)))
 
 
 def stream_conversations(

@@ -12,6 +12,7 @@ from unimoe.trainers.collator import RawCollator
 from unimoe.trainers.memory_plan import kept_activations
 from unimoe.trainers.plan_model import memory_settings, stage_models
 from unimoe.trainers.recipe import Recipe, StageConfig
+from unimoe.trainers.trainable import set_trainable
 
 TOLERANCE = 0.25
 TEXT = {
@@ -30,6 +31,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (DENSE, {"attention": "sdpa", "precision": "bfloat16"}, [*ROLES, "ffn"]),
     (DENSE, {"attention": "sdpa", "gradient_checkpointing": True}, [*ROLES, "ffn"]),
     (SPARSE, {"attention": "sdpa"}, [*ROLES, "router", "experts"]),
+    (SPARSE, {"attention": "sdpa"}, ["router"]),
 ]
 
 
@@ -75,6 +77,7 @@ def test_activations_are_what_autograd_keeps(
     rows, length = batch["input_ids"].shape
     settings = memory_settings(recipe, stage, made, rows, length, batch["logits_to_keep"], {})
     model = UniMoeForCausalLM(config).train()
+    set_trainable(model, train)
     model.model.language_model.set_attn_implementation(options["attention"])
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()

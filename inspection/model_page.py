@@ -37,6 +37,8 @@ def write_model_page(folder: Path, facts: dict[str, Any], passages: Sequence[Pas
 
 def _note(facts: dict[str, Any]) -> str:
     parts = [f"data: {', '.join(facts['data'])}"] if facts.get("data") else []
+    if facts["experts"] != _experts(facts):
+        parts.append(f"experts: {', '.join(facts['experts'])}")
     return "; ".join(parts + ([f"compared with {facts['compared_with']}"] if facts.get("compared_with") else []))
 
 

@@ -187,7 +187,7 @@ class RoutingRecorder:
         valid_T1 = member_TM.sum(dim=1, keepdim=True)
         counts.together_LXX[rows] += (used_LTX.transpose(1, 2) @ (used_LTX * valid_T1)).long()
         if self.keep_last:
-            self.last += [_weights(*seen[layer][1:], config) for layer in layers]
+            self.last += [_weights(seen[layer][1], seen[layer][2], config) for layer in layers]
 
 
 def _chosen(

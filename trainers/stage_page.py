@@ -1,8 +1,9 @@
 """`report.html` of a stage: losses, rates, expert load, drift, speed and memory, from the files that the stage leaves."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def _by_layer(routed: Records, name: str) -> list[Curve]:
     if len(layers) <= _MOST_CURVES:
         return [Curve(f"layer {n}", [(r["step"], r[name][i]) for r in routed]) for i, n in enumerate(layers)]
     known = [(r["step"], [value for value in r[name] if value is not None]) for r in routed]
-    kinds = {"highest": max, "mean": lambda values: sum(values) / len(values), "lowest": min}
+    kinds: dict[str, Callable[[list[float]], float]] = {"highest": max, "mean": mean, "lowest": min}
     return [Curve(kind, [(step, pick(v)) for step, v in known if v]) for kind, pick in kinds.items()]
 
 

@@ -186,7 +186,18 @@ def test_all_tokens_on_the_same_pair_is_a_collapse() -> None:
     counts.chosen_NLMX[0, 0, 0] = torch.tensor([TOKENS, TOKENS, 0, 0, 0])
     (collapse,) = tells(tiny.text_config(), *[counts] * 3)
     assert collapse.experts == ("0", "1")
-    assert tells(tiny.text_config(num_experts=3), *[counts] * 0) == []
+
+
+def test_tokens_that_take_most_experts_are_no_collapse() -> None:
+    counts = window(top_k=1, text=[40, 30, 30, 0])
+    for tensor in (counts.decided_LMX[0], counts.chosen_NLMX[0, 0]):
+        tensor[0] = torch.tensor([TOKENS, TOKENS, TOKENS, 0, 0])
+    assert tells(tiny.text_config(num_experts_per_tok=3), *[counts] * 3) == []
+    # Top-p: the first choice is always the same, but three are taken, and not the same three.
+    counts = window(top_k=3, text=[100, 0, 0, 0])
+    dynamic = {"router_type": "dynamic", "router_top_p": 0.7}
+    assert tells(tiny.text_config(**dynamic), *[counts] * 3) == []
+    assert len(tells(tiny.text_config(), *[counts] * 3)) == 1
 
 
 def test_a_layer_that_recovered_is_told_again() -> None:

@@ -8,7 +8,8 @@ from ..noise.modality_bias import Bias
 from ..results import TaskResult
 
 _SCORE, _BASE, _MAJORITY = "#1f5fa8", "#8a8a8a", "#c4722a"
-_BAR = 0.42  # inches per task
+# Inches: of the figure, of its margins, and per task.
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM, _BAR = 8.6, 2.9, 0.1, 0.4, 0.55, 0.46
 
 
 def plot_modality(results: Sequence[TaskResult]) -> str:
@@ -50,8 +51,10 @@ def plot_gains(bias: Bias) -> str:
 def _figure(rows: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.2, 1.25 + _BAR * rows), layout="constrained")
-    axes = figure.subplots()
+    height = _TOP + _BOTTOM + _BAR * rows
+    figure = Figure(figsize=(_WIDTH, height))
+    # The same margins in every plot, so that their axes stand below each other.
+    axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / height, 1 - (_LEFT + _RIGHT) / _WIDTH, _BAR * rows / height))
     axes.set_xlim(0, 112)
     axes.set_ylim(rows - 0.4, -0.6)
     axes.spines[["top", "right"]].set_visible(False)

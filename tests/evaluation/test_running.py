@@ -19,6 +19,8 @@ from unimoe.evaluation.running.batches import BatchAnswerer
 from unimoe.evaluation.running.predictions import PredictionStore
 from unimoe.evaluation.running.requests import Request
 from unimoe.evaluation.tasks.catalogue import find_tasks
+from unimoe.quickstart import evaluate as quickstart
+from unimoe.trainers.encoder_cache import EncoderCache
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,28 @@ def test_more_tasks_join_a_run(multimodal: Path, short_answers: list[int], tmp_p
     evaluate(multimodal, "starter_text", data, out, "--limit", "4", "--resume")
     assert [row["name"] for row in read_results(out)] == ["mmbench", "starter_text"]
     assert evaluate(multimodal, "mmbench", data, out, "--limit", "4", "--resume") == 0
+
+
+def test_answers_are_those_of_the_quickstarts_own_table(
+    multimodal: Path, short_answers: list[int], tmp_path: Path
+) -> None:
+    tasks = find_tasks(["starter_image", "starter_speech", "starter_text"])
+    planned = runner.plan_run(tasks, tmp_path, tmp_path / "out", limit=2)
+    samples = [item.record for plan in planned for item in plan.items]
+    model, processor = (
+        loaded_once(str(multimodal), torch.device("cpu")).model,
+        AutoProcessor.from_pretrained(multimodal),
+    )
+    cache = EncoderCache(tmp_path / "cache", model, processor, dtype="float32")
+    cache.build(samples)
+    expected = {a.sample["id"]: a for a in quickstart.answer_samples(model, processor, cache, samples)}
+    names = ",".join(task.name for task in tasks)
+    assert evaluate(multimodal, names, tmp_path, tmp_path / "out", "--limit", "2", "--max-new-tokens", "4") == 0
+    for plan in planned:
+        for prediction in lines(tmp_path / "out" / "predictions" / f"{plan.task.name}.jsonl"):
+            whole = expected[prediction["id"]].text
+            assert whole.startswith(prediction["prediction"])
+            assert prediction["prediction"] or not whole
 
 
 class OneOfTwo:

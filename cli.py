@@ -26,7 +26,6 @@ _EXAMPLES = """\
 examples:
   unimoe quickstart                     a small model from parts, in minutes
   unimoe chat quickstart-out/model      talk to it; --image F shows it one
-  unimoe train recipe.yaml              a curriculum of your own
   unimoe COMMAND --help                 the options of one command
 """
 

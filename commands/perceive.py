@@ -121,8 +121,8 @@ def chosen_perceiver(args: argparse.Namespace) -> "Perceiver":
         from ..processing.perception.replay import Replay
 
         replay = Replay(args.replay)
-        tasks = replay.tasks
-        return Perceiver(**dict.fromkeys(tasks, replay), stretch_to=stretch)
+        adapters: dict[str, Any] = dict.fromkeys(replay.tasks, replay)
+        return Perceiver(**adapters, stretch_to=stretch)
     nothing_chosen = args.segment is None and args.detect is None and args.relate == "none"
     text = args.text or ("rapidocr" if nothing_chosen or args.original else "none")
     return Perceiver(

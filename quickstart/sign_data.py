@@ -202,7 +202,7 @@ def _background(side: int, colour: tuple[int, ...], rng: np.random.Generator) ->
     """Plain, a gradient, stripes or blurred patches."""
     other = rng.integers(0, 256, 3)
     kind = rng.integers(4)
-    mix = np.zeros((side, side))
+    mix: np.ndarray = np.zeros((side, side))
     if kind == 1:
         mix = np.add.outer(*np.linspace(0, 0.5, side)[None].repeat(2, 0))
     elif kind == 2:

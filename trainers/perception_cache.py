@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..errors import DataError
 from ..processing.media_policy_unimoe import DEFAULT_POLICY, MediaPolicy
 from ..processing.media_unimoe import open_media
+from ..processing.perception.auxiliary import with_aux
 from ..processing.perception.results import Perception
 from ..processing.perception.verbalize import DEFAULT, Verbalization, verbalize
 from .checkpoints import write_durably
@@ -138,6 +139,12 @@ class PerceptionCache:
     def texts_of(self, sample: Sample, rules: Verbalization = DEFAULT) -> list[str]:
         """The text of each image of a sample, in their order. Raises as `perception` does."""
         return [verbalize(seen, rules) for seen in self.of_sample(sample)]
+
+    def with_aux(self, sample: Sample, rules: Verbalization = DEFAULT, with_map: bool = True) -> Sample:
+        """The sample with "aux" on its image items, as a processor takes it. Raises as `perception` does."""
+        if "messages" not in sample:
+            return sample
+        return {**sample, "messages": with_aux(sample["messages"], self.perception, rules, with_map)}
 
 
 def image_digest(image: Any, policy: MediaPolicy = DEFAULT_POLICY) -> str:

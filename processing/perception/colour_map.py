@@ -38,12 +38,10 @@ def bit_colours(rows: int = ORIGINAL_ROWS) -> np.ndarray:
     return colours.astype(np.uint8)
 
 
-def original_map(ids: np.ndarray) -> np.ndarray:
-    """The original's picture of segment numbers: [..., 3] float64 in 0..1, for ids [...].
+def original_picture(ids: np.ndarray) -> np.ndarray:
+    """The original's picture of segment numbers: [..., 3] uint8, for ids [...].
 
-    It shows numbers, not classes: the first segment of every image is dark red. Numbers below 0 are shown as 0. The
-    original normalises these values as if they were in 0..255, which leaves next to nothing of the picture; that is for the
-    caller, who has the normalisation.
+    It shows numbers, not classes: the first segment of every image is dark red. Numbers below 0 are shown as 0.
 
     Raises:
         DataError: a number is above 133, for which the table has no row.
@@ -53,7 +51,13 @@ def original_map(ids: np.ndarray) -> np.ndarray:
             f"A segment has the number {ids.max()}; the original's colour table ends at {ORIGINAL_ROWS - 1}. Use class_map, or "
             "keep fewer segments."
         )
-    return (bit_colours() / 255)[np.maximum(ids, 0)]
+    return bit_colours()[np.maximum(ids, 0)]
+
+
+def original_map(ids: np.ndarray) -> np.ndarray:
+    """The same as the original feeds it: [..., 3] float64 in 0..1. It then normalises these values as if they were in
+    0..255, which leaves next to nothing of the picture; that is for the processor, which has the normalisation."""
+    return original_picture(ids) / 255
 
 
 def class_map(segmentation: Segmentation) -> np.ndarray:

@@ -11,6 +11,8 @@ from .results import Bounds
 Colour = tuple[int, int, int]
 _PADDING = 5
 _ELLIPSIS = "…"
+# Pillow looks for them where the system keeps its fonts: Linux, macOS, Windows.
+_FONTS = ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf")
 # Steps, in heights of a label, in which a place is looked for around a thing.
 _FARTHEST = 40
 
@@ -82,7 +84,12 @@ class LabelPlacer:
 
 @lru_cache(maxsize=8)
 def font_of(size: int) -> PIL.ImageFont.FreeTypeFont:
-    """The font that Pillow brings, for Latin letters."""
+    """A font of this machine that has accents and signs; where there is none, the one in Pillow, which has Latin letters."""
+    for name in _FONTS:
+        try:
+            return PIL.ImageFont.truetype(name, size)
+        except OSError:
+            continue
     return PIL.ImageFont.load_default(size)  # type: ignore[return-value]
 
 

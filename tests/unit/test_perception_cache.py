@@ -75,6 +75,18 @@ def test_every_image_is_perceived_once(data: Path, tmp_path: Path) -> None:
     assert not plan_perception(samples, again).missing
 
 
+def test_samples_carry_what_was_seen(data: Path, tmp_path: Path) -> None:
+    perceiver, samples = Perceiver(reader=CountingReader()), data_samples([data])
+    cache = open_cache(tmp_path / "seen", perceiver)
+    carry_out(plan_perception(samples, cache), perceiver, cache, progress=False)
+    sample = cache.with_aux(samples[1])
+    image, text = sample["messages"][0]["content"]
+    assert image == {**samples[1]["messages"][0]["content"][0], "aux": {"text": cache.texts_of(samples[1])[0]}}
+    assert text == samples[1]["messages"][0]["content"][1]
+    assert "aux" not in samples[1]["messages"][0]["content"][0]
+    assert cache.with_aux(samples[-1]) == samples[-1]
+
+
 def test_a_stop_keeps_what_was_done(data: Path, tmp_path: Path) -> None:
     samples = data_samples([data])
     stopped = Perceiver(reader=CountingReader(stop_after=4))

@@ -11,6 +11,7 @@ import pytest
 
 from unimoe.errors import DataError
 from unimoe.processing.perception import class_names
+from unimoe.processing.perception.auxiliary import with_aux
 from unimoe.processing.perception.colour_map import class_colour, class_map, original_map
 from unimoe.processing.perception.original_order import largest_as_partitioned
 from unimoe.processing.perception.perceiver import Perceiver
@@ -91,6 +92,20 @@ def test_partition_finds_the_largest(size: int) -> None:
         largest_as_partitioned(values, size + 1)
 
 
+@pytest.mark.parametrize(
+    ("values", "order"),
+    [
+        ([3, 7, 0, 5, 6, 1, 2, 4], [6, 3, 4, 1, 0, 7]),
+        ([5, 2, 8, 7, 3, 4, 0, 6, 1], [4, 3, 5, 2, 7, 0]),
+        ([4, 1, 10, 9, 6, 5, 7, 0, 3, 2, 11, 8], [0, 5, 6, 4, 3, 2, 10, 11]),
+        ([5, 12, 10, 7, 3, 9, 4, 6, 0, 8, 11, 1, 2, 13], [6, 0, 1, 7, 5, 9, 10, 3, 2, 13]),
+    ],
+)
+def test_partition_leaves_numpy_1_26s_order(values: list[float], order: list[int]) -> None:
+    """Recorded: np.argpartition(values, -len(order))[-len(order):] of numpy 1.26.4."""
+    assert largest_as_partitioned(values, len(order)) == order
+
+
 def test_map_pictures() -> None:
     picture = class_map(segmentation())
     assert picture.shape == (10, 20, 3)
@@ -100,6 +115,22 @@ def test_map_pictures() -> None:
     assert original_map(segmentation().ids)[0, 0].tolist() == [0.0, 128 / 255, 0.0]
     with pytest.raises(DataError, match="134"):
         original_map(np.array([134]))
+
+
+def test_a_conversation_has_the_map_of_its_first_image_with_one() -> None:
+    seen = {"a": Perception(4, 4, lines=()), "b": everything(), "c": everything()}
+    items = [{"type": "image", "path": name} for name in seen]
+    messages = [
+        {"role": "user", "content": [*items, {"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": "!"},
+    ]
+    first, second, third, question = with_aux(messages, seen.__getitem__)[0]["content"]
+    assert (first["aux"], set(third["aux"]), question) == ({"text": ""}, {"text"}, {"type": "text", "text": "?"})
+    assert second["aux"]["text"] == verbalize(everything())
+    assert second["aux"]["map"].getpixel((0, 0)) == class_colour("sky")
+    (original,) = with_aux([{"role": "user", "content": items[1:2]}], seen.__getitem__, ORIGINAL)[0]["content"]
+    assert original["aux"]["map"].getpixel((0, 0)) == (0, 128, 0)
+    assert original["aux"]["text"] == verbalize(everything(), ORIGINAL)
 
 
 def test_results_survive_json() -> None:

@@ -238,7 +238,9 @@ def _with_absolute_path(item: dict[str, Any], place: str, root: Path) -> dict[st
     key = item["type"] if item["type"] in item else "path"
     if key not in item:
         raise DataError(f"{place}: the {item['type']} item has neither 'path' nor {item['type']!r}.")
-    value = item[key]
+    value, aux = item[key], item.get("aux")
+    if isinstance(aux, dict) and isinstance(aux.get("map"), str | Path):
+        item = {**item, "aux": {**aux, "map": str(root / aux["map"])}}
     if isinstance(value, list) and value and all(isinstance(frame, str | Path) for frame in value):
         return {**item, key: [str(root / frame) for frame in value]}
     return {**item, key: str(root / value)} if isinstance(value, str | Path) else item

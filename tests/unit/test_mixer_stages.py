@@ -34,12 +34,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ConversationDataset:
     """Pictures that are all alike: the aux text says what to answer."""
     folder = tmp_path_factory.mktemp("data")
     PIL.Image.new("RGB", (24, 20), (90, 90, 90)).save(folder / "same.png")
-    map_picture = PIL.Image.new("RGB", (16, 16), (0, 128, 0))
+    PIL.Image.new("RGB", (16, 16), (0, 128, 0)).save(folder / "map.png")
     samples = []
     for index in range(8):
         colour = list(tiny_training.COLOURS)[index % 2]
         text = f"The image includes text descriptions: {colour}."
-        aux = {"text": text, "map": map_picture} if index % 4 < 2 else text
+        aux = {"text": text, "map": "map.png"} if index % 4 < 2 else text
         image = {"type": "image", "path": "same.png", "aux": aux}
         samples.append(tiny_training.sample("image", index, image, "What does it say?", colour))
     samples += [tiny_training.sample("text", i, None, "Say red.", "red") for i in range(2)]

@@ -16,6 +16,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "SECURITY.md",
     "CHANGELOG.md",
+    "docs/moai.md",
     "docs/prompts_and_data.md",
     "starter_corpus/README.md",
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from transformers import SiglipVisionConfig
 
 from unimoe import UniMoeForCausalLM
-from unimoe.conversion.released.bunny_processor import build_bunny_processor, prepare_bunny_tokenizer
+from unimoe.conversion.dense.prepared_tokenizers import prepare_bunny_tokenizer
+from unimoe.conversion.released.bunny_processor import build_bunny_processor
 from unimoe.conversion.upcycling.group_presets import group_preset
 from unimoe.errors import RecipeError
 from unimoe.processing.chat_templates_unimoe import bunny_chat_templates
@@ -54,7 +56,7 @@ def test_the_values_are_the_authors(backbone: str, name: str) -> None:
         "square",
     )
     assert (second.kind, second.name) == ("moe", {"all": "sparse"}.get(name, name))
-    assert (second.image_aspect_ratio, second.router_aux_loss_coef) == ("pad", 0.001)
+    assert (second.image_aspect_ratio, second.router_aux_loss_coef) == ("pad", 2 * 0.001)
     everything = {"connectors", "router", "experts", "ffn", "attention", "norms", "embeddings", "head"}
     assert set(second.train) == (everything if name == "all" else {"router", "experts", "ffn"})
     assert (recipe.moe.num_experts, recipe.moe.num_experts_per_tok) == (4, 2)
@@ -72,6 +74,16 @@ def test_the_recipes_of_a_folder_share_their_first_stage() -> None:
 @pytest.mark.parametrize(("backbone", "name"), RECIPES)
 def test_every_value_names_its_source(backbone: str, name: str) -> None:
     assert recipe_checks.lines_without_source(recipe_file(backbone, name)) == []
+
+
+def test_the_smoke_run_of_the_readme_is_a_recipe_that_loads() -> None:
+    text = (RUNS / "moiie_phi3" / "README.md").read_text(encoding="utf-8")
+    overrides = re.findall(r"--set (\S+)", text.partition("## A smoke run")[2].partition("\n## ")[0])
+    recipe = load_recipe(recipe_file("phi3", "all"), [one.replace("$PWD", "/") for one in overrides])
+    assert len(overrides) == 13
+    assert [(stage.steps, stage.batch_size, stage.data, stage.modalities) for stage in recipe.stages] == [
+        (2, 2, None, ["image"])
+    ] * 2
 
 
 # ---- the recipes on a tiny twin

@@ -18,6 +18,7 @@ DOCUMENTS = (
     "CHANGELOG.md",
     "docs/moai.md",
     "docs/prompts_and_data.md",
+    "docs/routing.md",
     "starter_corpus/README.md",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")

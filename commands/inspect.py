@@ -122,6 +122,8 @@ def describe_lines(model: "ModelDescription") -> list[str]:
         *(f"  {role:<12}{count.total:>16,}{count.active:>16,}" for role, count in model.parameters.items()),
         f"  {'all':<12}{model.total.total:>16,}{model.total.active:>16,}",
     ]
+    if model.receipt is not None:
+        lines += ["", "  receipt of the conversion", *(f"    {line}" for line in model.receipt)]
     return lines + ([] if model.router_load is None else ["", *router_load_lines(model.router_load)])
 
 

@@ -10,6 +10,7 @@ from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..dense.sources import expected_tensors, read_our_config, resolve_folder
 from ..publishing.model_card import modalities_of
+from ..publishing.saved_receipt import saved_summary
 from .checkpoint_reader import Checkpoint, read_json
 from .parameters import ParameterCount, count_parameters, total_and_active
 
@@ -37,7 +38,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What `unimoe inspect` shows. `towers` and `connectors` map a branch to a line about it."""
+    """What `unimoe inspect` shows. `towers` and `connectors` map a branch to a line about it; `receipt` are the lines of the
+    conversion that made the model.
+    """
 
     name: str
     modalities: list[str]
@@ -56,6 +59,7 @@ class ModelDescription:
     total: ParameterCount
     weights: Weights | None
     router_load: RouterLoad | None
+    receipt: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,6 +93,7 @@ def describe_model(name: str) -> ModelDescription:
         total=total_and_active(parameters),
         weights=_weights(folder, config),
         router_load=_router_load(folder / ROUTER_LOAD_FILE, config),
+        receipt=saved_summary(folder),
     )
 
 

@@ -7,10 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ..checkpoints.checkpoint_reader import dtype_name
+from ..checkpoints.checkpoint_reader import dtype_name, read_json
 from ..checkpoints.checkpoint_writer import OutputTensor
 
 RECEIPT_FILE = "receipt.json"
+_LINES, _LINE_LENGTH = 200, 500
+
+
+def saved_summary(folder: Path) -> list[str] | None:
+    """What the receipt in a model's folder says to a reader; None where there is none with a summary.
+
+    It may be a stranger's: its lines are cut to a size and hold nothing that a terminal would obey.
+    """
+    path = folder / RECEIPT_FILE
+    lines = read_json(path).get("summary") if path.is_file() else None
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        return None
+    return ["".join(c if c.isprintable() else "?" for c in line[:_LINE_LENGTH]) for line in lines[:_LINES]]
 
 
 @dataclass
@@ -36,6 +49,7 @@ class SavedReceipt:
         out: name of the folder.
         dtype: of most tensors that were written.
         parameters_active: those that one token goes through.
+        tensors_read_back: those whose bytes on disk are what was written; all of them.
     """
 
     out: str
@@ -43,9 +57,15 @@ class SavedReceipt:
     parameters_active: int
     bytes_written: int = 0
     seconds_writing: float = 0.0
+    tensors_read_back: int = 0
+
+    def lines(self) -> list[str]:
+        """The receipt for a reader."""
+        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All fields, and under "summary" what a reader sees of them."""
+        return {"summary": self.lines(), **dataclasses.asdict(self)}
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -53,4 +73,5 @@ class SavedReceipt:
     def written(self) -> str:
         """How much was written and how fast, for a reader."""
         rate = self.bytes_written / max(self.seconds_writing, 1e-3) / 1e6
-        return f"{self.bytes_written / 1e6:,.1f} MB {self.dtype} in {self.seconds_writing:.1f} s ({rate:,.0f} MB/s)"
+        amount = f"{self.bytes_written / 1e6:,.1f} MB {self.dtype} in {self.seconds_writing:.1f} s ({rate:,.0f} MB/s)"
+        return f"{amount}; {self.tensors_read_back} tensors read back, bit-equal"

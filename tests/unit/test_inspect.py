@@ -57,6 +57,15 @@ def test_json_holds_the_same_facts(folder: Path, capsys: pytest.CaptureFixture[s
     assert facts["total"]["total"] == sum(role["total"] for role in facts["parameters"].values())
 
 
+def test_a_receipt_may_be_a_strangers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for summary, shown in ((["wrote \x1b[31mred"], "    wrote ?[31mred\n"), ({"a": 1}, None), ([3], None)):
+        (folder / "receipt.json").write_text(json.dumps({"summary": summary}))
+        assert cli.main(["inspect", str(folder)]) == 0
+        printed = capsys.readouterr().out
+        assert ("receipt of the conversion" in printed) == (shown is not None)
+        assert shown is None or shown in printed
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_the_model_and_half_of_the_experts_are_active(tied: bool) -> None:
     model = tiny.model({"tie_word_embeddings": tied})

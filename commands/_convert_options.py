@@ -73,6 +73,10 @@ def read_fields(option: str, text: str) -> dict[str, Any]:
     from ..conversion.checkpoints.checkpoint_reader import read_json
 
     if not text.lstrip().startswith("{"):
+        if not Path(text).is_file():
+            raise ConversionError(
+                f"{option} {text!r} is neither a JSON object, such as '{{\"name\": 1}}', nor a file."
+            )
         return read_json(Path(text))
     try:
         return json.loads(text)

@@ -1,9 +1,14 @@
-"""A tiny dense Llama of transformers, of the sizes of `tiny.text_config`."""
+"""A tiny dense Llama of transformers, of the sizes of `tiny.text_config`, and such models as ours."""
 
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from unimoe import UniMoeConfig, UniMoeForCausalLM
+from unimoe.conversion.dense.fused_layouts import unfused_parts
+from unimoe.conversion.dense.llama_family import our_key, text_config_from
 
 SIZES = {
     "vocab_size": 96,
@@ -20,3 +25,20 @@ SIZES = {
 def llama(seed: int = 0, **fields: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **fields})).eval()
+
+
+def dense_from(hf_model: PreTrainedModel) -> UniMoeForCausalLM:
+    """A dense text-only model of ours with copies of the weights of a LLaMA-family model in memory."""
+    source = hf_model.state_dict()
+    text_config = text_config_from(hf_model.config, {name: tuple(tensor.shape) for name, tensor in source.items()})
+    parts = unfused_parts({n: tuple(t.shape) for n, t in source.items()}, hf_model.config)
+    state = {
+        our_key(name): part.of(source[part.stored]).detach().clone() for name, part in parts.items() if our_key(name)
+    }
+    with no_init_weights():
+        model = UniMoeForCausalLM(UniMoeConfig(text_config=text_config))
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    if hf_model.generation_config is not None:
+        model.generation_config = GenerationConfig(**hf_model.generation_config.to_dict())
+    return model.to(hf_model.device).train(hf_model.training)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import RecipeError
+from ..modeling_unimoe.routing_validation_unimoe import LOSS_COEFFICIENTS
 from ..roles import ROLES
 from .recipe_data import VOICES, DataEntry, check_batches, check_data, check_use_of_data
 from .recipe_mixers import MixersConfig
@@ -18,7 +19,7 @@ from .telemetry_settings import TelemetrySettings
 STAGE_KINDS = ("train", "experts", "moe")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
-COEFFICIENTS = tuple(f"router_{name}_loss_coef" for name in ("aux", "z", "modality", "divergence"))
+COEFFICIENTS = tuple(LOSS_COEFFICIENTS.values())
 
 
 @dataclass

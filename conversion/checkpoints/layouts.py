@@ -25,7 +25,7 @@ from ..dense.sources import expected_tensors, read_our_config
 from .checkpoint_reader import PICKLE, PICKLE_INDEX, SAFETENSORS_INDEX, Checkpoint, TensorInfo
 from .checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, split_into_shards, write_checkpoint, write_shards
 from .finished_folder import finished_folder
-from .read_back import verify_written
+from .read_back import require_digests
 
 Layout = Literal["fused", "per-expert"]
 _FUSED_EXPERTS = re.compile(r"(?P<mlp>.+\.mlp\.experts\.)(?P<name>gate_up_proj|down_proj)")
@@ -92,13 +92,16 @@ def run_layout(
         for path in sorted(plan.folder.iterdir()):
             if path.is_file() and path not in weights:
                 shutil.copyfile(path, folder / path.name)
+        digests = dict[str, str]()
         if plan.ranks is None:
-            files = write_checkpoint(folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress)
+            files = write_checkpoint(
+                folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
+            )
         else:
             shards = rank_shards(plan.outputs, plan.ranks, max_shard_bytes)
             metadata = {"expert_parallel_ranks": plan.ranks}
-            files = write_shards(folder, shards, progress=progress, metadata=metadata)
-        verify_written(Checkpoint(folder), plan.outputs)
+            files = write_shards(folder, shards, progress=progress, digests=digests, metadata=metadata)
+        require_digests(Checkpoint(folder), digests, progress)
         sizes = {path.name: path.stat().st_size for path in files}
     seconds = max(time.monotonic() - started, 1e-3)
     total = sum(sizes.values())

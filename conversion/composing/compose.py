@@ -7,7 +7,6 @@ sparse.
 """
 
 import shutil
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,19 +17,18 @@ from transformers import GenerationConfig
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.processing_unimoe import UniMoeProcessor
-from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name
-from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, write_checkpoint
+from ..checkpoints.checkpoint_reader import dtype_name
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.file_digests import file_digests
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.key_rules import Shape
 from ..checkpoints.parameters import count_parameters, total_and_active
-from ..checkpoints.read_back import verify_written
-from ..dense.sources import expected_tensors, open_source
+from ..checkpoints.read_back import write_and_read_back
+from ..dense.prepared_tokenizers import placeholder_ids
+from ..dense.sources import expected_tensors, in_model_order, open_source
 from ..publishing.hub import complete_bundle, save_config
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE, TensorRecord
-from ..released.unimoe_processor import placeholder_ids
-from ..upcycling.stream_upcycle import in_model_order
 from .composed_part import ComposedPart, Made
 from .composed_processor import (
     Chat,
@@ -174,12 +172,7 @@ def run_composition(
     """
     with finished_folder(out) as folder:
         parts = _records(plan, progress)
-        started, digests = time.monotonic(), dict[str, str]()
-        shards = write_checkpoint(
-            folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
-        )
-        seconds = time.monotonic() - started
-        verify_written(Checkpoint(folder), plan.outputs)
+        written = write_and_read_back(folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress)
         total = total_and_active(count_parameters(plan.config))
         receipt = CompositionReceipt(
             out=out.name,
@@ -190,11 +183,9 @@ def run_composition(
             parameters_new=plan.parameters_new,
             features=plan.features,
             parts=parts,
-            targets={o.name: TensorRecord.of(o, plan.made_of[o.name], digests[o.name]) for o in plan.outputs},
+            targets={o.name: TensorRecord.of(o, plan.made_of[o.name], written.digests[o.name]) for o in plan.outputs},
             notes=list(plan.notes),
-            tensors_read_back=len(plan.outputs),
-            bytes_written=sum(path.stat().st_size for path in shards),
-            seconds_writing=round(seconds, 2),
+            **written.facts,
         )
         plan.processor.save_pretrained(folder)
         plan.generation.save_pretrained(folder)

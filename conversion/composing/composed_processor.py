@@ -20,9 +20,9 @@ from ...processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ...processing.processing_unimoe import UniMoeProcessor
 from ...processing.video_processing_unimoe import UniMoeVideoProcessor
 from ..checkpoints.meta_model import BUILDING_ERRORS, first_line, meta_model
+from ..dense.prepared_tokenizers import prepare_bunny_tokenizer
 from ..dense.sources import Source
 from ..dense.tokenizer_files import read_tokenizer
-from ..released.bunny_processor import prepare_bunny_tokenizer
 from .vision_part import picture_size
 
 CHAT_TEMPLATES = ("chatml", "vicuna", "llama", "phi3")

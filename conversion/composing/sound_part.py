@@ -10,9 +10,9 @@ from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
 from ..checkpoints.checkpoint_reader import Checkpoint, TensorFile, read_json
 from ..checkpoints.key_rules import KeyMap, Shape
+from ..dense.connector_fields import QFORMER_FIELDS
 from ..dense.sources import resolve_model_folder
 from ..released.import_plan import account
-from ..released.unimoe_config import QFORMER_FIELDS
 from ..released.unimoe_files import BeatsFile, Gathered, add_encoder
 from ..released.unimoe_keys import rules_for
 from .composed_part import ComposedPart, Made, left_over, taken

@@ -18,8 +18,12 @@ from ..checkpoints.tensor_parts import Part, consecutive, interleaved
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_PHI3_QKV = re.compile(r"(.+\.self_attn\.)qkv_proj\.(weight|bias)")
-_PHI3_GATE_UP = re.compile(r"(.+\.mlp\.)gate_up_proj\.(weight|bias)")
+# What Phi-3 fuses, below a layer -> LLaMA's names of its parts, in their order.
+PHI3_FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+_PHI3 = re.compile(rf"(.+\.)({'|'.join(map(re.escape, PHI3_FUSED))})\.(weight|bias)")
 _INTERNLM2_QKV = re.compile(r"(model\.layers\.\d+\.)attention\.wqkv\.(weight|bias)")
 _INTERNLM2_NAMES = (
     (re.compile(r"model\.tok_embeddings\."), "model.embed_tokens."),
@@ -91,12 +95,9 @@ def unfused_parts(shapes: Shapes, config: PreTrainedConfig) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     sizes, internlm2 = AttentionSizes.of(config), is_internlm2(shapes)
     for stored, shape in shapes.items():
-        if match := _PHI3_QKV.fullmatch(stored):
-            names = [f"{match[1]}{name}_proj.{match[2]}" for name in "qkv"]
-            made = phi3_qkv(stored, sizes)
-        elif match := _PHI3_GATE_UP.fullmatch(stored):
-            names = [f"{match[1]}{name}_proj.{match[2]}" for name in ("gate", "up")]
-            made = consecutive(stored, (config.intermediate_size,) * 2)
+        if match := _PHI3.fullmatch(stored):
+            names = [f"{match[1]}{name}.{match[3]}" for name in PHI3_FUSED[match[2]]]
+            made = consecutive(stored, phi3_rows(match[2], sizes, config.intermediate_size))
         elif internlm2 and (match := _INTERNLM2_QKV.fullmatch(stored)):
             names = [f"{match[1]}self_attn.{name}_proj.{match[2]}" for name in "qkv"]
             made = internlm2_qkv(stored, sizes)
@@ -107,9 +108,9 @@ def unfused_parts(shapes: Shapes, config: PreTrainedConfig) -> dict[str, Part]:
     return parts
 
 
-def phi3_qkv(stored: str, sizes: AttentionSizes) -> list[Part]:
-    """q, k and v of a tensor that holds them one after the other."""
-    return consecutive(stored, sizes.qkv_rows)
+def phi3_rows(fused: str, sizes: AttentionSizes, intermediate: int) -> tuple[int, ...]:
+    """Rows of the parts of one of `PHI3_FUSED`, which follow each other."""
+    return sizes.qkv_rows if fused == "self_attn.qkv_proj" else (intermediate, intermediate)
 
 
 def internlm2_qkv(stored: str, sizes: AttentionSizes) -> list[Part]:
@@ -140,4 +141,12 @@ def _require_all_rows(stored: str, shape: tuple[int, ...], parts: list[Part]) ->
         )
 
 
-__all__ = ["AttentionSizes", "internlm2_config", "internlm2_qkv", "is_internlm2", "phi3_qkv", "unfused_parts"]
+__all__ = [
+    "PHI3_FUSED",
+    "AttentionSizes",
+    "internlm2_config",
+    "internlm2_qkv",
+    "is_internlm2",
+    "phi3_rows",
+    "unfused_parts",
+]

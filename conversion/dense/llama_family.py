@@ -8,18 +8,13 @@ name.
 """
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ...errors import ConversionError
-from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from ..checkpoints.tensor_parts import Part
 from .fused_layouts import AttentionSizes, Shapes, unfused_parts
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -173,27 +168,6 @@ def our_key(source_key: str) -> str | None:
     return _OUR_PREFIX + source_key.removeprefix(_SOURCE_PREFIX)
 
 
-def dense_from(hf_model: PreTrainedModel) -> UniMoeForCausalLM:
-    """A dense text-only model of ours with copies of the weights of a LLaMA-family model in memory.
-
-    Raises:
-        ConversionError: as `text_config_from`.
-    """
-    source = hf_model.state_dict()
-    text_config = text_config_from(hf_model.config, {name: tuple(tensor.shape) for name, tensor in source.items()})
-    parts: Mapping[str, Part] = unfused_parts({n: tuple(t.shape) for n, t in source.items()}, hf_model.config)
-    state = {
-        our_key(name): part.of(source[part.stored]).detach().clone() for name, part in parts.items() if our_key(name)
-    }
-    with no_init_weights():
-        model = UniMoeForCausalLM(UniMoeConfig(text_config=text_config))
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    if hf_model.generation_config is not None:
-        model.generation_config = GenerationConfig(**hf_model.generation_config.to_dict())
-    return model.to(hf_model.device).train(hf_model.training)  # type: ignore[arg-type]
-
-
 def expected_shapes(hf_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that transformers' own causal LM class for this configuration has."""
     with torch.device("meta"):
@@ -302,4 +276,4 @@ def _has_field(config: PreTrainedConfig, name: str) -> bool:
     return name in type(config).__dataclass_fields__
 
 
-__all__ = ["Shapes", "dense_from", "expected_shapes", "other_structure", "our_key", "text_config_from", "why_not"]
+__all__ = ["Shapes", "expected_shapes", "other_structure", "our_key", "text_config_from", "why_not"]

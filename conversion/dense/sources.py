@@ -16,6 +16,7 @@ from ...hub_access import hub_snapshot
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..checkpoints.checkpoint_reader import Checkpoint, read_json
+from ..checkpoints.checkpoint_writer import OutputTensor
 from ..checkpoints.meta_model import first_line, meta_model
 from ..checkpoints.tensor_parts import Part, PartsView
 from ..publishing.licences import licence_metadata
@@ -144,6 +145,24 @@ def expected_tensors(config: UniMoeConfig) -> dict[str, torch.Tensor]:
     if config.text_config.tie_word_embeddings:
         state.pop(llama_family.HEAD)
     return state
+
+
+def in_model_order(outputs: list[OutputTensor], config: UniMoeConfig) -> tuple[OutputTensor, ...]:
+    """The tensors in the order of the model, so that those of a layer are beside each other.
+
+    Raises:
+        ConversionError: they are not what a model of this configuration consists of.
+    """
+    expected = {key: tuple(tensor.shape) for key, tensor in expected_tensors(config).items()}
+    made = {output.name: output.shape for output in outputs}
+    if made != expected:
+        differing = sorted(key for key in {*made, *expected} if made.get(key) != expected.get(key))[0]
+        raise ConversionError(
+            f"The output's {differing} would have shape {made.get(differing)} but the model needs "
+            f"{expected.get(differing)}: the source does not hold what its configuration says."
+        )
+    by_name = {output.name: output for output in outputs}
+    return tuple(by_name[key] for key in expected)
 
 
 def read_our_config(folder: Path) -> UniMoeConfig:

@@ -11,9 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...errors import ConversionError
+from ..checkpoints.meta_model import first_line
 
 SENTENCEPIECE = "tokenizer.model"
 VOCABULARIES = (SENTENCEPIECE, "tokenizer.json")
+_WORDS = "vocab.json"  # of tokenizers from before tokenizer.json, beside their merges
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -22,23 +24,21 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         ConversionError: its files are damaged, or a package that reads them is missing.
     """
-    if not any((folder / name).is_file() for name in VOCABULARIES):
+    if not any((folder / name).is_file() for name in (*VOCABULARIES, _WORDS)):
         return None
     require_sentencepiece(folder)
     try:
         with _without_remarks_on_the_config():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConversionError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}).") from error
+        raise ConversionError(f"The tokenizer in {folder} cannot be read ({first_line(error)}).") from error
 
 
 def tokenizer_if_readable(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer; None where it has none, or one whose library is missing."""
-    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
-        return None
+    """As `read_tokenizer`; None also for one that is damaged, or whose library is missing."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ImportError, OSError, ValueError):
+        return read_tokenizer(folder)
+    except ConversionError:
         return None
 
 
@@ -58,7 +58,9 @@ def _without_remarks_on_the_config() -> Iterator[None]:
 
 def require_sentencepiece(folder: Path) -> None:
     """Without these packages transformers would make another tokenizer of a SentencePiece model, with a warning only."""
-    if (folder / "tokenizer.json").is_file() or all(map(_is_installed, ("sentencepiece", "google.protobuf"))):
+    if not (folder / SENTENCEPIECE).is_file() or (folder / "tokenizer.json").is_file():
+        return
+    if all(map(_is_installed, ("sentencepiece", "google.protobuf"))):
         return
     raise ConversionError(
         f"Reading {folder / 'tokenizer.model'} needs sentencepiece and protobuf: pip install 'unimoe[convert]'."

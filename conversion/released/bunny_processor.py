@@ -8,8 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import PILImageResampling
 
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ...processing.chat_templates_unimoe import BUNNY_SEPARATORS, bunny_chat_template
-from ...processing.chat_unimoe import prepare_tokenizer
+from ...processing.chat_templates_unimoe import bunny_chat_template
 from ...processing.processing_unimoe import UniMoeProcessor
 from ...processing.processor_parts_unimoe import load_image_processor
 from ..checkpoints.checkpoint_reader import read_json
@@ -27,20 +26,6 @@ def siglip_image_processor(image_size: int = 384) -> Any:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-
-
-def prepare_bunny_tokenizer(tokenizer: PreTrainedTokenizerBase, version: str) -> PreTrainedTokenizerBase:
-    """Give a tokenizer the placeholders, and the padding and end tokens that MoIIE's trainer gives it.
-
-    With "llama" answers end, and rows are padded, with `<|end_of_text|>`; else rows are padded with the tokenizer's own
-    token, with the unknown token where it has none, and with the end of text where it has neither.
-    """
-    if version == "llama":
-        tokenizer.eos_token = tokenizer.pad_token = BUNNY_SEPARATORS[version][1]
-    elif tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    prepare_tokenizer(tokenizer, chat_tokens=False)
-    return tokenizer
 
 
 def build_bunny_processor(

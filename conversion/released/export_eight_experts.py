@@ -18,6 +18,7 @@ import torch
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..checkpoints.llava_keys import PROJECTOR
+from ..checkpoints.read_back import save_bin
 from ..upcycling.upcycle import FFN_PROJECTIONS
 from .unimoe_config import MODALITY_EXPERTS
 from .unimoe_experts import EXPERT_FILES, FINETUNED_FILE
@@ -79,13 +80,13 @@ def write_eight_experts(folder: Path, originals: UniMoeOriginals, fields: dict[s
         torch.save({}, experts / name)
     count = originals.config.text_config.num_experts
     for expert in range(count):
-        torch.save(_expert(originals, expert), finetuned / FINETUNED_FILE.format(expert=expert))
+        save_bin(_expert(originals, expert), finetuned / FINETUNED_FILE.format(expert=expert))
     gates = [name for name in originals.sources if GATES["deepspeed"] in name]
-    torch.save(originals.read_all(gates), finetuned / "mlp_gates.bin")
+    save_bin(originals.read_all(gates), finetuned / "mlp_gates.bin")
     projector = originals.read_all(originals.names(PROJECTOR))
-    torch.save({f"base_model.model.{n}": t for n, t in projector.items()}, finetuned / "non_lora_trainables.bin")
+    save_bin({f"base_model.model.{n}": t for n, t in projector.items()}, finetuned / "non_lora_trainables.bin")
     aligner = originals.read_all(originals.names("model.query_tokens", ALIGNER))
-    torch.save(aligner, finetuned / "mm_audio_aligner.bin")
+    save_bin(aligner, finetuned / "mm_audio_aligner.bin")
     _write_empty_adapter(finetuned, originals)
     (finetuned / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return [f"finetuned: {len(gates)} routers, {count} experts, connectors, an adapter of zeros; experts: empty files"]
@@ -120,7 +121,7 @@ def _write_empty_adapter(folder: Path, originals: UniMoeOriginals) -> None:
     for name, module in zip(layers, modules, strict=True):
         info = originals.checkpoint.tensors[originals.ours(name)]
         tensors |= _zero_pair(f"base_model.model.{module}.lora_", info.shape, info.dtype)
-    torch.save(tensors, folder / "adapter_model.bin")
+    save_bin(tensors, folder / "adapter_model.bin")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -18,9 +18,10 @@ from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..checkpoints.checkpoint_reader import Checkpoint, read_json
-from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, write_checkpoint
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.llava_keys import VISION_TOWER, vision_prefix, without_numbers
+from ..checkpoints.read_back import write_and_read_back
 from ..dense.sources import read_our_config
 from .import_moiie import moiie_key_map
 from .moiie_config import SCALES, original_moiie_config
@@ -86,7 +87,7 @@ def export_moiie(
     outputs += _unreached(outputs, variant)
     config.dtype = outputs[0].dtype
     with finished_folder(out) as folder:
-        shards = write_checkpoint(folder, outputs, max_shard_bytes=max_shard_bytes)
+        shards = write_and_read_back(folder, outputs, max_shard_bytes=max_shard_bytes).files
         written = original_moiie_config(config, variant, TOWER, _aspect_ratio(model))
         (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in (*model.glob("tokenizer*"), *model.glob("special_tokens_map.json")):
@@ -230,7 +231,7 @@ def _write_tower(folder: Path, model: Path, config: UniMoeConfig, originals: Ori
         )
         for name in names
     ]
-    write_checkpoint(folder, tensors, progress=False)
+    write_and_read_back(folder, tensors, progress=False)
     path = model / "processor_config.json"
     settings = (read_json(path) if path.is_file() else {}).get("image_processor")
     if settings:

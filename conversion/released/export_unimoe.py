@@ -27,6 +27,7 @@ from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, shard_names, sp
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.key_rules import KeyMap
 from ..checkpoints.llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
+from ..checkpoints.read_back import require_equal_file, save_bin
 from ..publishing.saved_receipt import RECEIPT_FILE
 from .export_eight_experts import DEEPSPEED_MOE, absent_pairs, eight_expert_fields, write_eight_experts
 from .original_tokenizer import give_back_tokenizer
@@ -179,13 +180,13 @@ def _write_base(
     shards = split_into_shards(names, num_bytes, max_shard_bytes)
     files = shard_names(PICKLE, len(shards))
     for file, members in zip(files, shards, strict=True):
-        torch.save(originals.read_all(members) | (pairs if file == files[-1] else {}), folder / file)
+        save_bin(originals.read_all(members) | (pairs if file == files[-1] else {}), folder / file)
     if len(shards) > 1:
         shards[-1] += pairs
         weight_map = {name: file for file, members in zip(files, shards, strict=True) for name in members}
         _write_json(folder / PICKLE_INDEX, {"metadata": {}, "weight_map": weight_map})
-    torch.save(originals.read_all(originals.names(PROJECTOR)), folder / "mm_projector.bin")
-    torch.save(_aligner(originals), folder / "mm_audio_aligner.bin")
+    save_bin(originals.read_all(originals.names(PROJECTOR)), folder / "mm_projector.bin")
+    save_bin(_aligner(originals), folder / "mm_audio_aligner.bin")
     return [f"base: {len(names)} tensors in {len(files)} file(s), mm_projector.bin, mm_audio_aligner.bin"]
 
 
@@ -216,6 +217,7 @@ def _write_hf(folder: Path, config: Any, tensors: dict[str, torch.Tensor]) -> No
     folder.mkdir()
     config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    require_equal_file(folder / "model.safetensors", tensors)
 
 
 def _processor_settings(model: Path) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from ..checkpoints.checkpoint_writer import OutputTensor
 from ..checkpoints.key_rules import KeyMap, Shape, Target
 from ..checkpoints.llava_keys import VISION_TOWER, vision_prefix
 from ..dense.encoder_folders import named_config, nameless
+from ..dense.prepared_tokenizers import prepare_bunny_tokenizer
 from ..dense.sources import expected_tensors, resolve_folder
 from ..dense.tokenizer_files import read_tokenizer
-from .bunny_processor import build_bunny_processor, prepare_bunny_tokenizer
+from .bunny_processor import build_bunny_processor
 from .import_plan import ImportPlan, account, push_import, write_import
 from .import_receipt import ImportReceipt
 from .moiie_config import our_moiie_config, sizes_of

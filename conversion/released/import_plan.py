@@ -1,6 +1,5 @@
 """What every import of a released model does once the model is recognised: account for every tensor, write, give a receipt."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,11 +13,12 @@ from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.processing_unimoe import UniMoeProcessor
 from ..checkpoints.checkpoint_reader import dtype_name
-from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, write_checkpoint
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.key_rules import KeyMap, Shape, Target
 from ..checkpoints.parameters import count_parameters, total_and_active
 from ..checkpoints.pickle_files import refuse_damaged
+from ..checkpoints.read_back import WrittenTensors, write_and_read_back
 from ..publishing.hub import complete_bundle, push_folder, save_config
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE
@@ -81,11 +81,10 @@ class ImportPlan:
             f"writes      {size / 1e6:,.1f} MB, {dtype_name(self.dtype)}",
         ]
 
-    def receipt(self, out: str, digests: Mapping[str, str], merged: Iterable[str] = ()) -> ImportReceipt:
+    def receipt(self, out: str, written: WrittenTensors, merged: Iterable[str] = ()) -> ImportReceipt:
         """What became of every tensor.
 
         Args:
-            digests: SHA-256 of what was written, by our names.
             merged: originals that LoRA was merged into.
         """
         sources: dict[str, dict[str, SourceRecord]] = {}
@@ -96,7 +95,7 @@ class ImportPlan:
         for output in self.outputs:
             made_of = list(self.targets[output.name].sources) if output.name in self.targets else []
             count = sum(original in merged for original in made_of)
-            targets[output.name] = TargetRecord.of(output, made_of, digests[output.name], lora_merged=count)
+            targets[output.name] = TargetRecord.of(output, made_of, written.digests[output.name], lora_merged=count)
         total = total_and_active(count_parameters(self.config))
         return ImportReceipt(
             variant=self.variant.name,
@@ -108,6 +107,7 @@ class ImportPlan:
             sources=sources,
             targets=targets,
             notes=self.notes,
+            **written.facts,
         )
 
 
@@ -120,31 +120,26 @@ def write_import(
     merged: Iterable[str] = (),
     beside: tuple[Path, WriteBeside] | None = None,
 ) -> ImportReceipt:
-    """Write the model as a complete Hugging Face folder.
+    """Write the model as a complete Hugging Face folder; every tensor is read back.
 
     Args:
         merged: originals that LoRA was merged into.
         beside: a second folder, that of an adapter, and what writes it.
 
     Raises:
-        ConversionError: a folder is not empty, or a file turned out to be damaged. Then nothing is left behind.
+        ConversionError: a folder is not empty, a file turned out to be damaged, or the disk returns something else than
+            was written. Then nothing is left behind.
     """
-    digests: dict[str, str] = {}
     with ExitStack() as stack:
         folder = stack.enter_context(finished_folder(out))
         second = stack.enter_context(finished_folder(beside[0])) if beside is not None else None
         for file in plan.gathered.files:
             refuse_damaged(file)
-        started = time.monotonic()
-        shards = write_checkpoint(
-            folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
-        )
-        seconds = time.monotonic() - started
+        written = write_and_read_back(folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress)
         if beside is not None and second is not None:
             beside[1](second)
-        receipt = plan.receipt(out.name, digests, merged)
+        receipt = plan.receipt(out.name, written, merged)
         receipt.adapter = beside[0].name if beside is not None else None
-        receipt.bytes_written, receipt.seconds_writing = sum(p.stat().st_size for p in shards), round(seconds, 2)
         if plan.processor is not None:
             plan.processor.save_pretrained(folder)
         if plan.tokenizer is not None:

@@ -20,6 +20,7 @@ from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.key_rules import KeyMap, Target
 from ..checkpoints.llava_keys import vision_prefix
 from ..dense.encoder_folders import named_config, nameless, require_type
+from ..dense.prepared_tokenizers import placeholder_ids
 from ..dense.sources import expected_tensors
 from .import_plan import ImportPlan, WriteBeside, account, push_import, write_import
 from .import_receipt import ImportReceipt
@@ -33,7 +34,6 @@ from .unimoe_processor import (
     build_processor,
     generation_config,
     load_tokenizer,
-    placeholder_ids,
     require_fitting_tokenizer,
 )
 from .unimoe_variant import Variant, layout_of, recognise

@@ -50,8 +50,7 @@ _ABSENT_COEFS = {"moiie": 0.001, "separate": 0.02, "vanilla": 0.001}
 
 def sizes_of(text: UniMoeTextConfig) -> Sizes:
     """Rows of the tensors that Phi-3 fuses."""
-    query, key_value, _ = AttentionSizes.of(text).qkv_rows
-    return Sizes(query, key_value, text.intermediate_size)
+    return Sizes(AttentionSizes.of(text), text.intermediate_size)
 
 
 def our_text_config(original: Mapping[str, Any], variant: MoiieVariant) -> UniMoeTextConfig:

@@ -25,6 +25,7 @@ from ..checkpoints.llava_keys import (
     layer_rules,
     vision_rules,
 )
+from ..dense.fused_layouts import PHI3_FUSED, AttentionSizes, phi3_rows
 
 Kind = Literal["moiie", "separate", "vanilla", "modality", "dense"]
 Backbone = Literal["phi3", "llama"]
@@ -53,10 +54,9 @@ class Pools:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of the fused tensors of a decoder."""
+    """What the rows of the fused tensors of a decoder follow from."""
 
-    query: int
-    key_value: int
+    attention: AttentionSizes
     intermediate: int
 
 
@@ -111,16 +111,11 @@ def _phi3_expert_rules(module: str, experts: range | None = None, numbered: bool
 
 def _phi3_rules(sizes: Sizes) -> tuple[Rule, ...]:
     """Attention and dense FFNs of Phi-3, two of whose tensors are fused."""
-    attention = _split(
-        "self_attn.qkv_proj",
-        {
-            "self_attn.q_proj": sizes.query,
-            "self_attn.k_proj": sizes.key_value,
-            "self_attn.v_proj": sizes.key_value,
-        },
-    )
-    ffn = _split("mlp.gate_up_proj", {"mlp.gate_proj": sizes.intermediate, "mlp.up_proj": sizes.intermediate})
-    return (*attention, *ffn, *layer_rules("self_attn.o_proj", "mlp.down_proj"))
+    split: list[Rule] = []
+    for fused, parts in PHI3_FUSED.items():
+        rows = phi3_rows(fused, sizes.attention, sizes.intermediate)
+        split += _split(fused, dict(zip(parts, rows, strict=True)))
+    return (*split, *layer_rules("self_attn.o_proj", "mlp.down_proj"))
 
 
 def _split(original: str, parts: dict[str, int]) -> tuple[Rule, ...]:

@@ -20,6 +20,7 @@ from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..checkpoints.key_rules import KeyMap, Place
+from ..checkpoints.read_back import require_equal_file
 from .unimoe_keys import AudioKind, Layout, rules_for
 from .unimoe_lora import Lora, MergedFactor
 
@@ -70,6 +71,7 @@ def write_adapter(
         a, b = _factors(members, places, config.text_config.num_experts)
         tensors |= {f"{names[target]}.lora_A.weight": a, f"{names[target]}.lora_B.weight": b}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    require_equal_file(folder / "adapter_model.safetensors", tensors)
     content = json.dumps(adapter_config, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(content, encoding="utf-8")
     (folder / "README.md").write_text(_card(base_name, folder_name), encoding="utf-8")

@@ -14,10 +14,11 @@ from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..checkpoints.checkpoint_reader import dtype_name
 from ..checkpoints.key_rules import Shape
 from ..checkpoints.llava_keys import PROJECTOR
+from ..dense.connector_fields import QFORMER_FIELDS, QUERY_DECODER_FIELDS
+from ..dense.prepared_tokenizers import PLACEHOLDERS
 from .unimoe_keys import ALIGNER
 from .unimoe_variant import Variant
 
-PLACEHOLDERS = ("image", "video", "audio", "sound")
 VIDEO_FRAMES = 8
 # Fields of the original's configuration, a LlamaConfig with extras, and LlamaConfig's values where they are absent.
 _DECODER_FIELDS: dict[str, Any] = {
@@ -36,35 +37,6 @@ _DECODER_FIELDS: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-# What the query decoder takes from its Whisper; the rest of a WhisperConfig describes the encoder and the vocabulary.
-QUERY_DECODER_FIELDS = (
-    "d_model",
-    "decoder_layers",
-    "decoder_attention_heads",
-    "decoder_ffn_dim",
-    "max_target_positions",
-    "activation_function",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "decoder_layerdrop",
-    "scale_embedding",
-    "init_std",
-)
-QFORMER_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "intermediate_size",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "max_position_embeddings",
-    "initializer_range",
-    "layer_norm_eps",
-    "cross_attention_frequency",
-    "encoder_hidden_size",
-)
 _BLIP2_HIDDEN, _BLIP2_HEADS = 768, 12
 # Our name of a modality -> the field of the 8-expert variant that lists the experts its tokens shall prefer.
 MODALITY_EXPERTS = {

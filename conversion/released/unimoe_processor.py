@@ -7,7 +7,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.chat_templates_unimoe import VICUNA_CHAT_TEMPLATE
-from ...processing.chat_unimoe import MEDIA_TOKENS, prepare_tokenizer
+from ...processing.chat_unimoe import prepare_tokenizer
 from ...processing.feature_extraction_unimoe import UniMoeFeatureExtractor
 from ...processing.processing_unimoe import UniMoeProcessor
 from ...processing.processor_parts_unimoe import load_image_processor
@@ -15,7 +15,6 @@ from ...processing.video_processing_unimoe import UniMoeVideoProcessor
 from ..dense.encoder_folders import preprocessor_settings, whisper_features
 from ..dense.picture_processor import image_features
 from ..dense.tokenizer_files import read_tokenizer
-from .unimoe_config import PLACEHOLDERS
 
 
 def load_tokenizer(folder: Path | None) -> PreTrainedTokenizerBase | None:
@@ -37,12 +36,6 @@ def require_fitting_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, 
             f"The tokenizer in {folder} has {tokenizer.vocab_size:,} pieces, but the model embeds {vocab_size:,}: it is "
             "that of another model. Put the base model's own tokenizer there."
         )
-
-
-def placeholder_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids of the placeholder tokens, by the names that `our_config` wants."""
-    ids = tokenizer.convert_tokens_to_ids(list(MEDIA_TOKENS))
-    return dict(zip(PLACEHOLDERS, ids, strict=True))  # type: ignore[arg-type]
 
 
 def build_processor(

@@ -5,7 +5,6 @@ section 3.3, between its second and third stage). `trainers.assembly` does the s
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +16,12 @@ import torch
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name
-from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, write_checkpoint
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.file_digests import file_digests
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.parameters import count_parameters, total_and_active
-from ..checkpoints.read_back import verify_written
-from ..dense.sources import Source
+from ..checkpoints.read_back import write_and_read_back
+from ..dense.sources import Source, in_model_order
 from ..publishing.hub import complete_bundle
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE, TensorRecord
@@ -30,7 +29,7 @@ from .assembly_receipt import AssemblyReceipt, AssemblySource
 from .expert_ffns import Expert, ExpertSource, open_experts
 from .router_init import initial_router_rows
 from .sparsity import RouterInit, Sparsity, sparse_config
-from .stream_upcycle import in_model_order, kept_tensors, write_beside_weights
+from .stream_upcycle import kept_tensors, write_beside_weights
 from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX
 
 _COMPARED_AT_ONCE = 1 << 22  # values, so that memory need not hold tensors of two models
@@ -158,12 +157,7 @@ def run_assembly(
     """
     with finished_folder(out) as folder:
         sources = _source_records(plan, file_digests(_read_files(plan), progress))
-        started, digests = time.monotonic(), dict[str, str]()
-        shards = write_checkpoint(
-            folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress, digests=digests
-        )
-        seconds = time.monotonic() - started
-        verify_written(Checkpoint(folder), plan.outputs)
+        written = write_and_read_back(folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress)
         write_beside_weights(plan.base, plan.config, folder)
         before, after = (total_and_active(count_parameters(c)) for c in (plan.base.config, plan.config))
         receipt = AssemblyReceipt(
@@ -178,11 +172,9 @@ def run_assembly(
             parameters_after=after.total,
             parameters_active=after.active,
             sources=sources,
-            targets={o.name: TensorRecord.of(o, plan.made_of[o.name], digests[o.name]) for o in plan.outputs},
+            targets={o.name: TensorRecord.of(o, plan.made_of[o.name], written.digests[o.name]) for o in plan.outputs},
             notes=plan.notes(),
-            tensors_read_back=len(plan.outputs),
-            bytes_written=sum(path.stat().st_size for path in shards),
-            seconds_writing=round(seconds, 2),
+            **written.facts,
         )
         receipt.save(folder / RECEIPT_FILE)
         complete_bundle(folder, _card(plan, out.name, receipt))

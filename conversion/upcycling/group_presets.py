@@ -57,16 +57,18 @@ def _preset(name: str, num_experts: int) -> tuple[ExpertGroups | None, ModalityG
     experts = list(range(num_experts))
     if name == "five":
         own = max(1, num_experts // 10)
-        _require(num_experts > 5 * own, name, num_experts, "at least 6: one for each modality, and one to share")
+        _require(
+            num_experts > 5 * own, name, num_experts, "at least 6 experts, one for each modality and one to share"
+        )
         shared = experts[5 * own :]
         groups = {group: experts[i * own : (i + 1) * own] + shared for i, group in enumerate(_FIVE)}
         return groups, {modality: modality for modality in _FIVE}
     if name == "modality":
-        _require(num_experts == 2, name, num_experts, "exactly 2; 'separate' gives each family several to choose from")
+        _require(num_experts == 2, name, num_experts, "exactly 2 experts (the preset 'separate' takes more)")
     elif name == "separate":
-        _require(num_experts >= 2 and num_experts % 2 == 0, name, num_experts, "an even number")
+        _require(num_experts >= 2 and num_experts % 2 == 0, name, num_experts, "an even number of experts")
     else:
-        _require(num_experts >= 4 and num_experts % 4 == 0, name, num_experts, "a multiple of 4")
+        _require(num_experts >= 4 and num_experts % 4 == 0, name, num_experts, "a multiple of 4 experts")
     # How many experts, counted from either end, each family may use.
     width = num_experts // 4 * 3 if name == "moiie" else num_experts // 2
     return {"vision": experts[:width], "language": experts[-width:]}, dict(_FAMILIES)

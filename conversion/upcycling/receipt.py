@@ -71,7 +71,6 @@ class Receipt(SavedReceipt):
     parameters_before: int
     parameters_after: int
     comparison: Comparison | str
-    tensors_read_back: int = 0
     recipe: list[str] = field(default_factory=list)
     exact: bool = True
     allowed_gap: float | None = None
@@ -129,7 +128,7 @@ class Receipt(SavedReceipt):
             f"written     {self.written()}",
         ]
         if isinstance(self.comparison, str):
-            return [*lines, f"not run     {self.comparison}; {self.tensors_read_back} tensors read back, bit-equal"]
+            return [*lines, f"not run     {self.comparison}"]
         return lines + self._comparison_lines(self.comparison)
 
     def _dropped(self) -> str:

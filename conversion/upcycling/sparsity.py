@@ -124,6 +124,8 @@ def sparse_text_config(dense: UniMoeTextConfig, sparsity: Sparsity) -> UniMoeTex
 
 
 def _check_ranges(sparsity: Sparsity) -> None:
+    if sparsity.num_experts < 1:
+        raise ConversionError(f"num_experts is {sparsity.num_experts}; a sparse layer needs one at least.")
     if not 0 <= sparsity.drop_ratio <= 1:
         raise ConversionError(f"drop_ratio is {sparsity.drop_ratio}; it is a share of each expert, from 0 to 1.")
     if not 0 <= sparsity.noise < float("inf"):

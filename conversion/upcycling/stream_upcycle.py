@@ -5,7 +5,6 @@ target, compares the result with the source, and lets the target appear only if 
 """
 
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +15,13 @@ from transformers import GenerationConfig
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name
-from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, write_checkpoint
+from ..checkpoints.checkpoint_reader import dtype_name
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.parameters import count_parameters, total_and_active
-from ..checkpoints.read_back import verify_written
+from ..checkpoints.read_back import write_and_read_back
 from ..dense.picture_processor import picture_processor
-from ..dense.sources import Source, expected_tensors
+from ..dense.sources import Source, in_model_order
 from ..publishing.hub import complete_bundle, save_config
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE
@@ -151,8 +150,7 @@ def run_upcycle(
     """Write the sparse model as a complete Hugging Face folder and prove it equal to the source.
 
     Args:
-        compare: run both models; otherwise, and where memory does not suffice, the written tensors are read back and
-            compared with the source's.
+        compare: run both models; where memory does not suffice, or otherwise, what was written is only read back.
         allow_gap: by how much logits may differ from the source's, for ways that change the function; None asks for
             equality up to rounding, and refuses ways that cannot give it before anything is done.
 
@@ -164,9 +162,7 @@ def run_upcycle(
     plan.require_leave(allow_gap)
     with finished_folder(out) as folder:
         plan.rows.prepare(progress)
-        started = time.monotonic()
-        shards = write_checkpoint(folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress)
-        seconds = time.monotonic() - started
+        written = write_and_read_back(folder, plan.outputs, max_shard_bytes=max_shard_bytes, progress=progress)
         write_beside_weights(source, plan.config, folder)
         receipt = Receipt(
             source=source.public_name,
@@ -178,16 +174,12 @@ def run_upcycle(
             parameters_after=total_and_active(count_parameters(plan.config)).total,
             parameters_active=total_and_active(count_parameters(plan.config)).active,
             dtype=dtype_name(plan.written_dtype),
-            bytes_written=sum(path.stat().st_size for path in shards),
-            seconds_writing=round(seconds, 2),
+            **written.facts,
             recipe=plan.recipe(),
             exact=is_exact(plan.config.text_config, plan.sparsity, plan.written_dtype),
             allowed_gap=allow_gap,
             comparison=_compared(plan, folder) if compare else "not asked for",
         )
-        if isinstance(receipt.comparison, str):
-            verify_written(Checkpoint(folder), plan.outputs)
-            receipt.tensors_read_back = len(plan.outputs)
         receipt.require_agreement()
         receipt.save(folder / RECEIPT_FILE)
         complete_bundle(folder, _card(plan, out.name, receipt))
@@ -207,24 +199,6 @@ def kept_tensors(source: Source, sparsity: Sparsity, dtype: torch.dtype | None) 
         for name in FFN_PROJECTIONS
     }
     return [_copied(source, key, dtype) for key in source.keys if key not in replaced]
-
-
-def in_model_order(outputs: list[OutputTensor], config: UniMoeConfig) -> tuple[OutputTensor, ...]:
-    """The tensors in the order of the model, so that those of a layer are beside each other.
-
-    Raises:
-        ConversionError: they are not what a model of this configuration consists of.
-    """
-    expected = {key: tuple(tensor.shape) for key, tensor in expected_tensors(config).items()}
-    made = {output.name: output.shape for output in outputs}
-    if made != expected:
-        differing = sorted(key for key in {*made, *expected} if made.get(key) != expected.get(key))[0]
-        raise ConversionError(
-            f"The output's {differing} would have shape {made.get(differing)} but the model needs "
-            f"{expected.get(differing)}: the source does not hold what its configuration says."
-        )
-    by_name = {output.name: output for output in outputs}
-    return tuple(by_name[key] for key in expected)
 
 
 def write_beside_weights(source: Source, config: UniMoeConfig, folder: Path) -> None:

@@ -11,14 +11,12 @@ import tiny
 import torch
 from damage import cut, edit_json, left_behind, on_a_bad_disk, write_pickle_with_code
 from safetensors.torch import load_file, save_file
-from tiny_llama import llama
+from tiny_llama import dense_from, llama
 from transformers import AutoModelForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion.checkpoints.checkpoint_writer import write_checkpoint
-from unimoe.conversion.dense.llama_family import dense_from
-from unimoe.conversion.dense.sources import open_source
-from unimoe.conversion.upcycling import stream_upcycle
+from unimoe.conversion.dense.sources import in_model_order, open_source
 from unimoe.conversion.upcycling.assemble import plan_assembly, run_assembly
 from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model
@@ -350,7 +348,7 @@ def test_bases_and_results_are_protected(sources: Path, tmp_path: Path) -> None:
 def test_a_disk_that_writes_something_else_is_noticed(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unimoe.conversion.upcycling.assemble.write_checkpoint", on_a_bad_disk(write_checkpoint))
+    monkeypatch.setattr("unimoe.conversion.checkpoints.read_back.write_checkpoint", on_a_bad_disk(write_checkpoint))
     plan = plan_assembly(open_source(str(sources / "base")), [("a", sources / "ours")] * 2, sparse_layers=[0])
     with pytest.raises(ConversionError, match="reads back differently"):
         run_assembly(plan, tmp_path / "sparse", progress=False)
@@ -365,7 +363,7 @@ def test_a_wrong_order_of_experts_would_be_noticed(sources: Path) -> None:
     pieces = [make() for make in down.pieces]
     for index, seed in enumerate((1, 2, 3, 4)):
         assert torch.equal(pieces[index], expert_tensors(seed)["layers.0.mlp.down_proj.weight"])
-    assert stream_upcycle.in_model_order(list(plan.outputs)[::-1], plan.config) == plan.outputs
+    assert in_model_order(list(plan.outputs)[::-1], plan.config) == plan.outputs
 
 
 @pytest.mark.parametrize("seed", [str(10**30), "-1", "x"])

@@ -12,8 +12,8 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion.checkpoints.checkpoint_reader import Checkpoint
-from unimoe.conversion.checkpoints.tensor_parts import Part, PartsView
-from unimoe.conversion.dense.fused_layouts import AttentionSizes, internlm2_qkv, phi3_qkv
+from unimoe.conversion.checkpoints.tensor_parts import Part, PartsView, consecutive
+from unimoe.conversion.dense.fused_layouts import AttentionSizes, internlm2_qkv, phi3_rows
 from unimoe.conversion.dense.sources import load_dense, open_source
 from unimoe.errors import ConversionError
 
@@ -149,6 +149,10 @@ def test_phi3_becomes_sparse_and_is_compared_with_transformers_own_class(tmp_pat
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         assert (sparse(ids).logits - model(ids).logits).abs().max() <= 1e-5
+
+
+def phi3_qkv(stored: str, sizes: AttentionSizes) -> list[Part]:
+    return consecutive(stored, phi3_rows("self_attn.qkv_proj", sizes, 0))
 
 
 @pytest.mark.parametrize("make", [phi3_qkv, internlm2_qkv])

@@ -14,9 +14,9 @@ import tiny_unimoe
 import torch
 from transformers import SiglipVisionConfig
 
+from unimoe.conversion.dense.prepared_tokenizers import prepare_bunny_tokenizer
 from unimoe.conversion.released.bunny_processor import (
     build_bunny_processor,
-    prepare_bunny_tokenizer,
     siglip_image_processor,
 )
 from unimoe.conversion.released.export_unimoe import export_unimoe

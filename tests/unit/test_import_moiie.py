@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import tiny_moiie
 import torch
+from damage import on_a_bad_disk
 from safetensors.torch import load_file
 from tiny_tokenizer import save_word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from unimoe import UniMoeForCausalLM, cli
+from unimoe.conversion.checkpoints.checkpoint_writer import write_checkpoint
 from unimoe.conversion.released.export_moiie import export_moiie
 from unimoe.conversion.released.import_moiie import import_moiie, plan_moiie
 from unimoe.conversion.released.moiie_variant import MODEL_TYPES
@@ -107,6 +109,17 @@ def test_a_freshly_converted_checkpoint_has_no_routers_yet(tmp_path: Path) -> No
     assert all(gate.shape == (6, tiny_moiie.HIDDEN) for gate in gates)
     assert 0.01 < float(gates[0].std()) < 0.03
     assert not torch.equal(gates[0], gates[1])
+
+
+def test_a_disk_that_writes_something_else_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_moiie.checkpoint(tmp_path, "bunny-phi3-moe", sees=False)
+    assert import_moiie(str(folder), tmp_path / "out").tensors_read_back == len(stored(tmp_path / "out"))
+    monkeypatch.setattr("unimoe.conversion.checkpoints.read_back.write_checkpoint", on_a_bad_disk(write_checkpoint))
+    with pytest.raises(ConversionError, match="reads back differently"):
+        import_moiie(str(folder), tmp_path / "again")
+    with pytest.raises(ConversionError, match="reads back differently"):
+        export_moiie(tmp_path / "out", tmp_path / "back")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "out"}
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -207,7 +220,11 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for file in ("receipt.json", "README.md", "modeling_unimoe.py", "generation_config.json"):
         assert (tmp_path / "out" / file).is_file()
     assert cli.main(["inspect", str(tmp_path / "out")]) == 0
-    assert "vision: image, video -> experts [0, 1, 2]" in capsys.readouterr().out
+    inspected = capsys.readouterr().out
+    assert "vision: image, video -> experts [0, 1, 2]" in inspected
+    receipt = shown[shown.index("Receipt\n") + len("Receipt\n") : shown.index("Saved in")]
+    assert "read        checkpoint/model.safetensors: " in receipt
+    assert "".join(f"  {line}\n" for line in receipt.splitlines()) in inspected
 
 
 @pytest.mark.parametrize(

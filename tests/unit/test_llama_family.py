@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from unimoe.conversion.dense.llama_family import dense_from, text_config_from, why_not
+from unimoe.conversion.dense.llama_family import text_config_from, why_not
 from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConversionError
@@ -81,7 +81,7 @@ def source_model(config: PreTrainedConfig) -> PreTrainedModel:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_those_of_transformers(name: str) -> None:
     source = source_model(CONFIGS[name])
-    ours = dense_from(source)
+    ours = tiny_llama.dense_from(source)
     sparse = upcycle_model(ours, Sparsity(num_experts=4, num_experts_per_tok=2, sparse_layers=[1]))
     # Longer than any sliding window and than the original context of the scaled RoPEs.
     ids = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))

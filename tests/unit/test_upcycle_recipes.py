@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import SIZES, llama
+from tiny_llama import SIZES, dense_from, llama
 from tiny_tokenizer import WORDS, save_word_tokenizer
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
-from unimoe.conversion.dense.llama_family import dense_from
-from unimoe.conversion.upcycling import stream_upcycle
 from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model
 
@@ -106,7 +104,7 @@ def test_ways_that_change_the_function_need_leave_and_show_both_gaps(
 def test_ways_that_change_the_function_are_refused_before_anything_is_done(
     name: str, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_upcycle, "write_checkpoint", None)
+    monkeypatch.setattr("unimoe.conversion.checkpoints.read_back.write_checkpoint", None)
     assert upcycle(source, *INEXACT[name]) == 2
     shown = capsys.readouterr()
     assert "changes     the function: " in shown.out
@@ -180,8 +178,11 @@ def test_prompts_reach_their_experts(source: Path, tmp_path: Path) -> None:
     [
         (["--router-init", "prompts"], "needs --prompts FILE"),
         (["--prompts", "x"], "reads no prompts"),
-        (["--groups", "moiie", "--experts", 6], "needs a multiple of 4, and there are 6. It goes with --experts 4"),
-        (["--groups", "modality"], "needs exactly 2; 'separate' gives each family several to choose from"),
+        (
+            ["--groups", "moiie", "--experts", 6],
+            "needs a multiple of 4 experts, and there are 6. It goes with --experts 4",
+        ),
+        (["--groups", "modality"], "needs exactly 2 experts (the preset 'separate' takes more), and there are 4"),
         (["--groups", "modality", "--experts", 2], "choose from 1, and it shall use 2: lower --top-k"),
         (["--groups", "five"], "to share, and there are 4. It goes with --experts 10 --top-k 2"),
         (["--groups", "five", "--experts", 6, "--top-k", 3], "It goes with --experts 10 --top-k 2, for example"),
@@ -190,6 +191,8 @@ def test_prompts_reach_their_experts(source: Path, tmp_path: Path) -> None:
         (["--groups", "mine"], "is no preset (uni-moe, modality,"),
         (["--granularity", 5], "must divide the width"),
         (["--drop-ratio", 2], "from 0 to 1"),
+        (["--experts", 0], "num_experts is 0; a sparse layer needs one at least"),
+        (["--routing", "router_type=dynamic"], "is neither a JSON object, such as '{\"name\": 1}', nor a file"),
     ],
 )
 def test_impossible_ways_are_refused(
@@ -198,6 +201,13 @@ def test_impossible_ways_are_refused(
     assert upcycle(source, *options) == 2
     assert message in capsys.readouterr().err
     assert not (source.parent / "sparse").exists()
+
+
+@pytest.mark.parametrize("gap", ["nan", "-1", "much"])
+def test_a_gap_is_a_number(gap: str, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        upcycle(source, "--noise", 0.1, "--allow-gap", gap)
+    assert f"'{gap}' is no number from 0 on, nor inf" in capsys.readouterr().err
 
 
 def test_a_router_that_reads_needs_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name
-from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, write_checkpoint
+from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.llava_keys import vision_prefix
+from ..checkpoints.read_back import write_and_read_back
 from ..dense.sources import read_our_config
 from .import_moai import moai_key_map
 from .moai_config import COMPRESSOR_HEADS, IMAGE_SIZE, MIXER_HEADS, original_moai_config
@@ -56,7 +57,7 @@ def export_moai(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHARD_
         raise ConversionError(f"{min(lost)} is no tensor of the original's model: it cannot be exported.")
     outputs = [_output(originals, name) for name in originals.sources]
     with finished_folder(out) as folder:
-        shards = write_checkpoint(folder, outputs, max_shard_bytes=max_shard_bytes)
+        shards = write_and_read_back(folder, outputs, max_shard_bytes=max_shard_bytes).files
         written = original_moai_config(config, dtype_name(outputs[0].dtype))
         (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         lines = [f"moai: {len(outputs)} tensors in {len(shards)} file(s)"]

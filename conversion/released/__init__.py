@@ -12,4 +12,5 @@ MoIIE: `import_moiie` (start here), `moiie_variant`, `moiie_keys`, `moiie_config
 `export_moiie`.
 
 MoAI: `import_moai` (start here), `moai_keys`, `moai_config`, `moai_tokenizer`, `moai_processor`; and back: `export_moai`.
+The scene graphs that MoAI reads: `import_psgtr`.
 """

@@ -113,7 +113,7 @@ def _comparison(
 
 def _use(request: Request, name: str, dataset: ConversationDataset) -> tuple[Usage, Any]:
     """Run the data through a model, which is gone afterwards."""
-    from ..commands.chat import open_model
+    from ..serving.answering import open_model
 
     processor, model = open_model(name, request.device)
     total = len(chosen_samples(dataset.samples, request.limit))

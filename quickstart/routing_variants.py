@@ -15,7 +15,7 @@ from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from .stages import sparse_layers
 
-BALANCE = 0.001  # weight of the load-balancing loss: MoIIE's
+BALANCE = 0.001  # weight of the load-balancing loss; MoIIE weighs it twice as much
 _DECODER = ("router", "experts", "ffn", "attention", "norms", "embeddings", "head")
 
 

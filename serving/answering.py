@@ -102,7 +102,16 @@ def _router_load(config: Any, counts: RoutingCounts) -> RouterLoad | None:
 
 
 def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Answerer:
-    """Load a model and its processor; the result generates with the given options.
+    """What `open_model` opens, generating with the given options."""
+    processor, model = open_model(name, device)
+    return Answerer(model, processor, options)
+
+
+def open_model(name: str, device: str | None = None) -> tuple[Any, Any]:
+    """The processor and the model of a folder or Hub id.
+
+    Args:
+        device: cuda where there is one, else cpu, for None.
 
     Raises:
         ConversionError: there is no such folder or Hub repository, it holds another kind of model, or a file of it is
@@ -114,8 +123,7 @@ def load_answerer(name: str, device: str | None, options: dict[str, Any]) -> Ans
     with transformers_bars(shown=False):
         folder = resolve_folder(name, MODEL_FILES)
         _check_files(folder)
-        processor, model = _load(folder, place)
-    return Answerer(model, processor, options)
+        return _load(folder, place)
 
 
 def _usable_device(name: str | None) -> torch.device:

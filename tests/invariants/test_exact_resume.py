@@ -65,6 +65,10 @@ def trainer(bench: Bench, folder: Path, make: Callable[[Bench], Any], **options:
     return made
 
 
+# Figures of the machine, which no run has twice.
+MEASURED = ("tokens_per_second", "memory_gb")
+
+
 class Killed(TrainerCallback):
     """Ends the process in step `step`, without any cleaning up."""
 
@@ -95,7 +99,11 @@ def everything(made: UniMoeTrainer) -> dict[str, Any]:
         "schedule": made.lr_scheduler.state_dict(),
         "random": random_state(),
         "coefficient": made.base.config.text_config.router_aux_loss_coef,
-        "losses": [entry for entry in made.state.log_history if "ce_loss" in entry],
+        "losses": [
+            {name: value for name, value in entry.items() if name not in MEASURED}
+            for entry in made.state.log_history
+            if "ce_loss" in entry
+        ],
         "best": (made.state.best_metric, made.state.best_global_step),
         "step": made.state.global_step,
     }

@@ -13,7 +13,8 @@ from unimoe.trainers.trainable import count_trainable, format_trainable_table, s
 
 @pytest.fixture
 def model() -> UniMoeForCausalLM:
-    return tiny.model({"use_qk_norm": True})
+    mixer = {"layers": [1], "rank": 4, "num_heads": 2, "num_latents": 4, "compressor_depth": 1}
+    return tiny.model({"use_qk_norm": True, "mixer_config": mixer, "plora_config": {"rank": 4, "alpha": 4}})
 
 
 @pytest.mark.parametrize(

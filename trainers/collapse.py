@@ -41,7 +41,7 @@ class Collapse(NamedTuple):
     def __str__(self) -> str:
         many = len(self.experts) > 1
         takes = f"expert{'s' if many else ''} {' and '.join(self.experts)} take{'' if many else 's'}"
-        shares = " and ".join(f"{100 * share:.0f} % of the {name} tokens" for name, share in self.shares.items())
+        shares = ", ".join(f"{100 * share:.0f} % of the {name} tokens" for name, share in self.shares.items())
         return f"layer {self.layer}: {takes} {shares}"
 
 

@@ -75,7 +75,8 @@ class Telemetry(TrainerCallback):
             message = alarm_text(collapses, state.global_step)
             if self.settings.on_collapse == "stop":
                 raise TrainingError(message)
-            logger.warning(message)
+            if state.is_world_process_zero:
+                logger.warning(message)
 
     # ---- figures
 

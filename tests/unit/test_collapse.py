@@ -154,7 +154,7 @@ def test_what_is_told_names_layer_modality_and_share() -> None:
     stuck = window(image=[0, 97, 3, 0], text=[0, 100, 0, 0])
     (collapse,) = tells(tiny.text_config(), stuck, stuck, stuck)
     assert collapse == Collapse(0, ("1",), {"text": 1.0, "image": pytest.approx(0.97)})
-    assert str(collapse) == "layer 0: expert 1 takes 100 % of the text tokens and 97 % of the image tokens"
+    assert str(collapse) == "layer 0: expert 1 takes 100 % of the text tokens, 97 % of the image tokens"
 
 
 def test_experts_of_one_modality_are_no_collapse() -> None:

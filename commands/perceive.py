@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     more = parser.add_argument_group("options")
     more.add_argument("--original", action="store_true", help="as MoAI did, its faults included; for released models")
     more.add_argument("--text-side", type=int, default=736, metavar="N", help="pixels in which text is looked for")
-    more.add_argument("--device", default="cpu", help="e.g. cuda (default: cpu)")
+    more.add_argument("--device", default="cpu", help="e.g. cuda; text is read on the CPU (default: cpu)")
     more.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     more.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
     more.add_argument("--media-root", metavar="DIR", help="of data files: folder that holds the media")
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_image(args: argparse.Namespace) -> int:
     import json
 
+    from ..errors import OptionError
     from ..processing.media_unimoe import load_image
     from ..processing.perception.picture import perception_picture
     from ..processing.perception.verbalize import verbalize
@@ -85,7 +86,10 @@ def _run_image(args: argparse.Namespace) -> int:
     print(json.dumps(seen.to_json(), ensure_ascii=False) if args.json else _printable(text))
     if args.show is not None:
         target = Path(args.show or file.with_suffix(".seen.png").name)
-        perception_picture(image, seen, rules).save(target)
+        try:
+            perception_picture(image, seen, rules).save(target)
+        except (OSError, ValueError) as error:
+            raise OptionError(f"{target} cannot be written ({error}): name a file that ends in .png.") from error
         print(f"Drawn in {target}")
     return 0
 
@@ -175,7 +179,7 @@ def _relator(args: argparse.Namespace) -> Any:
 def _reader(args: argparse.Namespace) -> Any:
     from ..processing.perception.ocr_rapidocr import RapidOcrReader
 
-    return RapidOcrReader(detection_side=args.text_side, device=args.device, legacy=args.original)
+    return RapidOcrReader(detection_side=args.text_side, legacy=args.original)
 
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -87,8 +87,11 @@ class RapidOcrReader:
     def _loaded(self) -> Any:
         if self._engine is None:
             _version()
+            from onnxruntime import get_available_providers
             from rapidocr import RapidOCR
 
+            if self.device == "cuda" and "CUDAExecutionProvider" not in get_available_providers():
+                raise OptionError("onnxruntime finds no GPU: install onnxruntime-gpu, or read on the CPU.")
             # Its logger writes to the terminal, about every image without text too.
             options = {
                 "Global.log_level": "critical",

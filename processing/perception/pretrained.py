@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...errors import PartError
+from ...errors import OptionError, PartError
 from ...hub_access import hub_snapshot
 
 # Of a weight file so many pieces of this size are read for its digest, evenly over it, and all of a smaller one.
@@ -25,14 +25,18 @@ class Pretrained:
         dtype: of weights and inputs: "float32", "bfloat16", "float16".
 
     Raises:
+        OptionError: no such device or dtype; a GPU that is not there, when the model is first asked for.
         PartError: the folder or the model on the Hub is not there, when it is first asked for.
     """
 
     def __init__(self, name: str | Path, device: str = "cpu", dtype: str = "float32") -> None:
         if dtype not in ("float32", "bfloat16", "float16"):
-            raise PartError(f"{dtype!r} is no dtype for a vision model; use float32, bfloat16 or float16.")
+            raise OptionError(f"{dtype!r} is no dtype for a vision model; use float32, bfloat16 or float16.")
         self.name = str(name)
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise OptionError(f"{device!r} is no device; use cpu, cuda or cuda:1.") from error
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._folder: Path | None = None
         self._config: Any = None
@@ -62,6 +66,8 @@ class Pretrained:
     def model(self, auto_class: Any) -> Any:
         """The model by an Auto class of transformers, or another class with `from_pretrained`."""
         if self._model is None:
+            if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
+                raise OptionError(f"{self.device} is not there: this machine has {torch.cuda.device_count()} GPUs.")
             model = self._from_folder(lambda folder: auto_class.from_pretrained(folder, dtype=self.dtype))
             self._model = model.to(self.device).eval()
         return self._model

@@ -107,3 +107,12 @@ def test_vocabularies_are_told_or_known(folder: Path, tmp_path: Path) -> None:
     assert len(TransformersDetector(folder / "owlv2").identity()["names"]) == 1847
     with pytest.raises(PartError, match="cannot be loaded"):
         TransformersDetector(tmp_path).detect(IMAGES)
+
+
+def test_devices_that_are_not_there_are_named(folder: Path) -> None:
+    with pytest.raises(OptionError, match="no device"):
+        TransformersDetector(folder / "detr", device="toaster")
+    with pytest.raises(OptionError, match="cuda:99 is not there"):
+        TransformersDetector(folder / "detr", device="cuda:99").detect(IMAGES)
+    with pytest.raises(OptionError, match="no dtype"):
+        TransformersSegmenter(folder / "mask2former", dtype="int8")

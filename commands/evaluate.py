@@ -50,6 +50,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="longest answer (default: each task's, of the system in --prompts)",
     )
+    parser.add_argument(
+        "--likeliest-letter",
+        action="store_true",
+        help="where there are options, take the likeliest letter, do not generate (for models that write no letters)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument(
         "--prompts",
@@ -88,7 +93,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     tasks = find_tasks(filter(None, args.tasks.split(",")))
     data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
     planned = runner.plan_run(tasks, data, out, args.prompts, args.limit)
-    settings = runner.settings_of(args.model, planned, args.prompts, args.limit, args.max_new_tokens)
+    settings = runner.settings_of(
+        args.model, planned, args.prompts, args.limit, args.max_new_tokens, args.likeliest_letter
+    )
     settings = runner.check_settings(settings, out, args.resume)
     processes = runner.Processes(args.device)
     is_main = processes.rank == 0
@@ -100,7 +107,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     if is_main:
         settings.save(out)
     with _Bar(sum(len(plan.waiting) for plan in planned), processes.count, is_main) as bar:
-        runner.answer_all(planned, args.model, out, processes, args.prompts, batch_size, args.max_new_tokens, bar)
+        runner.answer_all(
+            planned,
+            args.model,
+            out,
+            processes,
+            args.prompts,
+            batch_size,
+            args.max_new_tokens,
+            args.likeliest_letter,
+            bar,
+        )
     if is_main:
         results = score_run(planned, out, ask)
         pages = write_report(results, args.model, out)

@@ -9,6 +9,8 @@ from .requests import Request
 
 # What a model without a chat template is given.
 _PLAIN_PROMPT = "{question}\nAnswer:"
+# Every batch looks at these, so that a letter's tokens do not depend on the options of others.
+_USUAL_LETTERS = "ABCDE"
 
 
 class Answerer(Protocol):
@@ -28,6 +30,9 @@ class Answerer(Protocol):
 
     def generate(self, inputs: Any, max_new_tokens: int) -> list[str]:
         """The answers, in order."""
+
+    def likeliest_letters(self, inputs: Any, letters: Sequence[str]) -> list[str]:
+        """Of each request the letter, among its own, that the model would most likely begin its answer with."""
 
 
 class ChatAnswerer:
@@ -59,6 +64,9 @@ class ChatAnswerer:
     def generate(self, inputs: Any, max_new_tokens: int) -> list[str]:
         return _generate(self.model, self.processor.tokenizer, inputs.to(self.model.device), max_new_tokens)
 
+    def likeliest_letters(self, inputs: Any, letters: Sequence[str]) -> list[str]:
+        return _likeliest_letters(self.model, self.processor.tokenizer, inputs.to(self.model.device), letters)
+
 
 class TextAnswerer:
     """Any causal language model; text only."""
@@ -87,6 +95,9 @@ class TextAnswerer:
     def generate(self, inputs: Any, max_new_tokens: int) -> list[str]:
         return _generate(self.model, self.tokenizer, inputs.to(self.model.device), max_new_tokens)
 
+    def likeliest_letters(self, inputs: Any, letters: Sequence[str]) -> list[str]:
+        return _likeliest_letters(self.model, self.tokenizer, inputs.to(self.model.device), letters)
+
 
 def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[str]:
     import torch
@@ -96,6 +107,33 @@ def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> l
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _likeliest_letters(model: Any, tokenizer: Any, inputs: Any, letters: Sequence[str]) -> list[str]:
+    import torch
+
+    tokens = _letter_tokens(tokenizer, sorted({*_USUAL_LETTERS, *"".join(letters)}))
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        logits = model.generate(**inputs, **options, pad_token_id=padding).logits[0].float()
+    return [
+        max(own, key=lambda letter, row=row: float(row[tokens[letter]].max()))
+        for row, own in zip(logits, letters, strict=True)
+    ]
+
+
+def _letter_tokens(tokenizer: Any, letters: Sequence[str]) -> dict[str, list[int]]:
+    """The tokens of each letter, alone and behind a space: of these forms those that are one token for every letter."""
+    tokens: dict[str, list[int]] = {letter: [] for letter in letters}
+    for form in ("{}", " {}"):
+        ids = [tokenizer.encode(form.format(letter), add_special_tokens=False) for letter in letters]
+        if all(len(one) == 1 for one in ids):
+            for letter, one in zip(letters, ids, strict=True):
+                tokens[letter] += one
+    if not all(tokens.values()):
+        raise CheckpointError("The tokenizer has no single tokens for letters: leave out --likeliest-letter.")
+    return tokens
 
 
 def load_answerer(name: str, device: Any) -> Answerer:

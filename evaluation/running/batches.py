@@ -21,10 +21,13 @@ class BatchAnswerer:
     Args:
         answerer: the model.
         batch_size: items per batch; None begins with many and halves the number whenever memory runs out.
+        likeliest_letter: take the likeliest letter for the answer where there are options, in place of generated text.
     """
 
-    def __init__(self, answerer: Answerer, batch_size: int | None, on_gpu: bool = False) -> None:
-        self.answerer = answerer
+    def __init__(
+        self, answerer: Answerer, batch_size: int | None, on_gpu: bool = False, likeliest_letter: bool = False
+    ) -> None:
+        self.answerer, self.likeliest_letter = answerer, likeliest_letter
         self.may_shrink = batch_size is None
         self.batch_size = batch_size or (START_ON_GPU if on_gpu else START_ON_CPU)
 
@@ -36,8 +39,12 @@ class BatchAnswerer:
         waiting = sorted(
             (r for r in requests if not r.missing), key=lambda r: (len(r.media), len(r.text)), reverse=True
         )
+        if self.likeliest_letter:
+            waiting.sort(key=lambda request: bool(request.letters))
         while waiting:
             batch = waiting[: self.batch_size]
+            if self.likeliest_letter:  # sorted: those with options come last
+                batch = [request for request in batch if bool(request.letters) == bool(batch[0].letters)]
             predictions = self._predict(batch, max_new_tokens)
             if predictions is None:
                 continue  # with a smaller batch
@@ -70,7 +77,10 @@ class BatchAnswerer:
             if len(batch) == 1:
                 return [failure(batch[0], f"{type(error).__name__}: {error}")]
             return [prediction for request in batch for prediction in self._answer([request], max_new_tokens)]
-        texts = self.answerer.generate(inputs, max_new_tokens)
+        if self.likeliest_letter and batch[0].letters:
+            texts = self.answerer.likeliest_letters(inputs, [request.letters for request in batch])
+        else:
+            texts = self.answerer.generate(inputs, max_new_tokens)
         return [
             {"id": request.id, "prompt": prompt, "prediction": text}
             for request, prompt, text in zip(batch, prompts, texts, strict=True)

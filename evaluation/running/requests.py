@@ -12,12 +12,13 @@ from ..tasks.task import Task
 
 @dataclass(frozen=True)
 class Request:
-    """One question as messages of our format; `missing` names media that are not there."""
+    """One question as messages of our format; `missing` names media that are not there, `letters` the options."""
 
     id: Any
     text: str
     media: tuple[dict[str, Any], ...] = ()
     missing: tuple[str, ...] = ()
+    letters: str = ""
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -43,7 +44,7 @@ def _request(task: Task, item: Item, folder: DataFolder, system: str) -> Request
             missing.append(str(value))
         else:
             media.append({"type": kind, "path": str(path.absolute())})
-    return Request(item.id, task.prompt(item, system), tuple(media), tuple(missing))
+    return Request(item.id, task.prompt(item, system), tuple(media), tuple(missing), item.letters)
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:

@@ -29,6 +29,7 @@ class Settings:
     prompts: str
     limit: int | None
     max_new_tokens: int | None  # None: each task's own
+    likeliest_letter: bool
     items: dict[str, str]  # task -> digest of its prompts
 
     def save(self, folder: Path) -> None:
@@ -92,6 +93,7 @@ def settings_of(
     system: str,
     limit: int | None = None,
     max_new_tokens: int | None = None,
+    likeliest_letter: bool = False,
 ) -> Settings:
     """The settings of a planned run."""
     digests = {}
@@ -100,7 +102,7 @@ def settings_of(
         for request in plan.requests:
             digest.update(json.dumps([request.id, request.text], ensure_ascii=False).encode("utf-8", "surrogatepass"))
         digests[plan.task.name] = digest.hexdigest()[:16]
-    return Settings(model, fingerprint(model), system, limit, max_new_tokens, digests)
+    return Settings(model, fingerprint(model), system, limit, max_new_tokens, likeliest_letter, digests)
 
 
 def check_settings(settings: Settings, out: Path, resume: bool) -> Settings:
@@ -118,7 +120,7 @@ def check_settings(settings: Settings, out: Path, resume: bool) -> Settings:
         earlier = json.loads(file.read_text(encoding="utf-8"))
         changed = [
             f"{name} was {earlier[name]!r} and is {getattr(settings, name)!r}"
-            for name in ("model_fingerprint", "prompts", "limit", "max_new_tokens")
+            for name in ("model_fingerprint", "prompts", "limit", "max_new_tokens", "likeliest_letter")
             if earlier[name] != getattr(settings, name)
         ]
         changed += [
@@ -163,11 +165,13 @@ def answer_all(
     system: str = "unimoe",
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
+    likeliest_letter: bool = False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Ask everything that is not answered yet, each process its share.
 
     Args:
+        likeliest_letter: where there are options, do not generate, see `BatchAnswerer`.
         max_new_tokens: longest answer, in place of each task's.
         progress: called with the number of items that have just been answered by this process.
 
@@ -180,7 +184,7 @@ def answer_all(
         answerer = load_answerer(model, processes.device)
         for plan in planned:
             require_kinds(answerer, plan.task.name, plan.waiting)
-        batches = BatchAnswerer(answerer, batch_size, on_gpu="cuda" in str(processes.device))
+        batches = BatchAnswerer(answerer, batch_size, "cuda" in str(processes.device), likeliest_letter)
         for plan in planned:
             store = PredictionStore(out / PREDICTIONS, plan.task.name)
 

@@ -217,6 +217,19 @@ def test_text_tasks_work_on_any_language_model(text_only: Path, short_answers: l
     assert read_results(out)[0]["n"] == 5
 
 
+def test_the_likeliest_letter(text_only: Path, short_answers: list[int], tmp_path: Path) -> None:
+    data, out = tiny_evaluation.write_scienceqa(tmp_path / "data", items=6), tmp_path / "out"
+    assert evaluate(text_only, "scienceqa_text", data, out, "--likeliest-letter", "--batch-size", "4") == 0
+    assert not short_answers  # nothing was generated
+    answerer = loaded_once(str(text_only), torch.device("cpu"))
+    letters = answerer.tokenizer.encode("AB", add_special_tokens=False)
+    for prediction in lines(out / "predictions" / "scienceqa_text.jsonl"):
+        ids = answerer.tokenizer(prediction["prompt"], return_tensors="pt")["input_ids"]
+        logits = answerer.model(ids).logits[0, -1]
+        assert prediction["prediction"] == "AB"[int(logits[letters].argmax())]
+    assert evaluate(text_only, "scienceqa_text", data, out, "--resume") == cli.EXIT_ERROR
+
+
 def test_a_model_without_eyes_gets_no_pictures(text_only: Path, tmp_path: Path, capsys: Any) -> None:
     data = tiny_evaluation.write_mmbench(tmp_path / "data")
     assert evaluate(text_only, "mmbench", data, tmp_path / "out") == cli.EXIT_ERROR

@@ -56,7 +56,7 @@ from .recipe_parts import ExpertConfig
 from .sampler import ModalityBatchSampler
 from .stage import OnProgress, OnStageStart, RunSettings, StageReport, run_training
 from .stage_files import DONE_FILE, MODEL_FOLDER, mark_done, verify_results, written_aside
-from .stage_processor import confined, processor_of
+from .stage_processor import confined, open_processor, processor_of
 
 STAGE_FILE = "stage.json"
 SETTINGS_FILE = "settings.json"
@@ -367,10 +367,8 @@ def _refuse_settings_of_cached_training(recipe: Recipe) -> None:
 
 
 def _load_processor(folder: str) -> Any:
-    from ..processing.processing_unimoe import UniMoeProcessor
-
     require_model_folder(folder)
-    return UniMoeProcessor.from_pretrained(folder)
+    return open_processor(folder)
 
 
 def _saved_report(folder: Path) -> StageReport | None:

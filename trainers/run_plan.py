@@ -14,7 +14,7 @@ from .plan_model import StageModel, memory_settings, stage_models
 from .recipe import Recipe, StageConfig
 from .recipe_data import entries_of
 from .stage import LOSSES_FILE, PLAN_FILE
-from .stage_processor import processor_of
+from .stage_processor import open_processor, processor_of
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,8 @@ def plan_run(
     if brief or recipe.model in missing:
         return RunPlan(rows, missing, {}, [], degrees)
     from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
-    from ..processing.processing_unimoe import UniMoeProcessor
-
     models = stage_models(recipe, UniMoeConfig.from_pretrained(recipe.model))
-    processor = UniMoeProcessor.from_pretrained(recipe.model)
+    processor = open_processor(recipe.model)
     headers: dict[str, DataSetHeader | None] = {}
     stages = []
     for stage, row, model in zip(recipe.stages, rows, models, strict=True):

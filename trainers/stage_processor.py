@@ -5,8 +5,22 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import CheckpointError, RecipeError
 from .recipe import StageConfig
+
+
+def open_processor(folder: str) -> Any:
+    """The processor of a model's folder. Raises CheckpointError where its files are missing or do not load."""
+    from ..processing.processing_unimoe import UniMoeProcessor
+
+    try:
+        return UniMoeProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"The processor of {folder} cannot be loaded ({reason}): save it beside the model with "
+            "processor.save_pretrained."
+        ) from error
 
 
 def confined(processor: Any, media_root: str | Path | None) -> Any:

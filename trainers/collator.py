@@ -198,6 +198,9 @@ class CachedCollator:
         return states
 
 
+_NO_RULES = RowRules()
+
+
 def has_media(sample: Sample) -> bool:
     return next(media_items(sample), None) is not None
 
@@ -208,7 +211,7 @@ def _batch(
     rows: Sequence[Row],
     multiple: int,
     length: int = 0,
-    rules: RowRules = RowRules(),  # noqa: B008: frozen
+    rules: RowRules = _NO_RULES,
 ) -> dict[str, Any]:
     """Left-padded int64 tensors [B, L]; L is the longest row or `length`, rounded up to the multiple."""
     rows = [rules.applied(sample, row) for sample, row in zip(samples, rows, strict=True)]

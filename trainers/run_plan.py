@@ -1,11 +1,13 @@
 """What a run will train, on how many tokens, in how much memory and time: worked out without weights."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .batching import row_rules
 from .memory_plan import Degrees, MemoryPlan, memory_per_rank
 from .plan import PlanRow, missing_files, plan_curriculum
@@ -73,14 +75,13 @@ def plan_run(
     rows, missing = plan_curriculum(recipe), missing_files(recipe)
     if brief or recipe.model in missing:
         return RunPlan(rows, missing, {}, [], degrees)
-    from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
     models = stage_models(recipe, UniMoeConfig.from_pretrained(recipe.model))
-    processor = open_processor(recipe.model)
+    processor = functools.cache(lambda: open_processor(recipe.model))  # a plan without data needs none
     headers: dict[str, DataSetHeader | None] = {}
     stages = []
     for stage, row, model in zip(recipe.stages, rows, models, strict=True):
-        own_processor = processor_of(stage, processor)
         own = _headers(recipe, stage, headers, missing)
+        own_processor = processor_of(stage, processor()) if own or stage.chat_template else None
         groups = groups_of(own, stage.modalities, own_processor, row_rules(stage)) if own else []
         whole = None if len(own) < len(_entries(recipe, stage)) else chosen_count(own, stage.modalities)
         batches = (

@@ -27,10 +27,10 @@ SOURCES = ("aux", "other", "own")
 class Rows(NamedTuple):
     """Some positions of M samples out of a batch [B, S, H], padded to equal numbers.
 
-    index: [M, N] int64, position in the batch laid flat, [B * S]. valid: [M, N] bool, false on padding.
+    place: [M, N] int64, position in the batch laid flat, [B * S]. valid: [M, N] bool, false on padding.
     """
 
-    index: torch.Tensor
+    place: torch.Tensor
     valid: torch.Tensor
 
     @classmethod
@@ -43,13 +43,13 @@ class Rows(NamedTuple):
 
     def take(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """[M, N, H]; what stands on padding means nothing."""
-        return x_BSH.reshape(-1, x_BSH.shape[-1])[self.index]
+        return x_BSH.reshape(-1, x_BSH.shape[-1])[self.place]
 
     def put(self, x_BSH: torch.Tensor, rows_MNH: torch.Tensor) -> torch.Tensor:
         """A copy of the batch with other rows at these positions."""
         flat = x_BSH.reshape(-1, x_BSH.shape[-1])
         rows = rows_MNH[self.valid].to(x_BSH.dtype)
-        return flat.index_put((self.index[self.valid],), rows).view_as(x_BSH)
+        return flat.index_put((self.place[self.valid],), rows).view_as(x_BSH)
 
 
 class Mixing(NamedTuple):

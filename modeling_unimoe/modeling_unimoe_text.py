@@ -102,7 +102,8 @@ class UniMoeAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        projected = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        projected = tuple(linear(hidden_states) for linear in linears)
         if self.plora is not None:
             projected = self.plora.inputs(hidden_states, projected, image_mask)
         query, key, value = (states.view(head_shape) for states in projected)

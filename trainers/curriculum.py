@@ -48,6 +48,7 @@ from .encoder_cache import EncoderCache
 from .folder_lock import exclusive
 from .mixer_stage import prepare_mixers
 from .moe_fit import require_fitting_moe, sparse_layers
+from .perceived import PerceivedCollator
 from .plan import require_data, require_model_folder
 from .recipe import Recipe, StageConfig
 from .recipe_data import DataEntry, settings_of
@@ -183,18 +184,20 @@ class _Curriculum:
 
     def collator(self, stage: StageConfig) -> Any:
         processor = self.processors[stage.name]
-        if self.cache is None:
-            return TolerantCollator(RawCollator(processor, self.recipe.pad_to_multiple_of, row_rules(stage)))
-        cached = CachedCollator(
-            processor,
-            self.cache,
-            self.recipe.pad_to_multiple_of,
-            feature_noise=stage.feature_noise,
-            token_dropout=stage.token_dropout,
-            augment=self.augment,
-            rules=row_rules(stage),
-        )
-        return TolerantCollator(cached)
+        collator: Any = RawCollator(processor, self.recipe.pad_to_multiple_of, row_rules(stage))
+        if self.cache is not None:
+            collator = CachedCollator(
+                processor,
+                self.cache,
+                self.recipe.pad_to_multiple_of,
+                feature_noise=stage.feature_noise,
+                token_dropout=stage.token_dropout,
+                augment=self.augment,
+                rules=row_rules(stage),
+            )
+        if self.recipe.perception is not None:
+            collator = PerceivedCollator(collator, self.recipe.perception)
+        return TolerantCollator(collator)
 
     def _run(self, stage: StageConfig, folder: Path) -> StageReport:
         self._enter(self.model_folder)

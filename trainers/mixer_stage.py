@@ -54,7 +54,7 @@ def add_mixers(model: UniMoeForCausalLM, mixer: UniMoeMixerConfig | Mapping[str,
     config = UniMoeMixerConfig(**mixer) if isinstance(mixer, Mapping) else mixer
     config.require_fit(text.hidden_size, text.num_hidden_layers)
     text.mixer_config = model.model.language_model.config.mixer_config = config
-    reference = model.get_input_embeddings().weight
+    reference: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for number, layer in enumerate(config.layers or ()):

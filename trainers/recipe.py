@@ -193,6 +193,7 @@ class Recipe:
         attention: "auto" takes "eager" on CPUs, where training with it is faster, and "sdpa" elsewhere.
         experts_implementation: of transformers ("grouped_mm", "batched_mm", "eager"); None leaves its default.
         cache: folder for the frozen towers' states; None runs the towers in every step.
+        perception: folder that `unimoe perceive` filled: images carry what it says was seen in them, for models with mixers.
         pad_to_multiple_of: sequence lengths are rounded up to it, because every new shape costs time.
         voice_as: what audio in `data` is that does not name its modality, the clips under `voice` in LLaVA's form among
             it: "speech", or "sound" for a model without a speech tower.
@@ -215,6 +216,7 @@ class Recipe:
     attention: str = "auto"
     experts_implementation: str | None = None
     cache: str | None = None
+    perception: str | None = None
     pad_to_multiple_of: int = 8
     gradient_checkpointing: bool = False
     max_bad_samples: float = 0.01

@@ -37,7 +37,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(data, override)
     recipe = build(Recipe, data, "")
-    for name in ("model", "out", "media_root", "cache"):
+    for name in ("model", "out", "media_root", "cache", "perception"):
         if getattr(recipe, name) is not None:
             setattr(recipe, name, _beside(path, name, getattr(recipe, name)))
     recipe.data = [_data_beside(path, f"data[{number}]", entry) for number, entry in enumerate(recipe.data)]
@@ -55,7 +55,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
     fields["data"] = [_saved(entry) for entry in recipe.data]
     for stage, saved in zip(recipe.stages, fields["stages"], strict=True):
         saved["data"] = stage.data and [_saved(entry) for entry in stage.data]
-    for name in ("model", "out", "cache", "media_root"):
+    for name in ("model", "out", "cache", "media_root", "perception"):
         fields[name] = fields[name] and str(Path(fields[name]).absolute())
     text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
     Path(path).write_text(text, encoding="utf-8")

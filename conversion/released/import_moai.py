@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -146,7 +147,7 @@ def _refuse_others(shapes: Mapping[str, Shape]) -> None:
 def _image_id(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> int:
     if tokenizer is None:
         return vocabulary
-    found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    found: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if found < vocabulary:
         raise ConversionError(
             f"tokenizer.model knows {found} pieces, the model {vocabulary}: they do not belong together."

@@ -25,10 +25,21 @@ def test_moai_training_steps(golden_case: GoldenCase) -> None:
 def check_training(case: GoldenCase) -> None:
     for stored in case.names("*/labels_merged"):
         name = stored.removesuffix("/labels_merged")
+        check_answer(case, name)
         for masks in case.names(f"{name}/lang_mask_*"):
             answers = masks.removeprefix(f"{name}/lang_mask_")
             for run in sorted({key.split("/")[2] for key in case.names(f"{name}/{answers}/*/loss")}):
                 check_run(case, name, answers, run)
+
+
+def check_answer(case: GoldenCase, name: str) -> None:
+    """What the cases say of the answer is what the labels say."""
+    learned = (case.input(f"{name}/labels_merged")[0] != -100).nonzero()[:, 0]
+    fields = case.json("cases").get(name) or {}
+    for field, found in (("answer_start_merged", int(learned[0])), ("answer_len", len(learned))):
+        if field in fields:
+            assert found == fields[field]
+            case._record("compared", "cases", f"{name}.{field}")
 
 
 def check_run(case: GoldenCase, name: str, answers: str, run: str) -> None:

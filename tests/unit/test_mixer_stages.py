@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import tiny_training
@@ -11,11 +12,14 @@ import torch
 import unimoe
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import ConversationError, RecipeError
+from unimoe.processing.perception.results import Perception, Segment, Segmentation
 from unimoe.trainers.collator import CachedCollator, RawCollator
 from unimoe.trainers.curriculum import run_curriculum
 from unimoe.trainers.data import ConversationDataset
 from unimoe.trainers.encoder_cache import EncoderCache
 from unimoe.trainers.mixer_stage import add_mixers
+from unimoe.trainers.perceived import PerceivedCollator
+from unimoe.trainers.perception_cache import PerceptionCache
 from unimoe.trainers.recipe import Recipe, StageConfig
 from unimoe.trainers.recipe_file import load_recipe
 from unimoe.trainers.recipe_mixers import MixersConfig
@@ -84,6 +88,22 @@ def test_cached_batches_carry_the_same_aux(processor: Any, dataset: Conversation
         for batch in (raw, cached)
     )
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+
+
+def test_aux_come_from_a_cache_of_what_was_seen(processor: Any, dataset: ConversationDataset, tmp_path: Path) -> None:
+    cache = PerceptionCache.create(tmp_path, {"adapter": "none"}, "nobody")
+    ids = np.zeros((20, 24), dtype=np.int32)
+    ids[5:, 3:] = 1
+    seen = Perception(24, 20, segmentation=Segmentation(ids, (Segment(1, "sky-other-merged"),)))
+    image = dataset[0]["messages"][0]["content"][0]["path"]
+    cache.add(cache.digest(image), seen)
+    cache.flush()
+    collator = PerceivedCollator(RawCollator(processor), tmp_path)
+    batch = collator([dataset[0], dataset[8]])
+    kept = batch["aux_attention_mask"][0, :-4].bool()
+    assert "sky" in processor.tokenizer.decode(batch["aux_input_ids"][0][kept])
+    assert not batch["aux_attention_mask"][1].any()
+    assert batch["aux_pixel_values"][0].std() > 0
 
 
 def test_both_steps_train_nothing_but_the_mixers(processor: Any, dataset: ConversationDataset, tmp_path: Path) -> None:

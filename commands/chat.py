@@ -134,7 +134,8 @@ class Conversation:
         self.waiting.append({**_MEDIA[kind], "path": file})
 
     def reset(self) -> None:
-        self.messages, self.waiting = list(self._start), []
+        self.messages: list[dict[str, Any]] = list(self._start)
+        self.waiting: list[dict[str, Any]] = []
 
     def say(self, text: str) -> None:
         """Print the answer to a message as it comes. After an error or Ctrl-C the message counts as not said."""

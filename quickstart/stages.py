@@ -5,6 +5,7 @@ from typing import Any
 
 from ..starter_corpus.corpus import corpus_root
 from ..trainers.recipe import Recipe, StageConfig
+from ..trainers.recipe_data import DataEntry
 from ..trainers.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
 from .schedule import EXPERT_EFFORT, Budget
 
@@ -93,7 +94,7 @@ def dense_twin_recipe(start: Path, work: Path, seed: int, steps: int, precision:
         label_smoothing=0.02,
         **COMMON,
     )
-    data = [str(corpus_root() / "train.jsonl")]
+    data: list[str | DataEntry] = [str(corpus_root() / "train.jsonl")]
     out = str(work / "compare")
     return Recipe(
         model=str(start),

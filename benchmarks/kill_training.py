@@ -39,6 +39,7 @@ from transformers.utils import logging  # noqa: E402
 
 from unimoe.trainers import curriculum, stage  # noqa: E402
 from unimoe.trainers.checkpoints import complete_checkpoints, verify  # noqa: E402
+from unimoe.trainers.loss_meter import LOGGED_LOSSES  # noqa: E402
 from unimoe.trainers.recipe import Recipe, StageConfig  # noqa: E402
 from unimoe.trainers.recipe_parts import LoraSettings  # noqa: E402
 from unimoe.trainers.state_tree import load_tree  # noqa: E402
@@ -212,7 +213,8 @@ def results(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         for name, tensor in load_file(file).items()
     }
     logs = [json.loads(line) for name in ("all", "adapters") for line in (out / name / "losses.jsonl").open()]
-    return tensors, [{key: value for key, value in log.items() if key != "seconds"} for log in logs]
+    # Not how fast it went.
+    return tensors, [{key: log.get(key) for key in ("step", *LOGGED_LOSSES, "grad_norm", "groups")} for log in logs]
 
 
 class Killer:

@@ -183,15 +183,18 @@ class ResumableTrainer(Trainer):
             self.accelerator.scaler.load_state_dict(load_tree(Path(checkpoint), _SCALER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        self._resumed_from = None
         state = self._state_of_process(checkpoint)
         if state is not None:
             set_random_state(state["random"])
 
     def _restore_random_numbers_once(self) -> None:
-        """For what draws random numbers before the Trainer restores them: the first step's look ahead."""
+        """For what draws random numbers before the Trainer restores them: the look ahead of the first step in an epoch.
+
+        At the start of an epoch it has restored them before, and the data loader has drawn since.
+        """
         if self._resumed_from is not None:
             self._load_rng_state(self._resumed_from)
-            self._resumed_from = None
 
     def _state_of_process(self, checkpoint: str | None) -> dict[str, Any] | None:
         if checkpoint is None:

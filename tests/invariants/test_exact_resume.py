@@ -174,6 +174,26 @@ def test_the_look_ahead_of_the_first_resumed_step_draws_the_same_numbers(bench: 
     assert differences(counted[0], counted[1]) == []
 
 
+@pytest.mark.parametrize(("every", "killed_at"), [(3, 4), (4, 5)], ids=["within", "between"])
+def test_passes_over_the_data_go_on_within_and_between(
+    bench: Bench, tmp_path: Path, every: int, killed_at: int
+) -> None:
+    """A pass has 4 steps; at its start the data loader draws a random number."""
+
+    def of_two_passes(folder: Path) -> UniMoeTrainer:
+        options = {"max_steps": -1, "num_train_epochs": 2, "save_steps": every, "logging_steps": 1}
+        return bench.trainer(folder, frozen(bench), -1, save_strategy="steps", **options)
+
+    whole = of_two_passes(tmp_path / "whole")
+    whole.train()
+    expected = everything(whole)
+    assert expected["step"] == 8
+    kill(lambda: of_two_passes(tmp_path / "parts"), killed_at)
+    resumed = of_two_passes(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert differences(expected, everything(resumed)) == []
+
+
 @pytest.mark.parametrize("make", [full, lora])
 def test_the_best_model_survives_a_kill_and_a_move(bench: Bench, tmp_path: Path, make: Callable[[Bench], Any]) -> None:
     """The best one was saved before the kill; the resumed run finds it, although its folder has another name now."""

@@ -105,6 +105,11 @@ def test_images_cut_at_twenty_places(kind: str) -> None:
             load_image(data[: len(data) * place // 21])
 
 
+@pytest.mark.parametrize("junk", [bytes(range(40, 56)) + b"\0\0", b"\0" * 8 + b"\xff" * 8 + b"\0\0"])
+def test_the_signature_of_archives_stands_in_pictures_by_chance(junk: bytes) -> None:
+    assert load_image(tiny_media.encoded_picture("JPEG") + b"PK\5\6" + junk).size == (24, 20)
+
+
 def test_polyglots_and_files_that_are_no_images(tmp_path: Path) -> None:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:

@@ -1,6 +1,7 @@
 """`unimoe train RECIPE.yaml`: a curriculum from a file; the same command goes on after a stop."""
 
 import argparse
+import os
 from typing import Any
 
 _DESCRIPTION = """\
@@ -50,10 +51,14 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     if args.out is not None:
         recipe.out = str(Path(args.out).absolute())
-    _print_plan(recipe, args)
+    speaks = os.environ.get("RANK", "0") == "0"  # one of the ranks of a parallel run
+    if speaks:
+        _print_plan(recipe, args)
     if args.plan:
         return 0
     reports = run_curriculum(recipe, on_stage_start=_print_stage)
+    if not speaks:
+        return 0
     for report in reports:
         print(
             f"{report.name}: {report.steps} steps in {report.seconds:.0f} s, {report.trainable_parameters:,} parameters, "

@@ -16,7 +16,12 @@ def must_run(module: nn.Module | None) -> bool:
     """Whether other ranks may wait for a module: it has weights that are trained, or shared out over ranks."""
     if module is None:
         return False
-    return any(p.requires_grad or hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in module.parameters())
+    return any(p.requires_grad for p in module.parameters()) or is_shared_out(module)
+
+
+def is_shared_out(module: nn.Module) -> bool:
+    """Whether ranks share out the module's weights or experts, so that they must go through it together both ways."""
+    return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in module.parameters())
 
 
 @contextmanager

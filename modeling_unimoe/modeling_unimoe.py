@@ -21,6 +21,7 @@ from .configuration_unimoe import UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin, begins_text, check_text_inputs, place_features
 from .generation_unimoe import repeat_media, restarts_at_longer_rope
+from .idle_branches_unimoe import is_shared_out
 from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
 from .outputs_unimoe import UniMoeCausalLMOutputWithPast, UniMoeModelOutputWithPast
@@ -130,6 +131,9 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
         if idle is not None:
             idle_branches = idle if idle_branches is None else idle_branches + idle.to(idle_branches.device)
         may_hold_images = input_ids is None or "image" in features
+        if idle_branches is not None and is_shared_out(self.language_model):
+            # Ranks with media go back through the decoder to their connectors; those without must go along.
+            inputs_embeds = inputs_embeds + idle_branches.to(inputs_embeds.dtype)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -12,8 +12,10 @@ from ..errors import CheckpointError, RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..roles import role_of
 from .moe_fit import sparse_layers, sparsity_of
+from .ranks import is_first
 from .recipe import StageConfig
 from .recipe_parts import ExpertConfig, MoeConfig
+from .sharded_tensors import reshard, whole_tensor
 
 EXPERT_FILE = "expert.safetensors"
 CONNECTORS_FILE = "connectors.safetensors"
@@ -54,16 +56,18 @@ def trained_by(name: str, owners: dict[str, str], layers: Sequence[int]) -> Call
 
 def save_expert(model: UniMoeForCausalLM, folder: Path, trained: Callable[[str], bool]) -> None:
     """Write the tensors that an expert's run trained: the FFNs, and its connectors."""
+    reshard(model)
     ffn, connectors = {}, {}
     for name, parameter in model.named_parameters():
         if trained(name):
-            tensor = parameter.detach().cpu().contiguous()
+            tensor = whole_tensor(parameter.detach()).cpu().contiguous()
             if name.startswith(_LANGUAGE):
                 ffn[name.removeprefix(_LANGUAGE)] = tensor
             else:
                 connectors[name.removeprefix("model.")] = tensor
-    save_file(connectors, folder / CONNECTORS_FILE)
-    save_file(ffn, folder / EXPERT_FILE)
+    if is_first():
+        save_file(connectors, folder / CONNECTORS_FILE)
+        save_file(ffn, folder / EXPERT_FILE)
 
 
 @torch.no_grad()
@@ -94,7 +98,8 @@ def save_router_means(
         for hook in hooks:
             hook.remove()
     means = {f"layers.{layer}": (total / max(count, 1)).float() for layer, total in sums.items()}
-    save_file(means, folder / ROUTER_MEANS_FILE)
+    if is_first():
+        save_file(means, folder / ROUTER_MEANS_FILE)
 
 
 def router_rows_from_means(means: Sequence[dict[str, torch.Tensor]], scale: float) -> dict[int, torch.Tensor]:

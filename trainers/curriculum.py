@@ -7,6 +7,7 @@ OUT/<stage>/losses.jsonl     one line per log
 OUT/<stage>/telemetry.jsonl, report.html    expert load, speed and memory; all of it drawn, when the stage is done
 OUT/<stage>/bad_samples.jsonl    unreadable samples that were left out, if there were any
 OUT/<stage>/checkpoints/     gone when the stage is done
+OUT/<stage>/start/           "moe" on several ranks only: the assembled model that they read; gone when the stage is done
 OUT/<stage>/model/           the model after the stage (not for "experts")
 OUT/<stage>/<expert>/        "experts" only: the same, with expert.safetensors, connectors.safetensors
 OUT/<stage>/stage.json       the report
@@ -16,6 +17,7 @@ OUT/<stage>/DONE             the stage is finished; size and SHA-256 of what it 
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,18 +50,29 @@ from .encoder_cache import EncoderCache
 from .folder_lock import exclusive
 from .mixer_stage import prepare_mixers
 from .moe_fit import require_fitting_moe, sparse_layers
+from .parallel_run import joined
 from .perceived import PerceivedCollator
-from .plan import require_data, require_model_folder
+from .plan import require_cache_where_needed, require_data, require_model_folder
+from .ranks import first_goes_ahead, is_first, of_first, only_first, wait_for_all
 from .recipe import Recipe, StageConfig
 from .recipe_data import DataEntry, settings_of
 from .recipe_file import save_recipe
 from .recipe_parts import ExpertConfig
 from .sampler import ModalityBatchSampler
 from .stage import OnProgress, OnStageStart, RunSettings, StageReport, run_training
-from .stage_files import DONE_FILE, MODEL_FOLDER, mark_done, verify_results, written_aside
-from .stage_processor import confined, open_processor, processor_of
+from .stage_files import (
+    DONE_FILE,
+    MODEL_FOLDER,
+    START_FOLDER,
+    mark_done,
+    saved_report,
+    verify_results,
+    write_report,
+    written_aside,
+)
+from .stage_processor import confined, processor_of
+from .start_model import load_processor, load_start_model, with_implementations
 
-STAGE_FILE = "stage.json"
 SETTINGS_FILE = "settings.json"
 # Settings that change nothing about what a stage computes.
 _FREE_SETTINGS = ("stage.save_every", "stage.keep_checkpoints", "stage.log_every", "stage.data")
@@ -100,16 +113,17 @@ def run_curriculum(
         DataError, CheckpointError, TrainingError: see their makers.
     """
     recipe.check()
+    if model is not None and recipe.parallel.ranks > 1:
+        raise RecipeError("Several ranks load the model themselves: give it as the recipe's model, a folder.")
     if cache is None and recipe.cache is None:
-        _refuse_settings_of_cached_training(recipe)
+        require_cache_where_needed(recipe)
     out = Path(recipe.out)
     if processor is None:
         require_model_folder(recipe.model)
     if dataset is None and not out.exists():
         require_data(recipe)
     require_fitting_moe(recipe, None if model is None else model.config)
-    out.mkdir(parents=True, exist_ok=True)
-    with exclusive(out), transformers_bars(shown=False):
+    with joined(recipe.parallel), exclusive(out) if is_first() else nullcontext(), transformers_bars(shown=False):
         run = _Curriculum(
             recipe,
             model,
@@ -118,9 +132,9 @@ def run_curriculum(
             cache,
             augment,
             on_stage_end,
-            on_start=on_stage_start,
-            on_progress=on_progress,
-            progress_bar=progress_bar,
+            on_start=on_stage_start if is_first() else None,
+            on_progress=on_progress if is_first() else None,
+            progress_bar=progress_bar and is_first(),
             max_bad_samples=recipe.max_bad_samples,
             gradient_checkpointing=recipe.gradient_checkpointing,
             telemetry=recipe.telemetry,
@@ -128,13 +142,8 @@ def run_curriculum(
         )
         for stage in recipe.stages:
             run.require_same_settings(stage)
-        save_recipe(recipe, out / "recipe.yaml")
+        only_first(lambda: save_recipe(recipe, out / "recipe.yaml"))
         return [run.stage(stage) for stage in recipe.stages]
-
-
-def load_start_model(folder: str | Path, recipe: Recipe) -> UniMoeForCausalLM:
-    """A model in float32 with the recipe's implementations of attention and experts."""
-    return _with_implementations(UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32), recipe)
 
 
 class _Curriculum:
@@ -152,9 +161,9 @@ class _Curriculum:
         **run_options: Any,
     ) -> None:
         self.recipe = recipe
-        self.model = None if model is None else _with_implementations(model, recipe)
+        self.model = None if model is None else with_implementations(model, recipe)
         self.model_folder = Path(recipe.model)
-        self.processor = processor if processor is not None else _load_processor(recipe.model)
+        self.processor = processor if processor is not None else load_processor(recipe.model)
         self.dataset = dataset
         self.cache = cache
         self.augment = augment
@@ -163,17 +172,21 @@ class _Curriculum:
         self.reader = confined(self.processor, recipe.media_root)
         self.processors = {stage.name: processor_of(stage, self.reader) for stage in recipe.stages}
         self.settings = RunSettings(
-            self.processor, self.collator, seed=recipe.seed, precision=recipe.precision, **run_options
+            self.processor,
+            self.collator,
+            seed=recipe.seed,
+            precision=recipe.precision,
+            parallel=recipe.parallel,
+            **run_options,
         )
 
     def stage(self, stage: StageConfig) -> StageReport:
         """Run one stage, or take over what it left when it was done."""
         folder = Path(self.recipe.out) / stage.name
-        report = _saved_report(folder)
+        report, done = of_first((saved_report(folder), (folder / DONE_FILE).is_file()))
         if report is None:
             report = self._run(stage, folder)
         else:
-            done = (folder / DONE_FILE).is_file()
             # Not the path in the report: the whole output may have been moved.
             self._enter(folder / MODEL_FOLDER if stage.kind != "experts" else self.model_folder, load=not done)
             if not done:
@@ -200,25 +213,44 @@ class _Curriculum:
         return TolerantCollator(collator)
 
     def _run(self, stage: StageConfig, folder: Path) -> StageReport:
+        if self.recipe.parallel.ranks > 1:
+            self.model = None  # an engine has wrapped it, or it must be spread
+        if stage.kind == "moe":
+            self._assemble(folder)
         self._enter(self.model_folder)
         prepare_mixers(self.model, stage.train, self.recipe.mixers, self.recipe.seed, stage.name)
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / SETTINGS_FILE, json.dumps(self._settings_of(stage), indent=1))
+        settings = json.dumps(self._settings_of(stage), indent=1)
+        only_first(lambda: write_durably(folder / SETTINGS_FILE, settings))
         dataset = self._data(stage)
         if stage.kind == "experts":
             report = self._train_experts(stage, in_memory(dataset, f"The stage {stage.name!r}"), folder)
             return self._finish(report, folder)
-        if stage.kind == "moe":
-            for own in self.expert_folders:
-                verify_results(own)
-            self.model = _with_implementations(
-                assemble(self.model, self.recipe.moe, self.expert_folders, self.recipe.seed), self.recipe
-            )
         self.model, report = run_training(self.model, dataset, stage, folder, self.settings)
         self._save_model(folder / MODEL_FOLDER)
         self.model_folder = folder / MODEL_FOLDER
         report.model = str(self.model_folder)
         return self._finish(report, folder)
+
+    def _assemble(self, folder: Path) -> None:
+        """Make the sparse model the current one; several ranks read it from a folder that one of them writes."""
+        for own in self.expert_folders:
+            verify_results(own)
+        start = folder / START_FOLDER
+        if self.recipe.parallel.ranks == 1:
+            self._enter(self.model_folder)
+            self.model = self._sparse(self.model)
+            return
+        if is_first() and not start.exists():
+            dense = UniMoeForCausalLM.from_pretrained(self.model_folder, dtype=torch.float32)
+            with written_aside(start) as written:
+                self._sparse(dense).save_pretrained(written)
+        wait_for_all()
+        self._enter(start, load=False)
+
+    def _sparse(self, dense: UniMoeForCausalLM) -> UniMoeForCausalLM:
+        sparse = assemble(dense, self.recipe.moe, self.expert_folders, self.recipe.seed)
+        return with_implementations(sparse, self.recipe)
 
     def _train_experts(self, stage: StageConfig, dataset: ConversationDataset, folder: Path) -> StageReport:
         layers = sparse_layers(self.model.config.text_config, self.recipe.moe)
@@ -227,7 +259,7 @@ class _Curriculum:
         runs = []
         for expert in stage.experts:
             own = folder / expert.name
-            done = _saved_report(own) if (own / DONE_FILE).is_file() else None
+            done = saved_report(own) if (own / DONE_FILE).is_file() else None
             runs.append(done or self._train_expert(stage, expert, dataset, own, layers, owners))
         return StageReport(
             name=stage.name,
@@ -264,20 +296,21 @@ class _Curriculum:
         batches = (collator([own_data[draw.index] for draw in draws]) for draws in sampler)
         save_router_means(self.model, batches, layers, folder)
         save_expert(self.model, folder, trained)
+        wait_for_all()
         with torch.no_grad():
             for parameter_name, parameter in self.model.named_parameters():
                 if parameter_name in saved:
                     parameter.copy_(saved[parameter_name])
-        _write_report(report, folder)
-        mark_done(folder)
+        write_report(report, folder)
+        only_first(lambda: mark_done(folder))
         return report
 
     def _finish(self, report: StageReport, folder: Path) -> StageReport:
-        _write_report(report, folder)
+        write_report(report, folder)
         if self.on_stage_end is not None:
             report.evaluation = self.on_stage_end(report, self.model.eval(), self.processor)
-            _write_report(report, folder)
-        mark_done(folder)
+            write_report(report, folder)
+        only_first(lambda: mark_done(folder))
         return report
 
     def _data(self, stage: StageConfig) -> TrainingData:
@@ -294,7 +327,9 @@ class _Curriculum:
         if self.cache is None and self.recipe.cache is not None:
             self.cache = EncoderCache(self.recipe.cache, self.model, self.reader)
         if self.cache is not None:
-            self.cache.build(in_memory(dataset, "The cache").samples, self.settings.progress_bar, skip_unreadable=True)
+            samples = in_memory(dataset, "The cache").samples
+            with first_goes_ahead():
+                self.cache.build(samples, self.settings.progress_bar, skip_unreadable=True)
         return dataset
 
     def _enter(self, folder: Path, load: bool = True) -> None:
@@ -308,11 +343,14 @@ class _Curriculum:
 
     def _save_model(self, folder: Path) -> None:
         """A whole bundle: what a recipe leaves behind loads where unimoe is not installed."""
-        with written_aside(folder) as written:
-            self.model.save_pretrained(written)
-            self.processor.save_pretrained(written)
-            card = model_card(Path(self.recipe.out).name, self.model.config, count_parameters(self.model.config))
-            complete_bundle(written, card)
+        aside = written_aside(folder) if is_first() else nullcontext(folder.with_name(f"{folder.name}.new"))
+        with aside as written:
+            self.model.save_pretrained(written, is_main_process=is_first())  # ranks put their parts together
+            if is_first():
+                self.processor.save_pretrained(written)
+                card = model_card(Path(self.recipe.out).name, self.model.config, count_parameters(self.model.config))
+                complete_bundle(written, card)
+        wait_for_all()
 
     def require_same_settings(self, stage: StageConfig) -> None:
         """Refuse to go on from results of other settings."""
@@ -344,43 +382,6 @@ def _stage_of_expert(
     names = {name for group in dataset.groups for name in dataset.names_of(group)}
     weights = {name: weight for name, weight in stage.modality_weights.items() if name in names}
     return dataclasses.replace(stage, train=train, modality_weights=weights, steps=stage.steps_of(expert))
-
-
-def _with_implementations(model: UniMoeForCausalLM, recipe: Recipe) -> UniMoeForCausalLM:
-    attention = recipe.attention
-    if attention == "auto":
-        # The backward pass of CPU flash attention is slow at the short sequences of training.
-        attention = "sdpa" if torch.cuda.is_available() else "eager"
-    model.model.language_model.set_attn_implementation(attention)
-    if recipe.experts_implementation is not None and model.config.text_config.sparse_layers:
-        model.set_experts_implementation(recipe.experts_implementation)
-    return model
-
-
-def _refuse_settings_of_cached_training(recipe: Recipe) -> None:
-    """Noise and dropout act on cached states; without a cache they would be silently left out."""
-    for stage in recipe.stages:
-        for name in ("feature_noise", "token_dropout"):
-            value = getattr(stage, name)
-            if any(value.values()) if isinstance(value, dict) else value:
-                raise RecipeError(
-                    f"The stage {stage.name!r} has {name} = {value!r}, which acts on cached tower states, but there is "
-                    f"no cache: set cache to a folder, or leave {name} out."
-                )
-
-
-def _load_processor(folder: str) -> Any:
-    require_model_folder(folder)
-    return open_processor(folder)
-
-
-def _saved_report(folder: Path) -> StageReport | None:
-    file = folder / STAGE_FILE
-    return StageReport.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-
-def _write_report(report: StageReport, folder: Path) -> None:
-    write_durably(folder / STAGE_FILE, json.dumps(asdict(report), indent=1, default=str))
 
 
 def _differences(then: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:

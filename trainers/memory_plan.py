@@ -40,6 +40,7 @@ class ParameterSizes:
         whole: all else, which every rank has: towers, connectors, routers, norms, embeddings.
         adapted_experts: parameters of experts that carry adapters (the adapters themselves count in `whole`).
         largest_layer: parameters of the largest decoder layer, which ZeRO-3 gathers.
+        layer_experts: those of them that are routed experts; a rank gathers only its part, from others that hold the same.
         set_aside: parameters of which the run keeps a second copy, as those of experts do.
     """
 
@@ -48,6 +49,7 @@ class ParameterSizes:
     whole: Count = Count()
     adapted_experts: int = 0
     largest_layer: int = 0
+    layer_experts: int = 0
     set_aside: int = 0
 
     @property
@@ -252,5 +254,7 @@ def _buffers(parameters: ParameterSizes, trained: int, training: MemorySettings,
     if parallel.zero == 0:
         return trained * training.gradient_bytes
     if parallel.zero == 3:
-        return 2 * parameters.largest_layer * training.weight_bytes
+        elsewhere = parallel.expert_parts - 1 if parallel.expert_replicas > 1 else parallel.expert_parts
+        not_gathered = parameters.layer_experts * elsewhere // parallel.expert_parts
+        return 2 * (parameters.largest_layer - not_gathered) * training.weight_bytes
     return 0

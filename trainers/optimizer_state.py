@@ -1,12 +1,28 @@
 """An optimizer's state by the names of its parameters, which outlive their order and their split over processes."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError
+
+WHOLE_STATE = "optimizer"  # the name under which `state_tree` keeps it
+
+
+def tensors_of_state(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Parameter, key of its state (as "exp_avg") and name in the file of every tensor of a saved state, unread."""
+    tree = _mapping(json.loads((folder / f"{WHOLE_STATE}.json").read_text(encoding="utf-8")))
+    for parameter, state in _mapping(tree["state"]).items():
+        for key, value in _mapping(state).items():
+            yield parameter, key, value["tensor"]
+
+
+def _mapping(encoded: dict[str, Any]) -> dict[str, Any]:
+    return dict(encoded["dict"])
 
 
 def state_by_name(optimizer: Any, model: nn.Module) -> dict[str, Any]:

@@ -70,3 +70,15 @@ def require_data(recipe: Recipe) -> None:
         raise DataError(f"The recipe's data {', '.join(missing)} are not there: paths count from the recipe's folder.")
     for path in data_paths(recipe):
         files_of(Path(path))
+
+
+def require_cache_where_needed(recipe: Recipe) -> None:
+    """Noise and dropout act on cached states; without a cache they would be silently left out."""
+    for stage in recipe.stages:
+        for name in ("feature_noise", "token_dropout"):
+            value = getattr(stage, name)
+            if any(value.values()) if isinstance(value, dict) else value:
+                raise RecipeError(
+                    f"The stage {stage.name!r} has {name} = {value!r}, which acts on cached tower states, but there is "
+                    f"no cache: set cache to a folder, or leave {name} out."
+                )

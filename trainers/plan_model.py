@@ -98,6 +98,7 @@ def parameter_sizes(model: nn.Module, stage: StageConfig) -> ParameterSizes:
     """Counts of a model's parameters by what parallel runs do with them."""
     totals = {kind: [0, 0] for kind in ("experts", "split", "whole")}
     layers: dict[str, int] = {}
+    experts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         role, size = role_of(name), parameter.numel()
         is_adapter = "lora_" in name
@@ -109,7 +110,9 @@ def parameter_sizes(model: nn.Module, stage: StageConfig) -> ParameterSizes:
         totals[kind][1] += size if parameter.requires_grad else 0
         parts = plain_name(name).split(".layers.")
         if parts[0] == "model.language_model":
-            layers[parts[1].partition(".")[0]] = layers.get(parts[1].partition(".")[0], 0) + size
+            layer = parts[1].partition(".")[0]
+            layers[layer] = layers.get(layer, 0) + size
+            experts[layer] = experts.get(layer, 0) + (size if kind == "experts" else 0)
     adapted = stage.lora is not None and "experts" in stage.lora.targets
     return ParameterSizes(
         experts=Count(*totals["experts"]),
@@ -117,6 +120,7 @@ def parameter_sizes(model: nn.Module, stage: StageConfig) -> ParameterSizes:
         whole=Count(*totals["whole"]),
         adapted_experts=totals["experts"][0] if adapted else 0,
         largest_layer=max(layers.values(), default=0),
+        layer_experts=max((experts[layer] for layer in layers if layers[layer] == max(layers.values())), default=0),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from ..errors import RecipeError
 from ..modeling_unimoe.routing_validation_unimoe import LOSS_COEFFICIENTS
 from ..roles import ROLES
+from .parallel import Parallel, check_stage
 from .recipe_data import VOICES, DataEntry, check_batches, check_data, check_use_of_data
 from .recipe_mixers import MixersConfig
 from .recipe_parts import ExpertConfig, LoraSettings, MoeConfig, require_folder_name
@@ -199,6 +200,7 @@ class Recipe:
             it: "speech", or "sound" for a model without a speech tower.
         max_bad_samples: share of the samples that may be unreadable: they are left out and listed in `bad_samples.jsonl`
             of the stage; more of them end the run.
+        parallel: how many processes train and how they share the work.
         gradient_checkpointing: compute the decoder's activations again in the backward pass: less memory, a third more
             time.
         telemetry: what is reported where, and what a collapsed router leads to.
@@ -222,6 +224,7 @@ class Recipe:
     max_bad_samples: float = 0.01
     voice_as: Literal["speech", "sound"] = "speech"
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    parallel: Parallel = field(default_factory=Parallel)
 
     def check(self, where: str = "recipe") -> None:
         """Raise RecipeError naming field, value and what is allowed, if anything in the recipe is impossible."""
@@ -246,6 +249,9 @@ class Recipe:
                 )
             check_use_of_data(self, stage, f"stages[{index}] ({stage.name})")
         _require_different("stages", [stage.name for stage in self.stages])
+        self.parallel.check()
+        for index, stage in enumerate(self.stages):
+            check_stage(self.parallel, stage, f"stages[{index}] ({stage.name})")
         self._check_assembly()
 
     def _check_assembly(self) -> None:

@@ -29,7 +29,7 @@ from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal, told, v
 from .folder_lock import exclusive
 from .loss_meter import LossMeter
 from .non_finite import FiniteGuard
-from .optimizer_state import load_state_by_name, state_by_name
+from .optimizer_state import WHOLE_STATE, load_state_by_name, state_by_name
 from .random_state import random_state, set_random_state
 from .router_bias import choice_biases
 from .state_tree import has_tree, load_tree, save_tree
@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 
 TRAINED_FILE = "trained_parameters.safetensors"
 _ARGUMENTS_FILE = "training_args.json"
-_OPTIMIZER, _SCHEDULE, _SCALER, _PROCESS = "optimizer", "schedule", "scaler", "process"
+_SCHEDULE, _SCALER, _PROCESS = "schedule", "scaler", "process"
 
 
 class ResumableTrainer(Trainer):
@@ -140,10 +140,14 @@ class ResumableTrainer(Trainer):
         if not self._saves_optimizer:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        self._save_optimizer(Path(output_dir))
+        if self.args.should_save:
+            save_tree(self.lr_scheduler.state_dict(), Path(output_dir), _SCHEDULE)
+
+    def _save_optimizer(self, folder: Path) -> None:
         state = state_by_name(self.optimizer, self.model)
         if self.args.should_save:
-            save_tree(state, Path(output_dir), _OPTIMIZER)
-            save_tree(self.lr_scheduler.state_dict(), Path(output_dir), _SCHEDULE)
+            save_tree(state, folder, WHOLE_STATE)
 
     def _save_scaler(self, output_dir: str) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -160,8 +164,8 @@ class ResumableTrainer(Trainer):
         if checkpoint is None or not self._saves_optimizer:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
-            load_state_by_name(self.optimizer, self.model, load_tree(Path(checkpoint), _OPTIMIZER))
-            self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint), _SCHEDULE))
+            self._load_optimizer(Path(checkpoint))
+            self._load_schedule(load_tree(Path(checkpoint), _SCHEDULE))
         self._resumed_from = checkpoint
         if checkpoint is not None:
             self._find_best_again(Path(checkpoint).parent)
@@ -169,6 +173,12 @@ class ResumableTrainer(Trainer):
         if state is not None:
             self.losses.load_state_dict(state["losses"])
             self.finite_guard.skipped = state["skipped"]
+
+    def _load_optimizer(self, checkpoint: Path) -> None:
+        load_state_by_name(self.optimizer, self.model, load_tree(checkpoint, WHOLE_STATE))
+
+    def _load_schedule(self, state: dict[str, Any]) -> None:
+        self.lr_scheduler.load_state_dict(state)
 
     def _find_best_again(self, folder: Path) -> None:
         """The Trainer forgets the best checkpoint when its path is another, as where the whole run was moved."""

@@ -23,6 +23,9 @@ from .data_sets import TrainingData
 from .lora import add_lora, merge_lora
 from .loss_meter import LOGGED_LOSSES
 from .mixer_stage import choose_experts
+from .parallel import Parallel
+from .parallel_run import RequireEngine, whole_again
+from .ranks import is_first, of_first, only_first, wait_for_all
 from .recipe import COEFFICIENTS, StageConfig
 from .speed import seconds_per_checkpoint, seconds_per_step
 from .stage_page import write_stage_page
@@ -99,6 +102,7 @@ class RunSettings:
     on_start: OnStageStart | None = None
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     training_arguments: dict[str, Any] = field(default_factory=dict)
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 def run_training(
@@ -131,7 +135,7 @@ def run_training(
     collator = settings.make_collator(stage)
     collator.fit(dataset)
     checkpoints = folder / CHECKPOINTS_FOLDER
-    checkpoint = newest_checkpoint(checkpoints)
+    checkpoint = of_first(newest_checkpoint(checkpoints) if is_first() else None)
 
     def trainer_for(steps: int) -> UniMoeTrainer:
         trainer = _build_trainer(trained_model, dataset, collator, stage, checkpoints, steps, settings)
@@ -139,7 +143,7 @@ def run_training(
         trainer.bad_samples.note((str(sample["id"]), reason) for sample, reason in dataset.left_out)
         return trainer
 
-    planned = _decide_steps(stage, folder, trainer_for)
+    planned = of_first(_decide_steps(stage, folder, trainer_for) if is_first() else 0)
     trainer = trainer_for(planned)
     watch_stage(trainer, settings.telemetry, folder)
     if settings.on_start is not None:
@@ -155,7 +159,7 @@ def run_training(
     report = StageReport(name, stage.kind, planned, log.seconds, count_trainable(trained_model), first, last)
     if settings.telemetry.page and trainer.is_world_process_zero():
         write_stage_page(folder, name, model.config.text_config)
-    model = merge_lora(trained_model)
+    model = whole_again(trainer, merge_lora(trained_model))
     # Gradients and optimizer state of this run must not live as long as the model does.
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
@@ -180,7 +184,9 @@ class LossLog(TrainerCallback):
             lines = self.file.read_text(encoding="utf-8").splitlines()
             complete = [line for line in lines if line.endswith("}")]
             self.records = [record for record in map(json.loads, complete) if record["step"] <= step]
-        write_durably(self.file, "".join(json.dumps(record) + "\n" for record in self.records))
+        kept = "".join(json.dumps(record) + "\n" for record in self.records)
+        wait_for_all()
+        only_first(lambda: write_durably(self.file, kept))
         self._before = self.seconds = self.records[-1]["seconds"] if self.records else 0.0
 
     def ends(self) -> tuple[float, float]:
@@ -216,7 +222,8 @@ class LossLog(TrainerCallback):
             "groups": groups,
         }
         self.records.append(record)
-        append_line(self.file, json.dumps(record))
+        if is_first():
+            append_line(self.file, json.dumps(record))
         self._bar.set_postfix_str(f"loss {losses['loss']:.3f}", refresh=False)
         if self.settings.on_progress is not None:
             self.settings.on_progress(Progress(self.name, state.global_step, self.steps, self.seconds, losses, groups))
@@ -262,6 +269,7 @@ def _build_trainer(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        **settings.parallel.training_arguments(),
         **settings.training_arguments,
     }
     trainer = UniMoeTrainer(
@@ -278,6 +286,8 @@ def _build_trainer(
         batching=batching_of(stage, dataset, settings.processor),
     )
     trainer.remove_callback(PrinterCallback)
+    if settings.parallel.ranks > 1:
+        trainer.add_callback(RequireEngine(trainer, settings.parallel))
     return trainer
 
 

@@ -4,14 +4,18 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import CheckpointError
 from .checkpoints import flush_files, flush_folder, manifest_of, read_manifest, told, verify_files, write_durably
-from .stage import CHECKPOINTS_FOLDER
+from .ranks import only_first
+from .stage import CHECKPOINTS_FOLDER, StageReport
 
+STAGE_FILE = "stage.json"
 DONE_FILE = "DONE"
 MODEL_FOLDER = "model"
+START_FOLDER = "start"
 # What later stages read; cards and the like may be edited.
 _RESULTS = (f"{MODEL_FOLDER}/*.safetensors", f"{MODEL_FOLDER}/*.json", "*.safetensors")
 
@@ -42,7 +46,8 @@ def mark_done(folder: Path) -> None:
     files = sorted(path for pattern in _RESULTS for path in folder.glob(pattern))
     flush_files(files)
     write_durably(folder / DONE_FILE, json.dumps(manifest_of(folder, files), indent=1))
-    shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+    for gone in (CHECKPOINTS_FOLDER, START_FOLDER):
+        shutil.rmtree(folder / gone, ignore_errors=True)
 
 
 def verify_results(folder: Path) -> None:
@@ -51,3 +56,15 @@ def verify_results(folder: Path) -> None:
         manifest = read_manifest(folder / DONE_FILE)
         remedy = "Put it back, or delete this folder to run the stage again."
         verify_files(folder, manifest, f"the finished stage {folder}", remedy)
+
+
+def saved_report(folder: Path) -> StageReport | None:
+    """What a stage reported; None while it has not ended."""
+    file = folder / STAGE_FILE
+    return StageReport.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def write_report(report: StageReport, folder: Path) -> None:
+    """Keep a report; all ranks must call it."""
+    text = json.dumps(asdict(report), indent=1, default=str)
+    only_first(lambda: write_durably(folder / STAGE_FILE, text))

@@ -25,10 +25,11 @@ class StepBalance:
 
     Args:
         ranks: processes whose batches make one step.
+        copies: of every batch among them (tensor-parallel ranks share one).
     """
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: int, copies: int = 1) -> None:
+        self.ranks, self.copies = ranks, copies
         self.totals: StepTotals | None = None
         self._reduces = False
 
@@ -57,6 +58,7 @@ class StepBalance:
             return totals
         flat = torch.cat([part.reshape(-1) for part in totals])
         torch.distributed.all_reduce(flat)
+        flat = flat / self.copies
         parts = flat.split([part.numel() for part in totals])
         return StepTotals(*(part.view(old.shape) for part, old in zip(parts, totals, strict=True)))
 

@@ -16,15 +16,16 @@ from .data_sets import TrainingData
 from .loss_meter import LossMeter
 from .non_finite import FiniteGuard
 from .objective import columns_to_keep, training_loss
-from .resumable import ResumableTrainer
 from .router_bias import RouterBiasUpdate
+from .sharded_checkpoints import ShardedCheckpoints
+from .sharded_tensors import reshard
 from .step_balance import StepBalance
 from .telemetry import Telemetry
 
 _NOT_FOR_THE_MODEL = ("labels", "logits_to_keep", "sample_ids", "group", "bad_samples")
 
 
-class UniMoeTrainer(ResumableTrainer):
+class UniMoeTrainer(ShardedCheckpoints):
     """A Trainer whose batches come from one modality each.
 
     Args:
@@ -78,7 +79,8 @@ class UniMoeTrainer(ResumableTrainer):
         self.min_learning_rate_ratio = min_learning_rate_ratio
         self.batching = batching or Batching()
         self.finite_guard = FiniteGuard(max_skipped_steps)
-        self.step_balance = StepBalance(self.args.world_size if self.args.average_tokens_across_devices else 1)
+        ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
+        self.step_balance = StepBalance(ranks, copies=self.get_tp_size())
         # The loss is ours, and divided by the tokens of the whole accumulated batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -87,6 +89,11 @@ class UniMoeTrainer(ResumableTrainer):
         self.add_callback(RouterBiasUpdate(self))
         self.telemetry = Telemetry(self)
         self.add_callback(self.telemetry)
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks with batches of their own; tensor-parallel ranks share one."""
+        return self.args.world_size // self.get_tp_size()
 
     # ---- data
 
@@ -97,7 +104,7 @@ class UniMoeTrainer(ResumableTrainer):
             self.batching,
             self.args.per_device_train_batch_size,
             self.args.max_steps if self.args.max_steps > 0 else None,
-            self.args.gradient_accumulation_steps * self.args.world_size,
+            self.args.gradient_accumulation_steps * self.data_ranks,
             self.args.seed if self.args.data_seed is None else self.args.data_seed,
             self.modality_weights,
         )
@@ -162,7 +169,7 @@ class UniMoeTrainer(ResumableTrainer):
         )
         loss = parts.total
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
+            loss = loss * self.data_ranks
         if model.training:
             if raw.get("sample_ids") != []:  # else none of them could be read
                 self._require_something_to_learn(loss, group)
@@ -204,13 +211,8 @@ class UniMoeTrainer(ResumableTrainer):
         """
         if "loss" in logs:
             del logs["loss"]  # a mean over all steps
-            text_config, ranks = self.base.config.text_config, self.accelerator.num_processes
-            # What is divided by the tokens of all ranks adds up over them.
-            reduction = "sum" if self.args.average_tokens_across_devices else "mean"
             logs |= self.losses.read(
-                text_config,
-                self.args.gradient_accumulation_steps,
-                lambda sums: self.accelerator.reduce(sums.to(self.args.device), reduction) if ranks > 1 else sums,
+                self.base.config.text_config, self.args.gradient_accumulation_steps, self._losses_of_all_ranks
             )
             if not self.finite_guard.step_made:
                 logs.pop("grad_norm", None)
@@ -219,6 +221,14 @@ class UniMoeTrainer(ResumableTrainer):
             logs |= self.telemetry.figures()
         super().log(logs, start_time)
 
+    def _losses_of_all_ranks(self, sums: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return sums
+        if not self.args.average_tokens_across_devices:
+            return self.accelerator.reduce(sums.to(self.args.device), "mean")
+        # What is divided by the tokens of all ranks adds up over them.
+        return self.accelerator.reduce(sums.to(self.args.device), "sum") / self.get_tp_size()
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the count walks over all parameters in every step, and is wrong for sparse models."""
         return 0
@@ -226,15 +236,17 @@ class UniMoeTrainer(ResumableTrainer):
     # ---- optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One parameter group per role and weight decay."""
+        """One parameter group per role, weight decay and device mesh, whose parameters one kernel cannot mix."""
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
+        reshard(model)
         decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[str, bool, Any], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((role_of(name), name in decayed), []).append(parameter)
+                mesh = getattr(parameter, "device_mesh", None)
+                groups.setdefault((role_of(name), name in decayed, mesh), []).append(parameter)
         if not groups:
             raise RecipeError("Every parameter is frozen: call set_trainable with the roles to train.")
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
@@ -246,7 +258,7 @@ class UniMoeTrainer(ResumableTrainer):
                     "weight_decay": self.args.weight_decay if decay else 0.0,
                     "role": role,
                 }
-                for (role, decay), parameters in groups.items()
+                for (role, decay, _), parameters in groups.items()
             ],
             **options,
         )

@@ -14,7 +14,12 @@ from unimoe.trainers.memory_plan import (
 )
 
 MODEL = ParameterSizes(
-    experts=Count(800, 800), split=Count(400, 200), whole=Count(100, 40), adapted_experts=80, largest_layer=60
+    experts=Count(800, 800),
+    split=Count(400, 200),
+    whole=Count(100, 40),
+    adapted_experts=80,
+    largest_layer=60,
+    layer_experts=40,
 )
 
 
@@ -29,7 +34,9 @@ MODEL = ParameterSizes(
         (Degrees(data=4, zero=3), (4 * 325, 4 * 260, 8 * 260, 2 * 60 * 4)),
         # Two of four processes hold all experts: 400 each, on two replicas.
         (Degrees(data=4, expert=2), (4 * 900, 4 * 640, 8 * 640, 4 * 640)),
-        (Degrees(data=4, expert=2, zero=3), (4 * (200 + 125), 4 * (200 + 60), 8 * (200 + 60), 480)),
+        (Degrees(data=4, expert=2, zero=3), (4 * (200 + 125), 4 * (200 + 60), 8 * (200 + 60), 2 * (60 - 20) * 4)),
+        # Nobody else holds this rank's experts, so only the 20 others of a layer are gathered.
+        (Degrees(data=4, expert=4, zero=3), (4 * (200 + 125), 4 * (200 + 60), 8 * (200 + 60), 2 * 20 * 4)),
         (Degrees(data=2, tensor=2), (4 * (400 + 200 + 100), 4 * (400 + 100 + 40), 8 * (400 + 100 + 40), 4 * 540)),
         (Degrees(data=2, tensor=2, expert=4), (4 * (200 + 200 + 100), 4 * 340, 8 * 340, 4 * 340)),
     ],

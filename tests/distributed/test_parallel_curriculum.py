@@ -1,0 +1,124 @@
+"""One recipe, one process or two: the same losses; a run whose rank dies ends soon, with a reason, and goes on."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_training
+import torch
+from safetensors.torch import load_file
+
+from unimoe.trainers.curriculum import run_curriculum
+from unimoe.trainers.parallel import Parallel, can_spread_experts
+from unimoe.trainers.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe_file import save_recipe
+from unimoe.trainers.recipe_parts import ExpertConfig, MoeConfig
+
+pytestmark = pytest.mark.skipif(not can_spread_experts(), reason="this release of transformers cannot spread experts")
+
+EXPERTS = [ExpertConfig("media", ["image", "speech"]), ExpertConfig("text", ["text"])]
+SPREAD = {"data": 2, "expert": 2, "zero": 3}
+
+
+def recipe(start: Path, out: Path, parallel: Parallel, steps: int = 3) -> Recipe:
+    common: dict[str, Any] = {"batch_size": 8 // parallel.data, "learning_rate": 1e-3, "log_every": 1, "save_every": 2}
+    common |= {"modalities": ["image", "text", "speech"]}
+    return Recipe(
+        model=str(start / "model"),
+        data=[str(start / "train.jsonl")],
+        out=str(out),
+        moe=MoeConfig(sparse_layers=[0, 2], num_experts=2, num_experts_per_tok=1),
+        parallel=parallel,
+        stages=[
+            StageConfig("experts", "experts", ["ffn", "connectors"], experts=EXPERTS, steps=2, **common),
+            StageConfig("mixture", "moe", ["router", "experts", "connectors"], steps=steps, **common),
+        ],
+    )
+
+
+def launch(file: Path, parallel: Parallel) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(parallel.ranks)]
+    return [*launcher, "--master_port", str(port), "-m", "unimoe", "train", str(file)]
+
+
+def losses(out: Path, stage: str) -> list[float]:
+    lines = (out / stage / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    processor = tiny_training.processor()
+    tiny_training.write_jsonl(folder, per_modality=8)
+    tiny_training.model(processor).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder
+
+
+def test_two_ranks_run_the_recipe_of_one(start: Path, tmp_path: Path) -> None:
+    """Spread experts, killed in the middle of the last stage by the death of a rank, and started again."""
+    spread = Parallel(**SPREAD)
+    made = recipe(start, tmp_path / "two", spread, steps=20)
+    save_recipe(made, tmp_path / "two.yaml")
+    command = launch(tmp_path / "two.yaml", spread)
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
+        try:
+            checkpoints = tmp_path / "two" / "mixture" / "checkpoints"
+            _wait_for(lambda: any(checkpoints.glob("checkpoint-*/COMPLETE")), run, tmp_path / "log")
+            os.kill(_rank_process(run.pid, 1), signal.SIGKILL)
+            died = time.monotonic()
+            assert run.wait(timeout=60) != 0
+            assert time.monotonic() - died < 60
+        finally:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+    assert re.search(r"rank\s*:\s*1 ", (tmp_path / "log").read_text(encoding="utf-8"))
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run_curriculum(recipe(start, tmp_path / "one", Parallel(), steps=20), progress_bar=False)
+    for stage in ("experts/media", "experts/text", "mixture"):
+        found, expected = losses(tmp_path / "two", stage), losses(tmp_path / "one", stage)
+        assert found[0] == pytest.approx(expected[0], rel=1e-5), stage
+        # AdamW makes whole steps of gradients that are rounding only.
+        assert found == pytest.approx(expected, rel=1e-2), stage
+    saved = load_file(tmp_path / "two" / "mixture" / "model" / "model.safetensors")
+    assert [saved[name].shape[0] for name in saved if name.endswith(".mlp.experts.gate_up_proj")] == [2, 2]
+    config = json.loads((tmp_path / "two" / "mixture" / "model" / "config.json").read_text(encoding="utf-8"))
+    assert "distributed_config" not in config
+
+
+def _rank_process(launcher: int, rank: int) -> int:
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def _wait_for(there: Any, run: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not there():
+        assert run.poll() is None, log.read_text(encoding="utf-8")[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_launcher_that_starts_one_process_is_refused(start: Path, tmp_path: Path) -> None:
+    from unimoe.errors import RecipeError
+
+    with pytest.raises(RecipeError, match="1 process was started, but the recipe asks for 2"):
+        run_curriculum(recipe(start, tmp_path, Parallel(data=2)), progress_bar=False)
+    assert not torch.distributed.is_initialized()

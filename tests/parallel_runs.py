@@ -1,0 +1,164 @@
+"""Short training runs under torchrun, several of them in one start of the ranks: `parallel_runs.py FOLDER JOBS.json`.
+
+Every job is a mapping of the arguments of `run`; what it found is in FOLDER/NAME.safetensors.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny_training
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+from tiny import MOIIE_GROUPS
+from transformers import TrainerCallback, TrainingArguments
+
+from unimoe.trainers.collator import RawCollator
+from unimoe.trainers.data import ConversationDataset
+from unimoe.trainers.parallel import Parallel, start
+from unimoe.trainers.parallel_run import RequireEngine, load_spread, whole_again
+from unimoe.trainers.sharded_tensors import whole_tensor
+from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.trainer import UniMoeTrainer
+
+LOSSES: dict[str, Any] = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
+CASES: dict[str, dict[str, Any]] = {
+    "top_k": LOSSES,
+    "shared": LOSSES | {"num_shared_experts": 1},
+    "null": LOSSES | {"num_null_experts": 1, "num_experts_per_tok": 3},
+    "grouped": LOSSES | MOIIE_GROUPS,
+    "dynamic": LOSSES
+    | {"router_type": "dynamic", "router_top_p": 0.6, "num_null_experts": 1, "num_shared_experts": 1},
+    "idle": LOSSES
+    | {"num_experts_per_tok": 1},  # all tokens go to experts 0 and 1, so that later ranks' experts get nothing
+}
+STEP = 8  # samples of an optimizer step, over all ranks
+ROLES = ["router", "experts", "attention", "connectors", "norms", "embeddings", "head"]
+
+
+class _Keep(TrainerCallback):
+    """The gradients of the first step, whole."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if not self.gradients:
+            named = self.model.named_parameters()
+            self.gradients = {n: whole_tensor(p.grad).clone() for n, p in named if p.grad is not None}
+
+
+def save_model(folder: Path, case: str) -> None:
+    """The model that the runs of a case start from; to be called before the ranks start."""
+    model = tiny_training.model(tiny_training.processor(), sparse=True, **CASES[case])
+    if case == "idle":
+        for layer in model.config.text_config.sparse_layers:
+            gate = model.model.language_model.layers[layer].mlp.gate
+            with torch.no_grad():
+                # One of the first two logits is positive, those of later experts are 0.
+                gate.weight[2:] = 0.0
+                gate.weight[1] = -gate.weight[0]
+    model.save_pretrained(folder / case)
+
+
+def run(
+    folder: Path,
+    case: str,
+    parallel: Parallel,
+    steps: int = 1,
+    accumulation: int = 1,
+    out: str | None = None,
+    save_at: int = 0,
+    resume: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Train; gradients of the first step ("gradients/NAME"), weights after the last one ("weights/NAME"), "losses",
+    the optimizer's moments ("moments/NAME"), and logits of one text ("logits").
+    """
+    processor = tiny_training.processor()
+    model = load_spread(folder / case, parallel)
+    set_trainable(model, ROLES)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # a batch cut in two draws other numbers
+    found: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        # Ranks with a batch of their own get texts of different lengths.
+        own = 0 if parallel.data == 1 else int(os.environ.get("RANK", "0")) // parallel.tensor
+        for rank in range(parallel.data) if parallel.data > 1 else range(4):
+            if parallel.data == 1 or rank == own:
+                logits = model.eval()(torch.arange(5, 15 + 3 * rank)[None], use_cache=False).logits
+                found[f"logits/{rank}"] = whole_tensor(logits)
+    samples = tiny_training.samples(folder / f"data{os.environ.get('RANK', '')}", STEP)
+    for index, sample in enumerate(samples):
+        sample["messages"][0]["content"][-1]["text"] += " Look." * (index % 5)
+    dataset = ConversationDataset.from_samples(samples, media_root=folder / f"data{os.environ.get('RANK', '')}")
+    trainer = UniMoeTrainer(
+        model,
+        TrainingArguments(
+            output_dir=str(folder / (out or "unused")),
+            max_steps=steps,
+            per_device_train_batch_size=STEP // parallel.data // accumulation,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+            lr_scheduler_type="constant",  # the same for runs of other lengths
+            adam_epsilon=1e-4,  # the usual 1e-8 makes whole steps of gradients that are rounding only
+            save_strategy="steps" if save_at else "no",
+            save_steps=save_at or 500,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            **parallel.training_arguments(),
+        ),
+        train_dataset=dataset,
+        data_collator=RawCollator(processor),
+        processing_class=processor,
+    )
+    keep = _Keep(model)
+    trainer.add_callback(keep)
+    trainer.add_callback(RequireEngine(trainer, parallel))
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    model = whole_again(trainer, model)
+    found |= {f"gradients/{name}": gradient for name, gradient in keep.gradients.items()}
+    found |= {f"weights/{name}": whole_tensor(p.detach()).clone() for name, p in model.named_parameters()}
+    found["losses"] = torch.tensor([log["loss"] for log in trainer.state.log_history if "ce_loss" in log])
+    return found | _moments(trainer, model)
+
+
+def _moments(trainer: UniMoeTrainer, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    if trainer.is_deepspeed_enabled:
+        return {}
+    state = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state
+    named = {name: state[p] for name, p in model.named_parameters() if p in state}
+    return {
+        f"moments/{name}/{key}": whole_tensor(value).clone()
+        for name, values in named.items()
+        for key, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+if __name__ == "__main__":
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    target = Path(sys.argv[1])
+    for name, job in json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")).items():
+        parallel = Parallel(**job.pop("parallel"))
+        AcceleratorState._reset_state()  # the engine of the job before
+        start(parallel)
+        result = run(target, parallel=parallel, **job)
+        rank = int(os.environ.get("RANK", "0"))
+        kept = result if rank == 0 else {key: value for key, value in result.items() if key.startswith("logits/")}
+        save_file({key: value.contiguous() for key, value in kept.items()}, target / f"{name}-{rank}.safetensors")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

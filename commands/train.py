@@ -76,7 +76,7 @@ def _print_plan(recipe: Any, args: argparse.Namespace) -> None:
 
     # A run that lacks its data says so itself, and at once.
     brief = not args.plan and bool(missing_files(recipe))
-    plan = plan_run(recipe, degrees_of(getattr(recipe, "parallel", None)), args.tokens_per_second, brief)
+    plan = plan_run(recipe, degrees_of(recipe.parallel), args.tokens_per_second, brief)
     print(format_plan(recipe, plan), flush=True)
 
 

@@ -91,7 +91,11 @@ def _is_archive(stream: BinaryIO) -> bool:
         return False
     try:
         zipfile.ZipFile(stream).close()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # ValueError: a directory before the file's beginning
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        ValueError,
+    ):  # ValueError: a directory before the file's beginning
         return False
     return True
 

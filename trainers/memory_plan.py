@@ -16,7 +16,7 @@ these too); both kinds of ranks are among the `data` * `tensor` processes. ZeRO 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 KINDS = ("weights", "gradients", "optimizer", "copies", "activations", "buffers")
@@ -132,11 +132,8 @@ class Degrees:
 
 
 def degrees_of(parallel: Any) -> Degrees:
-    """The degrees that a `parallel:` section names; one process where it is None, 1 where it says nothing."""
-    if parallel is None:
-        return Degrees()
-    get = parallel.get if isinstance(parallel, Mapping) else lambda name, default: getattr(parallel, name, default)
-    return Degrees(**{name: int(get(name, None) or default) for name, default in asdict(Degrees()).items()})
+    """Those of a recipe's `Parallel`, which knows more about processes than arithmetic wants."""
+    return Degrees(**{field.name: getattr(parallel, field.name) for field in fields(Degrees)})
 
 
 @dataclass(frozen=True)

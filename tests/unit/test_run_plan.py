@@ -14,6 +14,7 @@ from unimoe.errors import DataError, RecipeError, UniMoeError
 from unimoe.trainers.assembly import assemble
 from unimoe.trainers.curriculum import run_curriculum
 from unimoe.trainers.memory_plan import Degrees, degrees_of
+from unimoe.trainers.parallel import Parallel
 from unimoe.trainers.plan_data import look_at
 from unimoe.trainers.plan_model import assembled_config
 from unimoe.trainers.plan_text import format_duration, format_size
@@ -129,8 +130,7 @@ def test_ranks_share_what_zero_and_experts_split(start: Path) -> None:
     assert split.memory.bytes_of["gradients"] == whole.memory.bytes_of["gradients"] / 2
     assert split.memory.bytes_of["weights"] < whole.memory.bytes_of["weights"]
     assert split.tokens_per_step == 2 * whole.tokens_per_step
-    assert degrees_of({"data": 4, "zero": 3}) == Degrees(data=4, zero=3)
-    assert degrees_of(None) == Degrees()
+    assert degrees_of(Parallel(data=4, zero=3)) == Degrees(data=4, zero=3)
 
 
 def test_an_earlier_start_tells_the_speed(start: Path, tmp_path: Path) -> None:

@@ -358,6 +358,8 @@ class _Curriculum:
         if not (folder / SETTINGS_FILE).is_file():
             return
         then = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        # A field that came with a later release had its default.
+        then["stage"] = json.loads(json.dumps(asdict(StageConfig(stage.name)))) | then["stage"]
         now = json.loads(json.dumps(self._settings_of(stage)))
         for name, old, new in _differences(then, now):
             if name not in _FREE_SETTINGS:

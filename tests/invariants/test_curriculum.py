@@ -315,6 +315,15 @@ def test_other_settings_are_refused(finished: Any) -> None:
     assert load_recipe(Path(made.out) / "recipe.yaml") == harmless
 
 
+def test_fields_that_a_stage_did_not_know_had_their_defaults(finished: Any) -> None:
+    made, reports = finished
+    file = Path(made.out) / "language" / "settings.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    del settings["stage"]["packing"]
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    assert run_curriculum(made, progress_bar=False) == reports
+
+
 def test_finished_stages_may_be_moved(start: Path, tmp_path: Path) -> None:
     made = recipe(start, tmp_path / "here", factor=0.02)
     made.stages = made.stages[:2]

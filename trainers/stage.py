@@ -25,7 +25,7 @@ from .loss_meter import LOGGED_LOSSES
 from .mixer_stage import choose_experts
 from .recipe import COEFFICIENTS, StageConfig
 from .speed import seconds_per_checkpoint, seconds_per_step
-from .stage_page import write_stage_page
+from .stage_page import LOSSES_FILE, write_stage_page
 from .telemetry import watch_stage
 from .telemetry_settings import TelemetrySettings
 from .trainable import TrainableRow, count_trainable, set_trainable, trainable_table
@@ -33,7 +33,6 @@ from .trainer import UniMoeTrainer
 
 logger = logging.get_logger(__name__)
 
-LOSSES_FILE = "losses.jsonl"
 PLAN_FILE = "plan.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 # Newer releases of transformers have renamed it, and warn of the old name.

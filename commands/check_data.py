@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from ._argument_types import positive
+
 if TYPE_CHECKING:
     from ..trainers.check_data import DataReport, Finding
 
@@ -34,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("file", metavar="FILE", help="the data file")
     parser.add_argument("--media-root", metavar="DIR", help="folder that holds the media")
     parser.add_argument("--all", action="store_true", help="list every case, not only the first of each kind")
-    parser.add_argument("--limit", metavar="N", type=_positive, help="look at the first N records only")
+    parser.add_argument("--limit", metavar="N", type=positive, help="look at the first N records only")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,9 +87,3 @@ def _place(finding: "Finding") -> str:
 def _printable(text: str) -> str:
     """Data may hold anything; a terminal must not act on it."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)

@@ -184,7 +184,7 @@ def _print_results(results: list[Any], pages: list[Path]) -> None:
 
 
 def _compare(first: Path, second: Path) -> int:
-    from ..evaluation.noise.compare_runs import compare_runs, comparison_rows
+    from ..evaluation.compare_runs import compare_runs, comparison_rows
     from ..evaluation.reporting.table import text_table
 
     comparisons = compare_runs(first, second)

@@ -5,6 +5,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ._argument_types import positive
+
 if TYPE_CHECKING:
     from ..conversion.checkpoints.description import ModelDescription, RouterLoad
 
@@ -44,8 +46,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--out", metavar="DIR", help="where the page and the figures go; needed with --data, --compare"
     )
-    parser.add_argument("--limit", metavar="N", type=_positive, help="at most N samples, evenly over tasks")
-    parser.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="samples at once (default: 8)")
+    parser.add_argument("--limit", metavar="N", type=positive, help="at most N samples, evenly over tasks")
+    parser.add_argument("--batch-size", metavar="N", type=positive, default=8, help="samples at once (default: 8)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
 
 
@@ -99,12 +101,6 @@ def finding_lines(facts: dict[str, Any]) -> list[str]:
     if facts.get("skipped"):
         lines.append(f"  {len(facts['skipped'])} samples could not be read")
     return lines
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def describe_lines(model: "ModelDescription") -> list[str]:

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._argument_types import positive
+
 if TYPE_CHECKING:
     from ..processing.perception.perceiver import Perceiver
     from ..processing.perception.verbalize import Verbalization
@@ -48,10 +50,12 @@ def add_parser(subparsers: Any) -> None:
     models.add_argument("--replay", metavar="FILE", help="recorded results in place of all models")
     more = parser.add_argument_group("options")
     more.add_argument("--original", action="store_true", help="as MoAI did, its faults included; for released models")
-    more.add_argument("--text-side", type=int, default=736, metavar="N", help="pixels in which text is looked for")
+    more.add_argument(
+        "--text-side", type=positive, default=736, metavar="N", help="pixels in which text is looked for"
+    )
     more.add_argument("--device", default="cpu", help="e.g. cuda; text is read on the CPU (default: cpu)")
     more.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    more.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
+    more.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at a time (default: 8)")
     more.add_argument("--media-root", metavar="DIR", help="of data files: folder that holds the media")
     more.add_argument("--json", action="store_true", help="of an image: print the results as JSON")
 

@@ -13,7 +13,6 @@ from typing import Any
 from ..errors import DataError
 from .metrics.scores import Scores, percent
 from .tasks.item import Item
-from .tasks.task import Texts
 
 PROMPT = """\
 You grade answers to questions. Compare the prediction with the correct answer and give a grade from 0.0 (wrong) to 1.0
@@ -83,14 +82,10 @@ def read_grade(reply: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def judge_items(items: Sequence[Item], texts: Texts, ask: Ask) -> list[dict[str, Any]]:
-    """One judgement per item: `id`, `reply` and `grade` (None if the reply holds none)."""
-    judgements = []
-    for item in items:
-        parts = {"question": item.question, "answer": str(item.answer), "prediction": texts[item.id]}
-        reply = ask(PROMPT.format_map(parts))
-        judgements.append({"id": item.id, "reply": reply, "grade": read_grade(reply)})
-    return judgements
+def judgement_of(item: Item, text: str, ask: Ask) -> dict[str, Any]:
+    """What the judge says of a prediction: `id`, `reply` and `grade` (None if the reply holds none)."""
+    reply = ask(PROMPT.format_map({"question": item.question, "answer": str(item.answer), "prediction": text}))
+    return {"id": item.id, "reply": reply, "grade": read_grade(reply)}
 
 
 def judged_scores(items: Sequence[Item], judgements: dict[Any, dict[str, Any]]) -> Scores:

@@ -1,23 +1,21 @@
-"""Scores of a run with everything one needs to trust them: interval, n, chance, majority, failures."""
+"""From predictions to results: joins, scores, adds intervals and baselines, and writes what came out."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import DataError
-from .judge import judge_items, judged_scores
+from .judge import Ask, judged_scores, judgement_of
 from .metrics.scores import Scores
 from .noise.intervals import Additive, additive, interval
 from .running.predictions import PredictionStore
 from .running.runner import PREDICTIONS, PlannedTask
 from .submissions import write_submission
+from .task_result import TaskResult
 from .tasks.baselines import majority_score
 from .tasks.item import Item
-from .tasks.task import Task
+from .tasks.task import Task, Texts
 
 RESULTS_FILE = "results.json"
 SCORES, SUBMISSIONS, JUDGEMENTS = "scores", "submissions", "judgements"
@@ -25,51 +23,7 @@ SCORES, SUBMISSIONS, JUDGEMENTS = "scores", "submissions", "judgements"
 _SCALES = {"percent": 100.0, "fraction": 1.0, "CIDEr x 100": 100.0, "points": 1.0}
 
 
-@dataclass
-class TaskResult:
-    """The result of one task.
-
-    Fields:
-        score: None where a server or a judge has yet to compute it; `low` and `high` are the 95 % interval.
-        n: items scored; `clusters`: how many of them are independent; `failed`: items that could not be answered, which
-            are not in the score; `left_out`: answered but without a score (random choices, unreadable judgements).
-        chance, majority: what guessing and always giving the most frequent answer reach, in the same unit.
-        best: the best possible score; None where there is no such thing.
-        submission: the file for a server or an external grader.
-    """
-
-    name: str
-    title: str
-    modality: str
-    split: str
-    scored_by: str
-    unit: str
-    score: float | None
-    low: float | None
-    high: float | None
-    n: int
-    clusters: int
-    failed: int
-    left_out: int
-    chance: float | None = None
-    majority: float | None = None
-    best: float | None = None
-    lower_is_better: bool = False
-    submission: str | None = None
-    per_category: dict[str, Any] = field(default_factory=dict)
-    replicates: np.ndarray | None = None
-
-    @property
-    def base(self) -> float:
-        """What is had for nothing."""
-        return next((value for value in (self.chance, self.majority) if value is not None), 0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For results.json."""
-        return {name: value for name, value in asdict(self).items() if name != "replicates"}
-
-
-def score_run(planned: Sequence[PlannedTask], out: Path, ask: Callable[[str], str] | None = None) -> list[TaskResult]:
+def score_run(planned: Sequence[PlannedTask], out: Path, ask: Ask | None = None) -> list[TaskResult]:
     """Join the predictions, score them, write scores, submissions and results.json.
 
     Args:
@@ -96,7 +50,7 @@ def read_results(out: Path) -> list[dict[str, Any]]:
         raise DataError(f"{file} cannot be read ({error}): is {out} the --out of an evaluation?") from error
 
 
-def _score_task(plan: PlannedTask, out: Path, ask: Callable[[str], str] | None) -> TaskResult:
+def _score_task(plan: PlannedTask, out: Path, ask: Ask | None) -> TaskResult:
     task = plan.task
     predictions = PredictionStore(out / PREDICTIONS, task.name).join([item.id for item in plan.items])
     texts = {key: record["prediction"] for key, record in predictions.items() if "prediction" in record}
@@ -119,21 +73,24 @@ def _score_task(plan: PlannedTask, out: Path, ask: Callable[[str], str] | None) 
     return result
 
 
-def _scores(task: Task, items: list[Item], texts: Mapping[Any, str], out: Path, ask: Any) -> Scores:
+def _scores(task: Task, items: list[Item], texts: Texts, out: Path, ask: Ask | None) -> Scores:
     if task.score is not None:
         return task.score(items, texts) if items else Scores(None, "", [])
     if task.scored_by == "judge" and ask is not None:
-        store = PredictionStore(out / JUDGEMENTS, task.name)
-        known = store.read()
-        for item in items:
-            # A judgement is of one text; another text is judged anew.
-            if known.get(item.id, {}).get("prediction") != texts[item.id]:
-                judgement = {**judge_items([item], texts, ask)[0], "prediction": texts[item.id]}
-                store.append([judgement])
-                known[item.id] = judgement
-        store.join([item.id for item in items])
-        return judged_scores(items, known)
+        return _judged(task, items, texts, out, ask)
     return Scores(None, "", [])
+
+
+def _judged(task: Task, items: list[Item], texts: Texts, out: Path, ask: Ask) -> Scores:
+    """Scores by the judge, who is asked only about texts that it has not judged in an earlier attempt."""
+    store = PredictionStore(out / JUDGEMENTS, task.name)
+    known = store.read()
+    for item in items:
+        if known.get(item.id, {}).get("prediction") != texts[item.id]:
+            known[item.id] = {**judgement_of(item, texts[item.id], ask), "prediction": texts[item.id]}
+            store.append([known[item.id]])
+    store.join([item.id for item in items])
+    return judged_scores(items, known)
 
 
 def sums_of(task: Task, items: Sequence[Item], rows: Sequence[Mapping[str, Any]], unit: str) -> Additive:
@@ -154,12 +111,12 @@ def _add_interval(result: TaskResult, task: Task, items: Sequence[Item], scores:
 
 def _add_baselines(result: TaskResult, task: Task, items: Sequence[Item]) -> None:
     result.chance = task.chance(items) if task.chance else None
-    if "WER" not in result.per_category:  # no single transcript is a fair guess
+    result.lower_is_better = task.lower_is_better
+    if not task.lower_is_better:
         result.majority = majority_score(task, items)
-    result.lower_is_better = "WER" in result.per_category
     if result.unit in ("percent", "fraction") and not result.lower_is_better:
         result.best = _SCALES[result.unit]
-    elif result.unit == "points":
+    elif result.unit == "points":  # MME: 100 for the questions and 100 for the pictures of a category
         result.best = 200.0 * len({item.category for item in items})
 
 

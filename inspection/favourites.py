@@ -1,6 +1,8 @@
-"""The words that an expert gets more often than chance would have it."""
+"""The words that an expert gets more often than chance would have it.
 
-import math
+Shape suffixes: W words, L sparse layers, E experts.
+"""
+
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,27 +38,16 @@ def favourite_words(usage: Usage, tokenizer: Any, most: int = 8) -> list[list[li
     total_WL1 = choices_WLE.sum(axis=-1, keepdims=True)
     deviation_WLE = np.sqrt(total_WL1 * share_LE * (1 - share_LE)) + 1e-9
     surprise_WLE = (choices_WLE - total_WL1 * share_LE) / deviation_WLE
+    own_share_WLE = choices_WLE / np.maximum(total_WL1, 1)
     texts = [tokenizer.decode([word]) for word in words]
-    found = []
-    for layer in range(choices_WLE.shape[1]):
-        row = []
-        for expert in range(choices_WLE.shape[2]):
-            order = np.argsort(-surprise_WLE[:, layer, expert], kind="stable")[:most]
-            best = [index for index in order if surprise_WLE[index, layer, expert] >= MIN_SURPRISE]
-            row.append([_favourite(texts, usage, words, choices_WLE, total_WL1, i, layer, expert) for i in best])
-        found.append(row)
-    return found
 
+    def favourites_of(layer: int, expert: int) -> list[Favourite]:
+        order = np.argsort(-surprise_WLE[:, layer, expert], kind="stable")[:most]
+        return [
+            Favourite(texts[i], float(own_share_WLE[i, layer, expert]), usage.occurrences[words[i]])
+            for i in order
+            if surprise_WLE[i, layer, expert] >= MIN_SURPRISE
+        ]
 
-def _favourite(
-    texts: list[str],
-    usage: Usage,
-    words: list[int],
-    choices_WLE: np.ndarray,
-    total_WL1: np.ndarray,
-    index: int,
-    layer: int,
-    expert: int,
-) -> Favourite:
-    share = choices_WLE[index, layer, expert] / max(1.0, total_WL1[index, layer, 0])
-    return Favourite(texts[index], share if math.isfinite(share) else 0.0, usage.occurrences[words[index]])
+    _, layers, experts = choices_WLE.shape
+    return [[favourites_of(layer, expert) for expert in range(experts)] for layer in range(layers)]

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .heat_map import heat_map
-from .html_page import Html, cards, escape, grid, heading, items, section, table, write_page
-from .line_chart import COLOURS
+from ..pages.heat_map import heat_map
+from ..pages.html_page import Html, cards, escape, grid, heading, items, section, table, write_page
+from ..pages.line_chart import COLOURS
 from .usage import Passage
 
 PAGE_FILE = "inspect.html"

@@ -64,24 +64,16 @@ def weight_changes(before: Path, after: Path, on_tensor: Callable[[], None] | No
         raise ConversionError(
             f"{before} and {after} have no tensor of the same name and shape: these are other models."
         )
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, _Sums] = {}
     routers = []
     for name in alike:
-        gap, size, largest = _gap(a, b, name)
-        row = sums.setdefault(role_of(name), [0, 0, 0, 0.0, 0.0, 0.0])
-        row[0] += 1
-        row[1] += largest > 0
-        row[2] += math.prod(a.tensors[name].shape)
-        row[3] += gap
-        row[4] += size
-        row[5] = max(row[5], largest)
+        sums.setdefault(role_of(name), _Sums()).add(*_gap(a, b, name), math.prod(a.tensors[name].shape))
         if name.endswith(".mlp.gate.weight"):
             routers.append(_router(name, a.read(name).double(), b.read(name).double()))
         if on_tensor is not None:
             on_tensor()
-    roles = [_role_change(role, sums[role]) for role in ROLES if role in sums]
     return WeightChanges(
-        roles,
+        [sums[role].change(role) for role in ROLES if role in sums],
         sorted(routers, key=lambda router: router.layer),
         sorted(set(a.tensors) - set(b.tensors)),
         sorted(set(b.tensors) - set(a.tensors)),
@@ -109,9 +101,28 @@ def unmatched_text(changes: WeightChanges) -> list[str]:
     ]
 
 
-def _role_change(role: str, row: list[float]) -> RoleChange:
-    relative = math.sqrt(row[3] / row[4]) if row[4] else float(row[3] > 0)
-    return RoleChange(role, int(row[0]), int(row[1]), int(row[2]), relative, row[5])
+@dataclass
+class _Sums:
+    """Over the tensors of a role; `gap` and `size` are sums of squares, of the difference and of what was before."""
+
+    tensors: int = 0
+    changed: int = 0
+    parameters: int = 0
+    gap: float = 0.0
+    size: float = 0.0
+    largest: float = 0.0
+
+    def add(self, gap: float, size: float, largest: float, parameters: int) -> None:
+        self.tensors += 1
+        self.changed += largest > 0
+        self.parameters += parameters
+        self.gap += gap
+        self.size += size
+        self.largest = max(self.largest, largest)
+
+    def change(self, role: str) -> RoleChange:
+        relative = math.sqrt(self.gap / self.size) if self.size else float(self.gap > 0)
+        return RoleChange(role, self.tensors, self.changed, self.parameters, relative, self.largest)
 
 
 def _gap(a: Checkpoint, b: Checkpoint, name: str) -> tuple[float, float, float]:

@@ -48,7 +48,7 @@ class RequestGuard:
         await self.app(scope, replay, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None when it is too long or its sender has gone."""
+        """The body, or what came of it before its sender left; None when it is too long."""
         chunks, length, more = [], 0, True
         while more:
             message = await receive()

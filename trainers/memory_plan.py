@@ -11,8 +11,8 @@ activations   what the backward pass needs of a forward pass, see `activation_by
 buffers       what is being sent: buckets of gradients (zero 0), gathered weights of two layers (zero 3)
 
 Tensor ranks split the matrices of the decoder, expert ranks the routed experts (without expert ranks tensor ranks split
-these too); both kinds of ranks are among the `data` * `tensor` processes. ZeRO then splits over the processes that hold the same thing: optimizer (1), gradients too
-(2), weights too (3).
+these too); both kinds of ranks are among the `data` * `tensor` processes. ZeRO then splits over the processes that hold
+the same thing: optimizer (1), gradients too (2), weights too (3).
 """
 
 from collections.abc import Mapping
@@ -69,7 +69,7 @@ class MemorySettings:
         weight_bytes, gradient_bytes, optimizer_bytes: per parameter held; the last two per trained one.
         compute_bytes: of the dtype of the matrix products: 4, or 2 with bfloat16.
         keeps_gradients: gradients of earlier batches wait while the next one runs (gradient accumulation).
-        layers, hidden_size, query_size, key_value_size, heads: of the decoder; sizes over all heads.
+        layers, hidden_size, query_size, heads: of the decoder; sizes over all heads.
         ffn_size: inner width of what one token goes through in a layer: intermediate size, or that of an expert times
             the experts per token (shared ones included); the mean over the layers.
         copies_per_token: times that a layer copies a token for its experts: experts per token; 1 in dense layers.
@@ -92,7 +92,6 @@ class MemorySettings:
     layers: int = 0
     hidden_size: int = 0
     query_size: int = 0
-    key_value_size: int = 0
     heads: int = 0
     ffn_size: float = 0
     copies_per_token: float = 1

@@ -151,7 +151,6 @@ def memory_settings(
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         query_size=text.num_attention_heads * head_size,
-        key_value_size=(text.num_key_value_heads or text.num_attention_heads) * head_size,
         heads=text.num_attention_heads,
         ffn_size=ffn,
         copies_per_token=copies,

@@ -15,7 +15,8 @@ from .plan_data import DataSetHeader, GroupEstimate, chosen_count, groups_of, lo
 from .plan_model import StageModel, memory_settings, stage_models
 from .recipe import Recipe, StageConfig
 from .recipe_data import entries_of
-from .stage import LOSSES_FILE, PLAN_FILE
+from .stage import PLAN_FILE
+from .stage_page import LOSSES_FILE
 from .stage_processor import open_processor, processor_of
 
 

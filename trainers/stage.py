@@ -28,7 +28,7 @@ from .parallel_run import RequireEngine, whole_again
 from .ranks import is_first, of_first, only_first, wait_for_all
 from .recipe import COEFFICIENTS, StageConfig
 from .speed import seconds_per_checkpoint, seconds_per_step
-from .stage_page import write_stage_page
+from .stage_page import LOSSES_FILE, write_stage_page
 from .telemetry import watch_stage
 from .telemetry_settings import TelemetrySettings
 from .trainable import TrainableRow, count_trainable, set_trainable, trainable_table
@@ -36,7 +36,6 @@ from .trainer import UniMoeTrainer
 
 logger = logging.get_logger(__name__)
 
-LOSSES_FILE = "losses.jsonl"
 PLAN_FILE = "plan.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 # Newer releases of transformers have renamed it, and warn of the old name.

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..inspection.heat_map import heat_map
-from ..inspection.html_page import cards, grid, heading, items, section, write_page
-from ..inspection.line_chart import Curve, line_chart
 from ..modeling_unimoe.configuration_unimoe_text import MODALITIES, UniMoeTextConfig
+from ..pages.heat_map import heat_map
+from ..pages.html_page import cards, grid, heading, items, section, write_page
+from ..pages.line_chart import Curve, line_chart
 from .bad_samples import FILE as BAD_SAMPLES_FILE
 from .loss_meter import BALANCED
 from .routing_figures import ExpertLoad, load_change, mean_of_known

@@ -41,6 +41,10 @@ from .unimoe_variant import Variant, layout_of, recognise
 # The base of the 8-expert variant ships its configuration under this name, beside that of the 4-expert model.
 _EIGHT_EXPERT_CONFIG = "8config.json"
 _WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
+_ORIGIN = (
+    "Converted from the released Uni-MoE model, variant *{variant}* (arXiv 2405.11273). The terms of its authors, of the "
+    "language model and of the encoders hold."
+)
 
 
 @dataclass(frozen=True)
@@ -142,10 +146,6 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
         *_unused(folders, variant),
         *_unread(folders.finetuned, gathered.files),
     ]
-    origin = (
-        f"Converted from the released Uni-MoE model, variant *{variant.name}* (arXiv 2405.11273). The terms of its "
-        "authors, of the language model and of the encoders hold."
-    )
     return UniMoePlan(
         variant=variant,
         config=config,
@@ -155,7 +155,7 @@ def plan_import(folders: UniMoeFolders, *, dtype: torch.dtype | None = None, kee
         dtype=config.dtype,
         processor=processor,
         generation=generation_config(config),
-        origin=origin,
+        origin=_ORIGIN.format(variant=variant.name),
         notes=notes,
         tokenizer=tokenizer_files,
         keep_lora=keep_lora,

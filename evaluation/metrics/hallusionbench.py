@@ -32,8 +32,3 @@ def hallusionbench(gold: Sequence[Record], predictions: Sequence[Record]) -> Sco
     }
     right = [row["score"] for row in rows]
     return Scores(percent(right), "percent", rows, per_category, {"correct": sum(right)})
-
-
-def says_yes(text: str) -> bool:
-    """MoAI's rule: "yes" anywhere in the text."""
-    return "yes" in text.lower()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..results import TaskResult
+from ..task_result import TaskResult
 from .intervals import CONFIDENCE
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..noise.modality_bias import Bias
-from ..results import TaskResult
+from ..task_result import TaskResult
 
 _SCORE, _BASE, _MAJORITY = "#1f5fa8", "#8a8a8a", "#c4722a"
 # Inches: of the figure, of its margins, and per task.

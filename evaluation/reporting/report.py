@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..noise.modality_bias import Bias, modality_bias
-from ..results import TaskResult
+from ..task_result import TaskResult
 from .plots import plot_gains, plot_modality
 from .table import HEADER, markdown_table, table_rows
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..results import TaskResult
+from ..task_result import TaskResult
 
 HEADER = ["task", "modality", "score", "95 % interval", "n", "chance", "majority", "failed", "scored by"]
 

@@ -102,9 +102,9 @@ class TextAnswerer:
 def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> list[str]:
     import torch
 
-    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": _padding_id(tokenizer)}
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
+        output = model.generate(**inputs, **options)
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -113,14 +113,18 @@ def _likeliest_letters(model: Any, tokenizer: Any, inputs: Any, letters: Sequenc
     import torch
 
     tokens = _letter_tokens(tokenizer, sorted({*_USUAL_LETTERS, *"".join(letters)}))
-    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": _padding_id(tokenizer)}
     with torch.no_grad():
-        logits = model.generate(**inputs, **options, pad_token_id=padding).logits[0].float()
+        output = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    logits = output.logits[0].float()
     return [
         max(own, key=lambda letter, row=row: float(row[tokens[letter]].max()))
         for row, own in zip(logits, letters, strict=True)
     ]
+
+
+def _padding_id(tokenizer: Any) -> int:
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _letter_tokens(tokenizer: Any, letters: Sequence[str]) -> dict[str, list[int]]:

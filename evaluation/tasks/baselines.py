@@ -13,11 +13,6 @@ def one_of_options(unit: float = 100.0) -> Callable[[Sequence[Item]], float]:
     return lambda items: unit * sum(1 / len(item.options) for item in items) / len(items)
 
 
-def one_of_answers(unit: float = 100.0) -> Callable[[Sequence[Item]], float]:
-    """Guessing among the distinct answers of the set."""
-    return lambda items: unit / len({item.answer for item in items})
-
-
 def coin(unit: float = 100.0) -> Callable[[Sequence[Item]], float]:
     """Guessing yes or no."""
     return lambda items: unit / 2

@@ -84,6 +84,7 @@ SOUND_AND_VIDEO_TASKS = [
         prompts={"": TRANSCRIBE},
         score=scoring.word_errors,
         statistic=error_rate_statistic(),
+        lower_is_better=True,
         max_new_tokens=256,
         source="Records with `audio` and `text`.",
         media_source="Recordings: those that the records name.",

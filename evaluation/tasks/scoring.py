@@ -72,8 +72,7 @@ def scienceqa(items: Items, texts: Texts) -> Scores:
 def seedbench(items: Items, texts: Texts) -> Scores:
     questions = [item.record for item in items]
     names = {item.category: item.record["question_type_id"] for item in items}
-    scores = seed_metric.seedbench(questions, names, predictions_of(items, texts))
-    return replace(scores, details={})
+    return seed_metric.seedbench(questions, names, predictions_of(items, texts))
 
 
 def qbench(items: Items, texts: Texts) -> Scores:
@@ -83,7 +82,7 @@ def qbench(items: Items, texts: Texts) -> Scores:
 
 def ai2d(items: Items, texts: Texts) -> Scores:
     gold = [{"question_id": i.id, "gt_answer": str(i.letters.index(i.answer))} for i in items]
-    return replace(ai2d_metric.ai2d(gold, predictions_of(items, texts)), details={})
+    return ai2d_metric.ai2d(gold, predictions_of(items, texts))
 
 
 def chartqa(items: Items, texts: Texts) -> Scores:
@@ -121,7 +120,7 @@ def pope(items: Items, texts: Texts) -> Scores:
     for item in items:
         labels.setdefault(item.category, []).append(item.answer)
         predictions.setdefault(item.category, []).append({"question_id": item.id, "prediction": texts[item.id]})
-    return replace(pope_metric.pope(labels, predictions), details={})
+    return pope_metric.pope(labels, predictions)
 
 
 def mme(items: Items, texts: Texts) -> Scores:
@@ -140,7 +139,7 @@ def mme(items: Items, texts: Texts) -> Scores:
         {**row, "question_id": item.id, "both": int(sum(right[item.cluster]) == 2)}
         for item, row in zip(items, scores.per_sample, strict=True)
     ]
-    return replace(scores, per_sample=rows, details={})
+    return replace(scores, per_sample=rows)
 
 
 def captions(items: Items, texts: Texts) -> Scores:

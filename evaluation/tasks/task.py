@@ -44,6 +44,7 @@ class Task:
         submission: the file that a server or an external grader takes, see `submissions`.
         statistic: how totals add up; None: the mean of the rows' scores, in the unit of the total.
         chance: what guessing reaches, in the unit of the total.
+        lower_is_better: of error rates, for which no single answer is a fair guess.
         max_new_tokens: longest answer; `limits` says where a system's own differs.
         systems: whose evaluation lists the task is on.
         source: where the files come from, for the message when they are missing.
@@ -63,6 +64,7 @@ class Task:
     submission: str | None = None
     statistic: Statistic | None = None
     chance: Callable[[Sequence[Item]], float] | None = None
+    lower_is_better: bool = False
     max_new_tokens: int = 128
     limits: Mapping[str, int] = field(default_factory=dict)
     systems: tuple[str, ...] = ()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from unimoe.errors import DataError
-from unimoe.evaluation.noise.compare_runs import compare_runs, comparison_rows
+from unimoe.evaluation.compare_runs import compare_runs, comparison_rows
 from unimoe.evaluation.noise.comparison import paired_difference
 from unimoe.evaluation.noise.intervals import Additive, additive, interval
 from unimoe.evaluation.noise.modality_bias import modality_bias
-from unimoe.evaluation.results import TaskResult
+from unimoe.evaluation.task_result import TaskResult
 from unimoe.evaluation.tasks.item import Item
 
 

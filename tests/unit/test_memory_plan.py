@@ -66,7 +66,7 @@ def test_gradients_and_activations_take_turns_unless_gradients_wait() -> None:
 
 def test_activations_grow_with_tokens_and_shrink_with_checkpointing() -> None:
     shape = MemorySettings(
-        layers=10, hidden_size=64, query_size=64, key_value_size=32, heads=4, ffn_size=128, vocabulary_size=100,
+        layers=10, hidden_size=64, query_size=64, heads=4, ffn_size=128, vocabulary_size=100,
         rows=2, row_length=16, logits_length=4,
     )  # fmt: skip
     once = activation_bytes(shape)

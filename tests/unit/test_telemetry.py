@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from unimoe.errors import RecipeError
-from unimoe.inspection.line_chart import Curve, line_chart
+from unimoe.pages.line_chart import Curve, line_chart
 from unimoe.trainers import stage, telemetry_settings
 from unimoe.trainers.bad_samples import FILE as BAD_SAMPLES_FILE
 from unimoe.trainers.collator import CachedCollator

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError
-from ..results import SCORES, read_results, sums_of
-from ..tasks.catalogue import TASKS
-from ..tasks.item import Item
-from .comparison import Difference, paired_difference
-from .intervals import Additive
+from ..errors import DataError
+from .noise.comparison import Difference, paired_difference
+from .noise.intervals import Additive
+from .results import SCORES, read_results, sums_of
+from .tasks.catalogue import TASKS
+from .tasks.item import Item
 
 
 @dataclass(frozen=True)

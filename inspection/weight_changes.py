@@ -90,8 +90,8 @@ def shared_tensors(before: Path, after: Path) -> int:
 def unmatched_text(changes: WeightChanges) -> list[str]:
     """What could not be compared, in sentences."""
     parts = {
-        "only the first model has": changes.only_before,
-        "only the second model has": changes.only_after,
+        "only the earlier model has": changes.only_before,
+        "only the later model has": changes.only_after,
         "the shapes differ of": changes.other_shape,
     }
     return [

@@ -15,6 +15,22 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "audio_url": ("audio_url", "url"),
     "input_audio": ("input_audio", "data"),
 }
+# What OpenAI's clients send and transformers' server heeds; `generation_config`, which it would take too, is no client's.
+_FIELDS = {
+    "model",
+    "messages",
+    "stream",
+    "stream_options",
+    "user",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "n",
+}
 
 
 def require_chat_request(body: Any, longest_answer: int) -> None:
@@ -34,6 +50,9 @@ def require_chat_request(body: Any, longest_answer: int) -> None:
         raise RequestError("`messages` must be a list of at least one message.")
     for number, message in enumerate(messages):
         _require_message(message, f"messages[{number}]")
+    unknown = sorted(set(body) - _FIELDS)
+    if unknown:
+        raise RequestError(f"`{unknown[0][:80]}` is not known here; a request may have {', '.join(sorted(_FIELDS))}.")
     tokens = f"a whole number from 1 to {longest_answer}"
     for name, allowed, is_allowed in (
         ("max_tokens", tokens, lambda value: _is_whole(value) and 1 <= value <= longest_answer),
@@ -41,7 +60,7 @@ def require_chat_request(body: Any, longest_answer: int) -> None:
         ("temperature", "a number from 0 to 2", lambda value: _is_number(value) and 0 <= value <= 2),
         ("top_p", "a number above 0 and up to 1", lambda value: _is_number(value) and 0 < value <= 1),
         ("frequency_penalty", "a number from -2 to 2", lambda value: _is_number(value) and -2 <= value <= 2),
-        ("seed", "a whole number", _is_whole),
+        ("seed", "a whole number of up to 63 bits", lambda value: _is_whole(value) and 0 <= value < 1 << 63),
         ("stream", "true or false", lambda value: isinstance(value, bool)),
         ("n", "1", lambda value: value == 1 and not isinstance(value, bool)),
         ("stop", "a text or a list of texts", _is_stop),
@@ -63,7 +82,7 @@ def _require_message(message: Any, where: str) -> None:
 
 def _require_part(part: Any, where: str) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in _PARTS:
+    if not isinstance(kind, str) or kind not in _PARTS:
         raise RequestError(f"{where}.type is {kind!r}; it must be one of {', '.join(_PARTS)}.")
     value: Any = part
     for name in _PARTS[kind]:
@@ -85,7 +104,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Whole numbers may be too large for a float; comparing them is safe.
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_stop(value: Any) -> bool:

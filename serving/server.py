@@ -64,6 +64,7 @@ class ModelServer(Serve):
         context = loaded.model.config.get_text_config().max_position_embeddings
         loaded.processor.media_policy = MediaPolicy(allow_paths=False, limits=settings.limits)
         _limit_prompts(loaded.processor, context)
+        _give_tokenizer(loaded.model, loaded.processor.tokenizer)
         self._add_to_app(self.server.config.app, context)
 
     def start_server(self) -> None:
@@ -93,6 +94,17 @@ class ModelServer(Serve):
         app.add_middleware(RequestGuard, longest_body=self.settings.longest_body, longest_answer=context)
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in _ROUTES]
         app.get("/v1/models")(served_models)
+
+
+def _give_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Texts that end an answer (`stop`) need a tokenizer; transformers hands over the processor, which is none."""
+    generate = model.generate
+
+    @functools.wraps(generate)
+    def with_tokenizer(*args: Any, **kwargs: Any) -> Any:
+        return generate(*args, **{**kwargs, "tokenizer": tokenizer})
+
+    model.generate = with_tokenizer
 
 
 def _limit_prompts(processor: Any, context: int) -> None:

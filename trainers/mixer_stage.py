@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import RecipeError
 from ..modeling_unimoe.auxiliary_unimoe import prompt_before_answers
 from ..modeling_unimoe.configuration_unimoe_moai import UniMoeMixerConfig
+from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..modeling_unimoe.modeling_unimoe_moai import UniMoeCompressor, UniMoeMixer
 from ..processing.auxiliary_inputs_unimoe import aux_of_conversations, spread_rows
@@ -25,20 +26,31 @@ MIXER_ROLES = ("compressor", "mixers", "mixer_gates")
 def prepare_mixers(
     model: UniMoeForCausalLM, roles: Sequence[str], mixers: MixersConfig | None, seed: int, stage: str
 ) -> None:
-    """Give a model its mixers where a stage trains some and there are none.
+    """Give a model its mixers where a stage trains some and there are none; see `wanted_mixers`."""
+    wanted = wanted_mixers(model.config.text_config, roles, mixers, stage)
+    if wanted is not None:
+        add_mixers(model, wanted, seed)
+
+
+def wanted_mixers(
+    text: UniMoeTextConfig, roles: Sequence[str], mixers: MixersConfig | None, stage: str
+) -> UniMoeMixerConfig | None:
+    """The mixers that a model lacks for a stage; None where it lacks none.
 
     Raises:
         RecipeError: neither the model nor the recipe has mixers.
         ConfigurationError: they do not go with the model's sizes.
     """
-    if model.config.text_config.mixer_config is not None or not set(roles) & set(MIXER_ROLES):
-        return
+    if text.mixer_config is not None or not set(roles) & set(MIXER_ROLES):
+        return None
     if mixers is None:
         raise RecipeError(
             f"The stage {stage!r} trains mixers, but neither the model nor the recipe has any: add a mixers section, "
             "such as mixers: {layers: [7, 15, 23, 31]}."
         )
-    add_mixers(model, UniMoeMixerConfig(**asdict(mixers)), seed)
+    wanted = UniMoeMixerConfig(**asdict(mixers))
+    wanted.require_fit(text.hidden_size, text.num_hidden_layers)
+    return wanted
 
 
 def add_mixers(model: UniMoeForCausalLM, mixer: UniMoeMixerConfig | Mapping[str, Any], seed: int = 0) -> None:
@@ -105,5 +117,6 @@ __all__ = [
     "choose_experts",
     "prepare_mixers",
     "spread_aux",
+    "wanted_mixers",
     "with_prompt",
 ]

@@ -1,5 +1,6 @@
 """What the stages of a recipe train, from configurations alone: models without memory, and sizes for the memory plan."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ..roles import plain_name, role_of
 from .assembly import connector_owners, require_roles_of_experts, roles_of, trained_by
 from .lora import add_lora
 from .memory_plan import Count, MemorySettings, ParameterSizes
+from .mixer_stage import wanted_mixers
 from .moe_fit import require_fitting_moe, sparse_layers, sparsity_of
 from .recipe import Recipe, StageConfig
 from .stage import apply_balance_terms
@@ -51,6 +53,9 @@ def stage_models(recipe: Recipe, config: UniMoeConfig) -> list[StageModel]:
     require_fitting_moe(recipe, config)
     made, trained_experts = [], 0
     for stage in recipe.stages:
+        if (mixers := wanted_mixers(config.text_config, stage.train, recipe.mixers, stage.name)) is not None:
+            config = copy.deepcopy(config)
+            config.text_config.mixer_config = mixers
         model = meta_model(config)
         if stage.kind == "moe":
             config = assembled_config(config, recipe, trained_experts)

@@ -31,4 +31,5 @@ def test_twenty_kills(tmp_path: Path) -> None:
     found = json.loads(figures.read_text())
     assert found["kills"] == found["survived"] == 20
     assert found["runs"] == found["runs_bit_equal"] > 0
-    assert set(found["kills_by_phase"]) >= {"training", "saving a checkpoint"}
+    # Half of them aim at saves; where the others hit depends on how busy the machine is.
+    assert found["kills_by_phase"].keys() > {"saving a checkpoint"}

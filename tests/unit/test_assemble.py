@@ -111,7 +111,7 @@ def test_the_routing_may_be_dynamic(sources: Path, tmp_path: Path, capsys: pytes
         ('{"router_typo": 1}', "--routing names ['router_typo']; it may set"),
         ('{"router_type": "dynamc"}', "'router_type' expected one of ('top_k', 'dynamic'), got dynamc"),
         ("{", "is not a JSON object"),
-        ("none.json", "none.json is missing"),
+        ("none.json", "--routing 'none.json' is neither a JSON object"),
     ):
         assert run_cli(sources, tmp_path / "no", FOUR, "--routing", routing) == 2
         assert said in capsys.readouterr().err

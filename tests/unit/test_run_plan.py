@@ -21,6 +21,7 @@ from unimoe.trainers.plan_text import format_duration, format_size
 from unimoe.trainers.recipe import Recipe, StageConfig
 from unimoe.trainers.recipe_data import DataEntry
 from unimoe.trainers.recipe_file import save_recipe
+from unimoe.trainers.recipe_mixers import MixersConfig
 from unimoe.trainers.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
 from unimoe.trainers.run_plan import plan_run
 
@@ -74,6 +75,15 @@ def test_the_planned_sparse_model_is_the_assembled_one(start: Path) -> None:
     made = assemble(dense, moe, [], seed=0)
     planned = meta_model(assembled_config(dense.config, recipe(start, moe=moe)))
     assert {n: p.shape for n, p in planned.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
+
+
+def test_mixers_that_a_recipe_adds_are_planned(start: Path) -> None:
+    step = StageConfig("experts first", train=["compressor", "mixers"], modalities=["image"], mixer_choice="random")
+    added = MixersConfig(layers=[1], rank=4, num_heads=2, num_latents=4, compressor_depth=1)
+    (stage,) = plan_run(recipe(start, step, mixers=added)).stages
+    assert {row.role for row in stage.model.table if row.trainable} == {"compressor", "mixers"}
+    with pytest.raises(RecipeError, match="add a mixers section"):
+        plan_run(recipe(start, step))
 
 
 def test_tokens_samples_and_passes(start: Path) -> None:

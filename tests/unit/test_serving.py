@@ -114,6 +114,23 @@ def test_streamed_pieces_make_the_whole_answer(client: Any, folder: Path) -> Non
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == ask(client, folder, [IMAGE, QUESTION])
 
 
+def test_a_text_may_end_the_answer(client: Any, folder: Path) -> None:
+    whole = ask(client, folder, [IMAGE, QUESTION])
+    end = next(character for character in whole if character != "�")  # half characters cannot be asked for
+    for stream in (False, True):
+        answer = client.chat.completions.create(
+            model=str(folder),
+            messages=[{"role": "user", "content": [IMAGE, QUESTION]}],
+            max_tokens=6,
+            stop=[end],
+            stream=stream,
+        )
+        text = (
+            "".join(p.choices[0].delta.content or "" for p in answer) if stream else answer.choices[0].message.content
+        )
+        assert len(text) <= whole.index(end) + len(end)
+
+
 def test_sixteen_at_once_are_answered_as_one_by_one(client: Any, folder: Path) -> None:
     questions = [
         [IMAGE, {"type": "text", "text": f"{word} {number}"}] for word in ("red", "low") for number in range(8)
@@ -190,6 +207,11 @@ MESSAGE = {"role": "user", "content": "Hi"}
         ({"messages": [MESSAGE], "top_p": 0}, "above 0"),
         ({"messages": [MESSAGE], "n": 2}, "must be 1"),
         ({"messages": [MESSAGE], "stop": [1]}, "list of texts"),
+        ({"messages": [MESSAGE], "generation_config": "{}"}, "`generation_config` is not known here"),
+        ({"messages": [MESSAGE], "logit_bias": {"x": "y"}}, "`logit_bias` is not known"),
+        ({"messages": [MESSAGE], "seed": 10**30}, "63 bits"),
+        ({"messages": [MESSAGE], "temperature": 10**400}, "from 0 to 2"),
+        ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, "must be one of"),
     ],
 )
 def test_fields_that_cannot_be(body: Any, reason: str) -> None:

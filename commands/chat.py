@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UniMoeError
@@ -194,6 +195,8 @@ def handle_line(conversation: Conversation, line: str) -> bool:
     elif command.removeprefix("/") in _MEDIA and command.startswith("/"):
         if not argument.strip():
             raise UniMoeError(f"{command} needs a file: {command} FILE.")
+        if not Path(argument.strip()).is_file():
+            raise UniMoeError(f"There is no file {argument.strip()!r}; what is attached already stays.")
         conversation.attach(command.removeprefix("/"), argument.strip())
     elif command.startswith("/"):
         raise UniMoeError(

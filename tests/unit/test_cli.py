@@ -337,10 +337,17 @@ def test_the_conversation_is_remembered_until_reset() -> None:
     assert [texts(messages) for messages in script.asked] == [["one"], ["one", "a", "two"], ["three"]]
 
 
-def test_attached_media_go_with_one_message_only() -> None:
+def test_attached_media_go_with_one_message_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.png", "my file.wav", "clip.mp4"):
+        (tmp_path / name).touch()
     script = Script("a", "b")
     conversation = chat.Conversation(script)
-    for line in ("/image cat.png", "/audio my file.wav", "/video-with-sound clip.mp4", "one", "two"):
+    for line in ("/image cat.png", "/audio my file.wav", "/video-with-sound clip.mp4"):
+        chat.handle_line(conversation, line)
+    with pytest.raises(UniMoeError, match="no file 'dog.png'; what is attached already stays"):
+        chat.handle_line(conversation, "/image dog.png")
+    for line in ("one", "two"):
         chat.handle_line(conversation, line)
     media = [[i["path"] for i in m["content"] if i["type"] != "text"] for m in script.asked[1] if m["role"] == "user"]
     assert media == [["cat.png", "my file.wav", "clip.mp4"], []]

@@ -345,7 +345,7 @@ def test_attached_media_go_with_one_message_only(tmp_path: Path, monkeypatch: py
     conversation = chat.Conversation(script)
     for line in ("/image cat.png", "/audio my file.wav", "/video-with-sound clip.mp4"):
         chat.handle_line(conversation, line)
-    with pytest.raises(UniMoeError, match="no file 'dog.png'; what is attached already stays"):
+    with pytest.raises(UniMoeError, match=r"no file 'dog\.png'; what is attached already stays"):
         chat.handle_line(conversation, "/image dog.png")
     for line in ("one", "two"):
         chat.handle_line(conversation, line)

@@ -115,6 +115,16 @@ class GoldenCase:
     def json(self, file: str) -> Any:
         return json.loads((self.path / f"{file}.json").read_text(encoding="utf-8"))
 
+    def json_or_empty(self, file: str) -> dict[str, Any]:
+        """An object in a JSON file that some cases lack."""
+        data = self.json(file) if (self.path / f"{file}.json").is_file() else {}
+        return data if isinstance(data, dict) else {}
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """What `cases.json` says of a batch; empty when it says nothing."""
+        found = self.json_or_empty("cases").get(name)
+        return found if isinstance(found, dict) else {}
+
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.path / "weights.safetensors")
@@ -260,6 +270,7 @@ def planted_error(
     *also: str,
     index: Callable[[GoldenCase], int] | None = None,
     size: float = 1e-3,
+    fits: Callable[[GoldenCase, str], bool] = lambda case, name: True,
 ) -> tuple[GoldenCase, str]:
     """A copy of the first case that serves a check, with one changed value, and the name of the tensor that holds it.
 
@@ -270,12 +281,13 @@ def planted_error(
         folder: where the copy goes.
         index: says which value, counted in row-major order; None draws one.
         size: of the change of a float, as a share of the largest value.
+        fits: whether the check compares a tensor of a case.
     """
     found = (
         (GoldenCase(case.path, ledger=None), name)
         for case in discover(pattern, *also, *check.args, **check.kwargs)
         for name in case.names(pattern)
-        if case._load(name, "io").numel()
+        if fits(case, name) and case._load(name, "io").numel()
     )
     case, name = next(found, (None, ""))
     if case is None:

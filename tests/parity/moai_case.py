@@ -24,9 +24,15 @@ AS_RELEASED = {
 }
 
 
+# What a batch is made of, besides its pictures, its aux and the mask of its language.
+_INPUTS = ("input_ids", "attention_mask", "im_mask")
+_RAW_AUX = ("verb_input_ids", "panoptic_index_map")
+
+
 def is_moai(case: GoldenCase) -> bool:
+    """Whether a case holds MoAI's weights and the config that they are read with."""
     weights = case.names("*", "weights")
-    return holds_moai(dict.fromkeys(weights, ())) if weights else False
+    return bool(weights) and holds_moai(dict.fromkeys(weights, ())) and "original_config" in case.config
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,27 @@ class Batch:
         return self.inputs["attention_mask"].bool()
 
 
+def batch_of(name: str) -> str:
+    """The batch that a tensor belongs to: "eval_b1" of "eval_b1/layer0/output"."""
+    return name.partition("/")[0]
+
+
+def batches(case: GoldenCase, language: str = "lang_mask") -> list[str]:
+    """The batches of a case that hold all inputs of the model."""
+    return [name for name in map(batch_of, case.names(f"*/{language}")) if has_inputs(case, name, language)]
+
+
+def has_inputs(case: GoldenCase, name: str, language: str) -> bool:
+    has_pictures = case.has(f"{name}/images_uint8") or case.has(f"{name}/pixel_values")
+    has_aux = has_raw_aux(case, name) or case.has(f"{name}/aux_embeds")
+    return has_pictures and has_aux and case.has(*(f"{name}/{part}" for part in (*_INPUTS, language)))
+
+
+def has_raw_aux(case: GoldenCase, name: str) -> bool:
+    """Whether a batch holds aux texts and maps, so that their embeddings are a result and not an input."""
+    return case.has(*(f"{name}/{part}" for part in _RAW_AUX))
+
+
 def moai_batch(case: GoldenCase, name: str, language: str = "lang_mask") -> Batch:
     """The inputs `{name}/*`, from raw pictures, text and map where there are any, else from what they become."""
     ids = case.input(f"{name}/input_ids")
@@ -132,7 +159,7 @@ def moai_batch(case: GoldenCase, name: str, language: str = "lang_mask") -> Batc
 
 
 def _aux(case: GoldenCase, name: str) -> dict[str, torch.Tensor]:
-    if not case.has(f"{name}/verb_input_ids", f"{name}/panoptic_index_map"):
+    if not has_raw_aux(case, name):
         return {"aux_features": case.input(f"{name}/aux_embeds")}
     colours = segment_colours(case.input(f"{name}/panoptic_index_map"))
     case.check_if_present(f"{name}/panoptic_map_chw_0to1", colours)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,27 @@ from unimoe.conversion.released.import_moai import import_moai
 from unimoe.conversion.released.moai_tokenizer import read_moai_tokenizer
 from unimoe.processing.chat_templates_unimoe import MOAI_CHAT_TEMPLATES
 
-WITH_TOKENIZER: dict[str, Any] = {"where": lambda case: is_moai(case) and (case.path / "tokenizer.model").is_file()}
-EVALUATION = pytest.mark.golden("*/input_ids", "*/lang_mask", weights="output.weight", **WITH_TOKENIZER)
+# What a question of `cases.json` is asked with.
+QUESTION = ("input_ids", "images_uint8", "panoptic_index_map")
+
+
+def with_tokenizer(holds: Callable[[GoldenCase], Any]) -> pytest.MarkDecorator:
+    """Cases with weights, a tokenizer and whatever else."""
+
+    def serves(case: GoldenCase) -> bool:
+        return is_moai(case) and (case.path / "tokenizer.model").is_file() and bool(holds(case))
+
+    return pytest.mark.golden(weights="output.weight", where=serves)
+
+
+def questions(case: GoldenCase) -> dict[str, dict[str, Any]]:
+    """What `cases.json` says of the batches that can be asked again, by name."""
+    named = {name: case.fields(name) for name in case.json_or_empty("cases")}
+    return {
+        name: fields
+        for name, fields in named.items()
+        if {"prompts", "texts"} <= set(fields) and case.has(*(f"{name}/{part}" for part in QUESTION))
+    }
 
 
 def import_case(case: GoldenCase, folder: Path) -> Path:
@@ -67,19 +87,17 @@ def conversations(case: GoldenCase, name: str, fields: dict[str, Any]) -> list[l
     ]
 
 
-@EVALUATION
+@with_tokenizer(questions)
 @torch.no_grad()
 def test_moai_batches_from_messages(imported: tuple[GoldenCase, Any, Path]) -> None:
     """Messages in, the original's inputs and logits out."""
     case, processor, folder = imported
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.config.text_config.mixer_config.compress_aux_padding = True
-    for name, fields in case.json("cases").items():
-        if "prompts" not in fields or not case.has(f"{name}/images_uint8", f"{name}/panoptic_index_map"):
-            continue
+    for name, fields in questions(case).items():
         inputs = processor.apply_chat_template(
             conversations(case, name, fields),
-            chat_template="demo" if fields["demo"] else None,
+            chat_template="demo" if fields.get("demo") else None,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -97,11 +115,12 @@ def test_moai_batches_from_messages(imported: tuple[GoldenCase, Any, Path]) -> N
         logits = model(**inputs).logits
         for stored in case.names(f"{name}/logits_fp32gate_last*"):
             case.check(stored, logits[:, -case._load(stored, "io").shape[1] :], rtol=1e-4)
-        for field in ("prompts", "demo"):
+        for field in {"prompts", "demo"} & set(fields):
             case._record("compared", "cases", f"{name}.{field}")
+        case.comparisons += 1
 
 
-@pytest.mark.golden("*/input_ids", weights="output.weight", **WITH_TOKENIZER)
+@with_tokenizer(lambda case: case.json_or_empty("prompts").get("tokenizer"))
 def test_moai_tokenizer(golden_case: GoldenCase) -> None:
     tokenizer = read_moai_tokenizer(golden_case.path)
     entries = golden_case.json("prompts")["tokenizer"]
@@ -112,7 +131,7 @@ def test_moai_tokenizer(golden_case: GoldenCase) -> None:
     golden_case.comparisons += len(entries)
 
 
-@pytest.mark.golden("*/input_ids", weights="output.weight", **WITH_TOKENIZER)
+@with_tokenizer(lambda case: case.json_or_empty("prompts").get("prompts"))
 def test_moai_prompts_and_masks(imported: tuple[GoldenCase, Any, Path]) -> None:
     case, processor, _ = imported
     side = processor.image_processor.size["height"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from golden import GoldenCase, GoldenMismatchError, planted_error
-from moai_case import Batch, is_moai, moai_batch, moai_model
+from moai_case import Batch, batch_of, batches, has_raw_aux, is_moai, moai_batch, moai_model
 from transformers import GenerationConfig
 from unimoe_case import record
 
@@ -15,13 +15,15 @@ from unimoe.conversion.released.moai_keys import EXPERTS, GATES
 
 # Tolerances of the golden data: after gates in half precision, and with gates in float32.
 AFTER_GATES, FULL_GATES = 1e-3, 1e-4
-WHOLE: dict[str, Any] = {"weights": ("output.weight", "vision_proj.*", "moai_compressor.*"), "where": is_moai}
-NEEDED = ("*/input_ids", "*/im_mask", "*/lang_mask")
+WHOLE: dict[str, Any] = {
+    "weights": ("output.weight", "vision_proj.*", "moai_compressor.*"),
+    "where": lambda case: is_moai(case) and bool(batches(case)),
+}
 REQUIREMENTS = {
-    "forward": pytest.mark.golden(*NEEDED, **WHOLE),
-    "full_gates": pytest.mark.golden("*/logits_fp32gate_last*", *NEEDED, **WHOLE),
-    "greedy": pytest.mark.golden("*/greedy*/sequences", *NEEDED, **WHOLE),
-    "beams": pytest.mark.golden("*/beam*/sequences", *NEEDED, **WHOLE),
+    "forward": pytest.mark.golden(**WHOLE),
+    "full_gates": pytest.mark.golden("*/logits_fp32gate_last*", **WHOLE),
+    "greedy": pytest.mark.golden("*/greedy*/sequences", **WHOLE),
+    "beams": pytest.mark.golden("*/beam*/sequences", **WHOLE),
 }
 
 
@@ -43,10 +45,6 @@ def test_moai_greedy_answers_with_and_without_cache(golden_case: GoldenCase) -> 
 @REQUIREMENTS["beams"]
 def test_moai_beams(golden_case: GoldenCase) -> None:
     check_beams(golden_case)
-
-
-def batches(case: GoldenCase) -> list[str]:
-    return [name.removesuffix("/lang_mask") for name in case.names("*/lang_mask")]
 
 
 @torch.no_grad()
@@ -137,7 +135,7 @@ def check_full_gates(case: GoldenCase) -> None:
 
 
 def check_greedy(case: GoldenCase) -> None:
-    for sequences in case.names("*/greedy*/sequences"):
+    for sequences in answers(case, "*/greedy*/sequences"):
         for use_cache in (True, False):
             answer = generate(case, sequences, use_cache=use_cache)
             logits = torch.stack(answer.logits, dim=1)
@@ -149,8 +147,12 @@ def check_greedy(case: GoldenCase) -> None:
 
 
 def check_beams(case: GoldenCase) -> None:
-    for sequences in case.names("*/beam*/sequences"):
+    for sequences in answers(case, "*/beam*/sequences"):
         generate(case, sequences, num_beams=int(re.search(r"beam(\d+)", sequences)[1]))
+
+
+def answers(case: GoldenCase, pattern: str) -> list[str]:
+    return [name for name in case.names(pattern) if batch_of(name) in batches(case)]
 
 
 @torch.no_grad()
@@ -174,7 +176,7 @@ def generate(case: GoldenCase, sequences: str, **options: Any) -> Any:
     ended = (new == end).cumsum(dim=1) - (new == end).long() > 0
     new = new.masked_fill(ended, -100)
     case.check(sequences, torch.cat((given, new), dim=1))
-    wanted = (case.json("cases").get(name) or {}).get(f"{run}_new_ids")
+    wanted = case.fields(name).get(f"{run}_new_ids")
     if wanted is not None:
         found = [[token for token in row if token != -100] for row in new.tolist()]
         assert found == [[token for token in row if token != -100] for row in wanted]
@@ -184,7 +186,7 @@ def generate(case: GoldenCase, sequences: str, **options: Any) -> Any:
 
 def check_margin(case: GoldenCase, sequences: str, logits: torch.Tensor) -> None:
     name, run, _ = sequences.split("/")
-    wanted = (case.json("cases").get(name) or {}).get(f"{run}_min_top2_margin")
+    wanted = case.fields(name).get(f"{run}_min_top2_margin")
     if wanted is not None:
         best = logits.topk(2).values
         assert abs(float((best[..., 0] - best[..., 1]).min()) - wanted) < 1e-2
@@ -196,7 +198,7 @@ def check_margin(case: GoldenCase, sequences: str, logits: torch.Tensor) -> None
 def test_moai_answers_depend_on_aux_as_much_as_the_original(golden_case: GoldenCase) -> None:
     model = moai_model(golden_case)
     for name in batches(golden_case):
-        wanted = (golden_case.json("cases").get(name) or {}).get("sensitivity_last_logits_when_aux_zero")
+        wanted = golden_case.fields(name).get("sensitivity_last_logits_when_aux_zero")
         if wanted is None:
             continue
         inputs = moai_batch(golden_case, name).inputs
@@ -228,7 +230,12 @@ def test_moai_answers_depend_on_aux_as_much_as_the_original(golden_case: GoldenC
     ],
 )
 def test_one_changed_value_of_moai_is_noticed(check: str, pattern: str, tmp_path: Path) -> None:
-    case, name = planted_error(pattern, REQUIREMENTS[check], tmp_path / "moai", size=1e-1, index=lambda _: -1)
+    def fits(case: GoldenCase, name: str) -> bool:
+        is_result = has_raw_aux(case, batch_of(name)) or not name.endswith("/aux_embeds")
+        return batch_of(name) in batches(case) and is_result
+
+    options: dict[str, Any] = {"size": 1e-1, "index": lambda _: -1, "fits": fits}
+    case, name = planted_error(pattern, REQUIREMENTS[check], tmp_path / "moai", **options)
     checks: dict[str, Any] = globals()
     with pytest.raises(GoldenMismatchError, match=re.escape(name)):
         checks[f"check_{check}"](case)

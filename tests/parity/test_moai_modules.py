@@ -19,7 +19,9 @@ REQUIREMENTS = {
     "experts": pytest.mark.golden("modules/expert/q", "modules/expert/kv", weights="*.moai_SA_*", where=is_moai),
     "plora": pytest.mark.golden("modules/plora/in", "modules/plora/im_mask", weights="*.Plora_A.*", where=is_moai),
     "pixels": pytest.mark.golden("modules/image_processor/in_uint8"),
-    "positions": pytest.mark.golden("vision/pos_embed_pretrained"),
+    "positions": pytest.mark.golden(
+        "vision/pos_embed_pretrained", where=lambda case: {"vision_grid"} <= set(case.config)
+    ),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from golden import GoldenCase, GoldenMismatchError, planted_error
-from moai_case import converted, is_moai, moai_batch, moai_model
+from moai_case import batches, converted, is_moai, moai_batch, moai_model
 
 REQUIREMENTS = {
     "training": pytest.mark.golden("*/labels_merged", "*/lang_mask_*", weights="output.weight", where=is_moai),
@@ -26,16 +26,21 @@ def check_training(case: GoldenCase) -> None:
     for stored in case.names("*/labels_merged"):
         name = stored.removesuffix("/labels_merged")
         check_answer(case, name)
-        for masks in case.names(f"{name}/lang_mask_*"):
-            answers = masks.removeprefix(f"{name}/lang_mask_")
+        for answers in masks_of(case, name):
             for run in sorted({key.split("/")[2] for key in case.names(f"{name}/{answers}/*/loss")}):
                 check_run(case, name, answers, run)
+
+
+def masks_of(case: GoldenCase, name: str) -> list[str]:
+    """Which masks of the language a batch holds, with all other inputs of the model."""
+    masks = [masks.removeprefix(f"{name}/") for masks in case.names(f"{name}/lang_mask_*")]
+    return [mask.removeprefix("lang_mask_") for mask in masks if name in batches(case, mask)]
 
 
 def check_answer(case: GoldenCase, name: str) -> None:
     """What the cases say of the answer is what the labels say."""
     learned = (case.input(f"{name}/labels_merged")[0] != -100).nonzero()[:, 0]
-    fields = case.json("cases").get(name) or {}
+    fields = case.fields(name)
     for field, found in (("answer_start_merged", int(learned[0])), ("answer_len", len(learned))):
         if field in fields:
             assert found == fields[field]
@@ -85,11 +90,16 @@ def check_gradients(case: GoldenCase, name: str, prefix: str, run: str, model: A
 
 
 def _norms(case: GoldenCase, name: str) -> dict[str, dict[str, float | None]]:
-    return (case.json("cases").get(name) or {}).get("grad_norms") or {}
+    return case.fields(name).get("grad_norms") or {}
 
 
 @pytest.mark.parametrize("pattern", ["*/step1_dice*/loss", "*/step2/loss", "*/step2/logits_answer", "*/step*/grad/*"])
 def test_one_changed_value_of_moai_training_is_noticed(pattern: str, tmp_path: Path) -> None:
-    case, name = planted_error(pattern, REQUIREMENTS["training"], tmp_path / "moai", size=1e-1)
+    def fits(case: GoldenCase, name: str) -> bool:
+        batch, answers, run = name.split("/")[:3]
+        has_run = case.has(f"{batch}/labels_merged", f"{batch}/{answers}/{run}/loss")
+        return has_run and answers in masks_of(case, batch)
+
+    case, name = planted_error(pattern, REQUIREMENTS["training"], tmp_path / "moai", size=1e-1, fits=fits)
     with pytest.raises(GoldenMismatchError, match=re.escape(name)):
         check_training(case)

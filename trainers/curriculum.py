@@ -1,7 +1,7 @@
 """Runs a recipe: its stages in order, each in a folder of its own, from any point where it was stopped.
 
 OUT/recipe.yaml
-OUT/<stage>/settings.json    what the stage was started with
+OUT/<stage>/settings.json    what the stage was started with, see `stage_settings`
 OUT/<stage>/plan.json        steps that were decided, and the speed that was measured for it
 OUT/<stage>/losses.jsonl     one line per log
 OUT/<stage>/telemetry.jsonl, report.html    expert load, speed and memory; all of it drawn, when the stage is done
@@ -15,7 +15,6 @@ OUT/<stage>/DONE             the stage is finished; size and SHA-256 of what it 
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -42,7 +41,6 @@ from .assembly import (
 )
 from .bad_samples import TolerantCollator
 from .batching import row_rules
-from .checkpoints import write_durably
 from .collator import Augment, CachedCollator, RawCollator
 from .data import ConversationDataset
 from .data_sets import TrainingData, in_memory, open_data
@@ -71,11 +69,9 @@ from .stage_files import (
     written_aside,
 )
 from .stage_processor import confined, processor_of
+from .stage_settings import keep_settings, require_same_data, require_same_settings
 from .start_model import load_processor, load_start_model, with_implementations
 
-SETTINGS_FILE = "settings.json"
-# Settings that change nothing about what a stage computes.
-_FREE_SETTINGS = ("stage.save_every", "stage.keep_checkpoints", "stage.log_every", "stage.data")
 OnStageEnd = Callable[[StageReport, UniMoeForCausalLM, Any], dict[str, Any] | None]
 
 
@@ -109,7 +105,7 @@ def run_curriculum(
         One report per stage, also for those done earlier.
 
     Raises:
-        RecipeError: the recipe is impossible, or a stage in `recipe.out` was made with other settings.
+        RecipeError: the recipe is impossible, or a stage in `recipe.out` was made with other settings or other data.
         DataError, CheckpointError, TrainingError: see their makers.
     """
     recipe.check()
@@ -141,7 +137,7 @@ def run_curriculum(
             training_arguments=dict(training_arguments or {}),
         )
         for stage in recipe.stages:
-            run.require_same_settings(stage)
+            require_same_settings(out / stage.name, stage.name, run.settings_of(stage))
         only_first(lambda: save_recipe(recipe, out / "recipe.yaml"))
         return [run.stage(stage) for stage in recipe.stages]
 
@@ -220,8 +216,7 @@ class _Curriculum:
         self._enter(self.model_folder)
         prepare_mixers(self.model, stage.train, self.recipe.mixers, self.recipe.seed, stage.name)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(self._settings_of(stage), indent=1)
-        only_first(lambda: write_durably(folder / SETTINGS_FILE, settings))
+        keep_settings(folder, self.settings_of(stage))
         dataset = self._data(stage)
         if stage.kind == "experts":
             report = self._train_experts(stage, in_memory(dataset, f"The stage {stage.name!r}"), folder)
@@ -324,6 +319,7 @@ class _Curriculum:
             self.dataset = self.dataset or read(self.recipe.data)
             dataset = self.dataset
         dataset = dataset.select(stage.modalities)
+        require_same_data(Path(self.recipe.out) / stage.name, stage.name, dataset)
         if self.cache is None and self.recipe.cache is not None:
             self.cache = EncoderCache(self.recipe.cache, self.model, self.reader)
         if self.cache is not None:
@@ -352,23 +348,8 @@ class _Curriculum:
                 complete_bundle(written, card)
         wait_for_all()
 
-    def require_same_settings(self, stage: StageConfig) -> None:
-        """Refuse to go on from results of other settings."""
-        folder = Path(self.recipe.out) / stage.name
-        if not (folder / SETTINGS_FILE).is_file():
-            return
-        then = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-        # A field that came with a later release had its default.
-        then["stage"] = json.loads(json.dumps(asdict(StageConfig(stage.name)))) | then["stage"]
-        now = json.loads(json.dumps(self._settings_of(stage)))
-        for name, old, new in _differences(then, now):
-            if name not in _FREE_SETTINGS:
-                raise RecipeError(
-                    f"The stage {stage.name!r} in {folder} was started with {name} = {old!r}, the recipe now says "
-                    f"{new!r}: delete that folder to run it again, or choose another out."
-                )
-
-    def _settings_of(self, stage: StageConfig) -> dict[str, Any]:
+    def settings_of(self, stage: StageConfig) -> dict[str, Any]:
+        """What decides about a stage's results, apart from its samples."""
         moe = None if stage.kind == "train" or self.recipe.moe is None else asdict(self.recipe.moe)
         shared = {"seed": self.recipe.seed, "precision": self.recipe.precision}
         data = settings_of(self.recipe.data if stage.data is None else stage.data)
@@ -384,11 +365,3 @@ def _stage_of_expert(
     names = {name for group in dataset.groups for name in dataset.names_of(group)}
     weights = {name: weight for name, weight in stage.modality_weights.items() if name in names}
     return dataclasses.replace(stage, train=train, modality_weights=weights, steps=stage.steps_of(expert))
-
-
-def _differences(then: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = [*now, *(key for key in then if key not in now)]
-        prefix = f"{name}." if name else ""
-        return [d for key in keys for d in _differences(then.get(key), now.get(key), f"{prefix}{key}")]
-    return [] if then == now else [(name, then, now)]

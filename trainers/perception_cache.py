@@ -74,8 +74,15 @@ class PerceptionCache:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What perceived: models and settings."""
-        return json.loads((self.folder / IDENTITY_FILE).read_text(encoding="utf-8"))
+        """What perceived: models and settings. Raises DataError if the file that says so is damaged."""
+        file = self.folder / IDENTITY_FILE
+        try:
+            identity = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _damaged_identity(file, str(error)) from error
+        if not isinstance(identity, dict):
+            raise _damaged_identity(file, "no mapping")
+        return identity
 
     def digest(self, image: Any) -> str:
         """The name of an image given as path, bytes, PIL image or array; of files, by their bytes.
@@ -177,6 +184,13 @@ def _own_folder(folder: Path, perceiver: str | None) -> Path:
     raise DataError(
         f"{folder} has {what}; it knows {', '.join(known) or 'none'}. Name one of them, or fill the cache with "
         f"`unimoe perceive DATA --out {folder}`."
+    )
+
+
+def _damaged_identity(file: Path, why: str) -> DataError:
+    return DataError(
+        f"{file} is damaged ({why}): remove this one file and run `unimoe perceive DATA --out {file.parent.parent}` with the "
+        "same options as before, which writes it anew and keeps the results."
     )
 
 

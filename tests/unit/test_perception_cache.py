@@ -226,3 +226,18 @@ def test_an_image_is_drawn_and_told(
     assert cli.main(["perceive", "a.png", "--replay", "seen.jsonl", "--show", "picture.xyz"]) == cli.EXIT_ERROR
     again = Perception.from_json(json.loads(capsys.readouterr().out.splitlines()[0]))
     assert again == replace(Perception.from_json(record))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"reader": {"ada', b"\xff\xfe", b"[]"])
+def test_a_damaged_identity_is_told_and_can_be_written_anew(content: bytes, data: Path, tmp_path: Path) -> None:
+    perceiver = Perceiver(reader=CountingReader())
+    cache = open_cache(tmp_path / "seen", perceiver)
+    carry_out(plan_perception(data_samples([data]), cache), perceiver, cache, batch_size=3, progress=False)
+    file = cache.folder / "perceiver.json"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"perceiver\.json is damaged .*remove this one file and run `unimoe perceive"):
+        _ = cache.identity
+    file.unlink()
+    again = open_cache(tmp_path / "seen", perceiver)
+    assert again.identity == perceiver.identity()
+    assert len(again) == 8

@@ -8,21 +8,23 @@ from golden import (
     LEDGER,
     REPORT_VARIABLE,
     ROOT_VARIABLE,
+    SYSTEMS_FOUND,
     GoldenCase,
     coverage,
     discover,
     golden_root,
     leave_for_lack_of_data,
-    listed,
     report_level,
+    system_of,
 )
+from name_lists import listed
 
 _SHOWN = 6  # names per line of the summary
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "golden(*tensors, file='io', weights=(), where=None): run once per golden case that holds these"
+        "markers", "golden(*tensors, file='io', weights=(), texts='', where=None): run once per case that holds these"
     )
 
 
@@ -31,6 +33,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker is None or "golden_case" not in metafunc.fixturenames:
         return
     cases: list[GoldenCase | None] = [*discover(*marker.args, **marker.kwargs)]
+    if cases:
+        SYSTEMS_FOUND.add(system_of(metafunc.definition.path.name))
     names = [case.name for case in cases if case is not None]
     metafunc.parametrize("golden_case", cases or [None], ids=names or ["no-golden-data"], indirect=True)
 

@@ -40,6 +40,8 @@ Scale = Literal["rms", "largest"]
 _WEIGHT_FILES = ("weights", "merged_weights")
 # Results that are texts and numbers, by kind: lists of entries, or entries by name.
 CASES_FILE = "cases.json"
+# The systems whose tests found a case when they were collected.
+SYSTEMS_FOUND: set[str] = set()
 
 
 class GoldenMismatchError(AssertionError):
@@ -242,6 +244,7 @@ def discover(
     *tensors: str,
     file: str = "io",
     weights: str | tuple[str, ...] = (),
+    texts: str = "",
     where: Callable[[GoldenCase], bool] | None = None,
 ) -> list[GoldenCase]:
     """The cases that can serve a test.
@@ -250,11 +253,13 @@ def discover(
         tensors: shell patterns; each must match a tensor of `file`.
         file: stem of the safetensors file that holds them.
         weights: shell pattern(s); each must match a name in `weights.safetensors`.
+        texts: stem of a JSON file that the case must hold; without `tensors` it needs no safetensors file.
         where: further condition, e.g. on the case's config.
     """
     weight_patterns = (weights,) if isinstance(weights, str) else weights
     found = []
-    for folder in case_folders(file):
+    root = golden_root()
+    for folder in sorted({path.parent for path in root.rglob(f"{texts}.json")}) if texts else case_folders(file):
         case = GoldenCase(folder)
         holds_tensors = all(case.names(pattern, file) for pattern in tensors)
         holds_weights = all(case.names(pattern, "weights") for pattern in weight_patterns)
@@ -310,16 +315,23 @@ def _drawn(count: int, seed: int) -> int:
 
 
 def current_system() -> str:
-    """The system that the running test is about, by its file: test_unimoe_8e.py is about "unimoe"; "" for any."""
-    named = re.search(r"test_([a-z]+)_\w*\.py::", os.environ.get("PYTEST_CURRENT_TEST", ""))
+    """The system that the running test is about; "" for any."""
+    return system_of(os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[0])
+
+
+def system_of(test_file: str) -> str:
+    """The system that a file of tests is about: "unimoe" of test_unimoe_8e.py; "" for any."""
+    named = re.search(r"test_([a-z]+)_\w*\.py$", test_file)
     return named[1] if named else ""
 
 
 def holds_case_of(system: str) -> bool:
-    """Whether the name of a case's folder, or of one that it is in, begins with the system's."""
+    """Whether a test of the system found a case, or a case's folder, or one that it is in, is named after it."""
+    if system in SYSTEMS_FOUND:
+        return True
     root = golden_root()
     files = (path for pattern in ("*.safetensors", CASES_FILE) for path in root.rglob(pattern))
-    return any(part.startswith(system) for path in files for part in path.relative_to(root.parent).parts[:-1])
+    return any(system in part for path in files for part in path.relative_to(root.parent).parts[:-1])
 
 
 def leave_for_lack_of_data() -> NoReturn:
@@ -381,19 +393,3 @@ def record_case(file: Path, kind: str, index: int, *, compared: Iterable[str], r
     """Note which fields of an entry of a `cases.json` were compared, and which were inputs."""
     for fields, names in ((LEDGER.compared, compared), (LEDGER.read, read)):
         fields.setdefault(_source(file), set()).update(f"{kind}.{index}.{name}" for name in names)
-
-
-def fold_numbers(names: Iterable[str]) -> list[str]:
-    """Names with their numbers replaced by `#` and counted: ["full.layer#.moe_in (4)", "wave.# (3)"]."""
-    counts: dict[str, int] = {}
-    for name in names:
-        folded = re.sub(r"\d+", "#", name)
-        counts[folded] = counts.get(folded, 0) + 1
-    return [f"{name} ({count})" if count > 1 or "#" in name else name for name, count in sorted(counts.items())]
-
-
-def listed(names: Iterable[str], shown: int | None = None) -> str:
-    """Names in one line, numbers folded; after so many, how many more there are."""
-    folded = fold_numbers(names)
-    rest = f" and {len(folded) - shown} more" if shown is not None and len(folded) > shown else ""
-    return ", ".join(folded[:shown]) + rest

@@ -22,7 +22,8 @@ IGNORED = -100
 
 
 def is_moiie(case: GoldenCase) -> bool:
-    return case.path.name.startswith("moiie-")
+    """Whether a case's config is one of MoIIE, whose released code calls its models Bunny."""
+    return str(case.config.get("model_type", "")).startswith("bunny")
 
 
 def has_vision_mask(case: GoldenCase) -> bool:

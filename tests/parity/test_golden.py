@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import golden
 import pytest
 import torch
 from golden import (
@@ -12,10 +13,10 @@ from golden import (
     compare,
     coverage,
     discover,
-    fold_numbers,
     leave_for_lack_of_data,
-    listed,
+    system_of,
 )
+from name_lists import fold_numbers, listed
 from safetensors.torch import save_file
 
 
@@ -101,6 +102,7 @@ def test_a_folder_without_the_system_of_a_test_fails_in_ci(
         (tmp_path / name).mkdir()
         save_file({"x": torch.ones(1)}, tmp_path / name / "io.safetensors")
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(golden, "SYSTEMS_FOUND", set())
     monkeypatch.setenv("PYTEST_CURRENT_TEST", "tests/parity/test_unimoe_8e.py::test_losses (call)")
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception):
@@ -109,6 +111,27 @@ def test_a_folder_without_the_system_of_a_test_fails_in_ci(
     there = "unimoe-8e" in held
     with pytest.raises(pytest.skip.Exception if there else pytest.fail.Exception, match=r"no .*case"):
         leave_for_lack_of_data()
+
+
+def test_cases_that_tests_found_by_content_count_for_their_system(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "tests/parity/test_moai_model.py::test_x (call)")
+    monkeypatch.setenv("CI", "true")
+    for found, outcome in (
+        (set(), pytest.fail.Exception),
+        ({system_of("test_moai_modules.py")}, pytest.skip.Exception),
+    ):
+        monkeypatch.setattr(golden, "SYSTEMS_FOUND", found)
+        with pytest.raises(outcome):
+            leave_for_lack_of_data()
+
+
+def test_a_case_of_texts_needs_no_tensors(root: Path) -> None:
+    (root / "nested" / "spoken").mkdir()
+    for folder in ("first", "nested/spoken"):
+        (root / folder / "said.json").write_text("{}", encoding="utf-8")
+    assert [case.name for case in discover(texts="said")] == ["first", "nested/spoken"]
+    assert [case.name for case in discover("stage.*", texts="said")] == ["first"]
+    assert discover("unknown", texts="said") == discover(texts="unheard") == []
 
 
 def test_fields_of_cases_are_in_the_report(root: Path) -> None:

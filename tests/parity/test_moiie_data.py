@@ -1,7 +1,7 @@
 """MoIIE's prompts, token ids, labels, modality ids and batches against golden data.
 
-A folder whose name starts with `moiie-data` holds `samples.json` (conversations and captions), `prompts.json` (what the
-original's templates made of them), one `tokenizer_<name>.json` per tokenizer, and tensors under
+A case is a folder with `samples.json` (conversations and captions), whatever its name. It holds `prompts.json` (what
+the original's templates made of them), one `tokenizer_<name>.json` per tokenizer, and tensors under
 `<tokenizer>.<template>.<sample>.*`. Every tensor and every prompt is compared.
 """
 
@@ -29,11 +29,7 @@ SAMPLE_TENSORS = ("input_ids", "labels", "token_type_ids")
 BATCH_TENSORS = (*SAMPLE_TENSORS, "attention_mask")
 
 
-def is_data_case(case: GoldenCase) -> bool:
-    return case.path.name.startswith("moiie-data") and (case.path / "samples.json").is_file()
-
-
-moiie_data = pytest.mark.golden("*.input_ids", where=is_data_case)
+moiie_data = pytest.mark.golden("*.input_ids", texts="samples")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Golden evaluation data: predictions, gold answers, and the scores that the original scorers gave them.
 
-A case is a folder with `expected.json` and `predictions.jsonl`; the beginning of its name, or of the name of a folder
-around it, says which benchmark it is ("textvqa", "textvqa-2", "pope/seed7"). Question files are in a folder `questions`
+A case is a folder with `expected.json` and `predictions.jsonl`; its name, or that of a folder around it, holds the name
+of its benchmark ("textvqa", "textvqa-2", "held2_textvqa", "pope/seed7"). Question files are in a folder `questions`
 anywhere below the root.
 
 Environment:
@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,12 +57,18 @@ def cases() -> list[Path]:
 
 
 def benchmark_of(case: Path) -> str:
-    """The benchmark of a case by the longest known beginning of its name, or of a folder around it."""
+    """The longest name of a benchmark in a case's name, else in that of a folder around it.
+
+    No letter may stand before it: "held-cmmmu" is no case of mmmu.
+    """
     for name in (case.name, *(parent.name for parent in case.relative_to(golden_eval_root()).parents)):
-        known = [benchmark for benchmark in SCORERS if name.lower().startswith(benchmark)]
+        known = [benchmark for benchmark in SCORERS if re.search(rf"(?<![a-z]){benchmark}", name.lower())]
         if known:
             return max(known, key=len)
-    raise AssertionError(f"{case} is a case of a benchmark that no metric knows: {sorted(SCORERS)}.")
+    raise AssertionError(
+        f"{case}: neither its name nor that of a folder around it has the name of a benchmark with a scorer. Known are "
+        f"{', '.join(sorted(SCORERS))}; rename the folder, or add a scorer to SCORERS in {Path(__file__).name}."
+    )
 
 
 def score_case(case: Path) -> dict[str, Any]:

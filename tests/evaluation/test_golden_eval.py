@@ -10,6 +10,7 @@ import pytest
 from golden_eval import (
     SCORERS,
     VARIABLE,
+    benchmark_of,
     cases,
     default_root,
     differences,
@@ -27,7 +28,9 @@ def leave_for_lack_of_data() -> None:
     pytest.skip(reason)
 
 
-@pytest.mark.parametrize("case", FOUND or [None], ids=[case.name for case in FOUND] or ["no-golden-data"])
+@pytest.mark.parametrize(
+    "case", FOUND or [None], ids=[str(case.relative_to(golden_eval_root())) for case in FOUND] or ["no-golden-data"]
+)
 def test_scores_equal_the_original_scorers(case: Path | None) -> None:
     if case is None:
         leave_for_lack_of_data()
@@ -36,12 +39,39 @@ def test_scores_equal_the_original_scorers(case: Path | None) -> None:
     assert not found, f"{len(found)} differences, e.g. {found[:5]}"
 
 
-def test_every_folder_is_a_case() -> None:
+def test_every_folder_with_predictions_is_a_case() -> None:
     if not FOUND:
         leave_for_lack_of_data()
-    tested = {folder for case in FOUND for folder in (case, *case.parents)}
-    folders = [path for path in golden_eval_root().iterdir() if path.is_dir() and path.name != "questions"]
-    assert [folder.name for folder in folders if folder not in tested] == []
+    folders = {file.parent for file in golden_eval_root().rglob("predictions.jsonl")}
+    assert sorted(folders - set(FOUND)) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "benchmark"),
+    [
+        ("textvqa", "textvqa"),
+        ("TextVQA-b", "textvqa"),
+        ("held2_textvqa", "textvqa"),
+        ("deep/pope/seed7", "pope"),
+        ("held_mmmu_parse", "mmmu_parse"),
+        ("held/cmmmu_response2", "cmmmu_response"),
+        ("aokvqa_held", "aokvqa"),
+    ],
+)
+def test_the_name_of_a_folder_says_the_benchmark(
+    folder: str, benchmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert benchmark_of(tmp_path / folder) == benchmark
+
+
+@pytest.mark.parametrize("folder", ["vizwiz", "held-cmmmu", "held/seed7"])
+def test_a_benchmark_without_a_scorer_is_an_error(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    with pytest.raises(AssertionError, match=r"Known are ai2d, aokvqa, .*, vqav2; rename the folder"):
+        benchmark_of(tmp_path / folder)
 
 
 def test_the_default_folder_has_every_benchmark() -> None:

@@ -16,6 +16,7 @@ from .task_result import TaskResult
 from .tasks.baselines import majority_score
 from .tasks.item import Item
 from .tasks.task import Task, Texts
+from .writable_text import json_text
 
 RESULTS_FILE = "results.json"
 SCORES, SUBMISSIONS, JUDGEMENTS = "scores", "submissions", "judgements"
@@ -128,4 +129,4 @@ def _write_rows(file: Path, items: Sequence[Item], scores: Scores) -> None:
             item = of[row["question_id"]]
             gold = item.answer if isinstance(item.answer, str) else None
             line = {**row, "cluster": item.cluster_key, "category": item.category, "gold": gold}
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.write(json_text(line) + "\n")

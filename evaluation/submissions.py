@@ -1,6 +1,5 @@
 """Files that evaluation servers and external graders take."""
 
-import json
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from xml.sax.saxutils import escape
 from .metrics.evalai_answers import normalise_answer
 from .tasks.item import Item
 from .tasks.task import Texts
+from .writable_text import json_text
 
 _MMBENCH_COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "category", "l2-category", "split", "prediction")
 _SHEET_FILES = {
@@ -30,7 +30,7 @@ _SHEET_FILES = {
     'Target="worksheets/sheet1.xml"/></Relationships>',
 }
 # What XML cannot hold.
-_CONTROL = {code: None for code in range(32) if chr(code) not in "\t\n\r"}
+_CONTROL = {code: None for code in [*range(32), *range(0xD800, 0xE000)] if chr(code) not in "\t\n\r"}
 
 
 def write_submission(form: str, items: Sequence[Item], texts: Texts, folder: Path, task: str) -> Path:
@@ -45,7 +45,7 @@ def write_submission(form: str, items: Sequence[Item], texts: Texts, folder: Pat
         return path
     path = folder / f"{task}.json"
     value = _JSON_FORMS[form](items, texts)
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    path.write_text(json_text(value, indent=1), encoding="utf-8")
     return path
 
 

@@ -18,7 +18,7 @@ def extract_character(text: str) -> str:
 
 
 def ai2d(gold: Sequence[Record], predictions: Sequence[Record]) -> Scores:
-    """Accuracy in percent.
+    """Accuracy in percent; without any prediction an item is wrong.
 
     Args:
         gold: `question_id` and `gt_answer`, the index of the right option as text.
@@ -30,7 +30,11 @@ def ai2d(gold: Sequence[Record], predictions: Sequence[Record]) -> Scores:
         parsed = extract_character(texts.get(item["question_id"], ""))
         right = _INDEX_OF_LETTER.get(parsed, parsed) == item["gt_answer"]
         rows.append({"question_id": item["question_id"], "parsed": parsed, "score": int(right)})
-    found = [str("ABCDE".find(texts.get(item["question_id"], ""))) == item["gt_answer"] for item in gold]
+    # An empty text is found at 0, as in the original; one that is not there is not.
+    found = [
+        item["question_id"] in texts and str("ABCDE".find(texts[item["question_id"]])) == item["gt_answer"]
+        for item in gold
+    ]
     return Scores(
         percent(row["score"] for row in rows),
         "percent",

@@ -60,7 +60,5 @@ def _first_character_images_only(questions: Sequence[Record], texts: Mapping[Any
 
 def _key(question_id: Any) -> Any:
     text = str(question_id)
-    try:
-        return int(text)
-    except ValueError:
-        return question_id
+    # Not int() alone, which also reads "105_7".
+    return int(text) if text.isdecimal() else question_id

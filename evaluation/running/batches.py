@@ -6,6 +6,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ...errors import UniMoeError
+from ..writable_text import is_writable
 from .answerers import Answerer
 from .predictions import Prediction
 from .requests import Request
@@ -33,12 +34,12 @@ class BatchAnswerer:
 
     def run(self, requests: Sequence[Request], max_new_tokens: int, done: Callable[[list[Prediction]], None]) -> None:
         """Hand over the predictions of every batch as soon as they are there."""
-        unanswerable = [failure(r, f"missing: {', '.join(r.missing)}") for r in requests if r.missing]
+        reasons = [_why_unanswerable(request) for request in requests]
+        unanswerable = [failure(r, why) for r, why in zip(requests, reasons, strict=True) if why]
         if unanswerable:
             done(unanswerable)
-        waiting = sorted(
-            (r for r in requests if not r.missing), key=lambda r: (len(r.media), len(r.text)), reverse=True
-        )
+        answerable = [r for r, why in zip(requests, reasons, strict=True) if not why]
+        waiting = sorted(answerable, key=lambda r: (len(r.media), len(r.text)), reverse=True)
         if self.likeliest_letter:
             waiting.sort(key=lambda request: bool(request.letters))
         while waiting:
@@ -85,6 +86,12 @@ class BatchAnswerer:
             {"id": request.id, "prompt": prompt, "prediction": text}
             for request, prompt, text in zip(batch, prompts, texts, strict=True)
         ]
+
+
+def _why_unanswerable(request: Request) -> str:
+    if request.missing:
+        return f"missing: {', '.join(request.missing)}"
+    return "" if is_writable(request.text) else "the question holds half of a surrogate pair, which is no character"
 
 
 def failure(request: Request, reason: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ..writable_text import is_writable, json_text
 
 Prediction = dict[str, Any]
 
@@ -14,8 +15,8 @@ Prediction = dict[str, Any]
 class PredictionStore:
     """The predictions of one task.
 
-    Every process appends to a part of its own; at the end one of them joins the parts to one file. A line that a crash
-    has cut off is dropped. A prediction is a mapping with `id`, `prompt` (exactly what the model saw) and either
+    Every process appends to a part of its own; at the end one of them joins the parts to one file. A last line that
+    a crash has damaged is dropped. A prediction is a mapping with `id`, `prompt` (exactly what the model saw) and either
     `prediction` or, if the item failed, `error`.
 
     Args:
@@ -35,7 +36,7 @@ class PredictionStore:
         """What there is, by id; of several lines of one item the last without an error counts.
 
         Raises:
-            DataError: a line in the middle of a file is damaged.
+            DataError: a line in the middle of a file is damaged, or holds something else than a prediction.
         """
         found: dict[Any, Prediction] = {}
         for file in [self.joined, *self._parts()]:
@@ -50,7 +51,7 @@ class PredictionStore:
         file = self.folder / f"{self.task}.part-{rank:05d}.jsonl"
         _drop_torn_line(file)
         with file.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            stream.writelines(json_text(record) + "\n" for record in records)
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -61,7 +62,7 @@ class PredictionStore:
         unfinished = self.joined.with_suffix(".tmp")
         self.folder.mkdir(parents=True, exist_ok=True)
         with unfinished.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept.values())
+            stream.writelines(json_text(record) + "\n" for record in kept.values())
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.replace(self.joined)
@@ -74,18 +75,36 @@ class PredictionStore:
 
 
 def _complete_lines(file: Path) -> list[Prediction]:
-    lines = file.read_bytes().split(b"\n")[:-1]  # what stands behind the last line end is torn
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            record["id"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{file}, line {number} is damaged ({error}): remove the line, or the file.") from error
-        records.append(record)
-    return records
+    lines = _whole_part(file.read_bytes()).split(b"\n")[:-1]
+    return [_record(line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _record(line: bytes, place: str) -> Prediction:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise _damaged(place, str(error)) from error
+    if not isinstance(record, dict) or not isinstance(record.get("id"), str | int | float):
+        raise _damaged(place, "it has no id that is text or a number")
+    text = record.get("prediction", "" if "error" in record else None)
+    if not isinstance(text, str) or not is_writable(text):
+        raise _damaged(place, f"prediction is {text!r} in place of text")
+    return record
+
+
+def _damaged(place: str, why: str) -> DataError:
+    return DataError(f"{place} is damaged ({why}): remove the line, or the file.")
+
+
+def _whole_part(content: bytes) -> bytes:
+    """A file's content without what a crash may leave at its end: a line without its end, or one that is no JSON."""
+    content = content[: content.rfind(b"\n") + 1]
+    last = content.rfind(b"\n", 0, -1) + 1
+    try:
+        json.loads(content[last:])
+    except ValueError:
+        return content[:last]
+    return content
 
 
 def _drop_torn_line(file: Path) -> None:
@@ -93,6 +112,6 @@ def _drop_torn_line(file: Path) -> None:
         return
     with file.open("rb+") as stream:
         content = stream.read()
-        whole = content.rfind(b"\n") + 1
+        whole = len(_whole_part(content))
         if whole < len(content):
             stream.truncate(whole)

@@ -228,7 +228,7 @@ def seedbench(files: Files) -> list[Item]:
     names = {number: name for name, number in official["question_type"].items()}
     return [
         Item(
-            int(record["question_id"]) if str(record["question_id"]).isdigit() else record["question_id"],
+            int(record["question_id"]) if str(record["question_id"]).isdecimal() else record["question_id"],
             record["question"],
             record["answer"],
             (("image", record["data_id"]),),

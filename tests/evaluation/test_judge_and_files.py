@@ -21,6 +21,7 @@ from unimoe.evaluation.running.predictions import PredictionStore
 from unimoe.evaluation.running.runner import PREDICTIONS, PlannedTask
 from unimoe.evaluation.submissions import write_submission
 from unimoe.evaluation.tasks.catalogue import TASKS
+from unimoe.evaluation.tasks.item import Item
 
 
 class Stub(ThreadingHTTPServer):
@@ -195,3 +196,12 @@ def test_submission_of_mmbench_is_a_sheet(tmp_path: Path) -> None:
     assert rows[1][-1] == "The two dogs."
     assert rows[2][2] == "A hint."
     assert rows[2][-1] == ""
+
+
+def test_half_a_surrogate_pair_stops_no_file(tmp_path: Path) -> None:
+    item = Item("0", "Which \ud83d?", "A", record={"index": 0, "question": "Which \ud83d?"})
+    sheet = write_submission("mmbench", [item], {}, tmp_path, "mmbench")
+    with zipfile.ZipFile(sheet) as archive:
+        assert "Which ?" in archive.read("xl/worksheets/sheet1.xml").decode()
+    file = write_submission("mathvista", [item], {}, tmp_path, "mathvista")
+    assert json.loads(file.read_text(encoding="utf-8"))["0"]["question"] == item.question

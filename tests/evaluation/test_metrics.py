@@ -8,11 +8,13 @@ import pytest
 
 from unimoe.errors import DataError
 from unimoe.evaluation.metrics import cmmmu, hallusionbench, mme, mmmu, pope, speech_recognition
+from unimoe.evaluation.metrics.ai2d import ai2d
 from unimoe.evaluation.metrics.captioning import captioning, cider
 from unimoe.evaluation.metrics.edit_distance import edit_distance
 from unimoe.evaluation.metrics.exact_match import exact_match, majority_match
 from unimoe.evaluation.metrics.key_phrases import answer_tails
 from unimoe.evaluation.metrics.option_letters import option_letters
+from unimoe.evaluation.metrics.qbench import qbench
 from unimoe.evaluation.metrics.seedbench import seedbench
 
 
@@ -82,6 +84,23 @@ def test_an_empty_answer_is_wrong_where_the_original_crashes() -> None:
     assert pope.yes_no_scores(["no"], ["no"])["F1 score"] == 0.0
     questions = [{"question_id": "1", "answer": "A", "data_type": "image", "question_type_id": 1}]
     assert seedbench(questions, {"x": 1}, [{"question_id": 1, "prediction": ""}]).score == 0
+
+
+def test_an_item_without_a_prediction_is_wrong_and_an_empty_one_stands_for_a() -> None:
+    gold = [{"question_id": 1, "candidates": ["cat", "dog"], "correct_ans": "cat", "gt_answer": "0"}]
+    empty = [{"question_id": 1, "prediction": ""}]
+    assert (qbench(gold, []).score, qbench(gold, empty).score) == (0, 100)
+    assert qbench(gold, []).per_sample == [{"question_id": 1, "score": 0}]
+    found = [ai2d(gold, texts).details["variants"]["find_in_ABCDE"] for texts in ([], empty)]
+    assert found == [0, 100]
+
+
+def test_only_digits_are_a_number_in_the_ids_of_seedbench() -> None:
+    ids = ["105_7", "1057", " 12", "v1"]
+    questions = [{"question_id": i, "answer": "A", "data_type": "image", "question_type_id": 1} for i in ids]
+    predictions = [{"question_id": i, "prediction": text} for i, text in (("105_7", "A"), (1057, "B"), ("v1", "A"))]
+    rows = seedbench(questions, {"x": 1}, predictions).per_sample
+    assert [(row["question_id"], row["score"]) for row in rows] == [("105_7", 1), (1057, 0), (" 12", 0), ("v1", 1)]
 
 
 def test_a_lost_line_shifts_the_pairs_of_mme() -> None:

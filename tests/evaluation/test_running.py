@@ -349,3 +349,47 @@ def test_a_torn_line_at_any_byte_is_dropped(tmp_path: Path) -> None:
         assert list(store.read().values()) == records[:complete]
         store.append([records[2]])
         assert list(store.read()) == (sorted({*range(complete), 2}))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"id": 1, "prediction": null}',
+        '{"id": 1, "prediction": 5}',
+        '{"id": 1, "prediction": "\\ud800"}',
+        '{"id": 1, "error": "e", "prediction": null}',
+        '{"id": 1}',
+        '{"id": [1], "prediction": "a"}',
+        '{"id": null, "prediction": "a"}',
+        '{"prediction": "a"}',
+        "5",
+    ],
+)
+def test_what_is_no_prediction_is_told(line: str, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"id": 0, "prediction": "a"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"t\.jsonl, line 2 is damaged .*remove the line"):
+        PredictionStore(tmp_path, "t").read()
+
+
+@pytest.mark.parametrize("end", [b'{"id": 2, "pred\n', b"\0\0\0\n", b"\n", b"\xff\n", b"\0\0"])
+def test_nothing_is_written_behind_a_damaged_last_line(end: bytes, tmp_path: Path) -> None:
+    store = PredictionStore(tmp_path, "t")
+    records = [{"id": i, "prediction": "a"} for i in range(3)]
+    store.append(records[:1])
+    file = tmp_path / "t.part-00000.jsonl"
+    file.write_bytes(file.read_bytes() + end)
+    assert list(store.read()) == [0]
+    store.append(records[1:])
+    assert list(store.join([0, 1, 2]).values()) == records
+
+
+def test_half_a_surrogate_pair_is_a_failed_item(text_only: Path, short_answers: list[int], tmp_path: Path) -> None:
+    requests = [Request(0, "Which?"), Request(1, "Which \ud83d?")]
+    store = PredictionStore(tmp_path, "t")
+    BatchAnswerer(loaded_once(str(text_only), torch.device("cpu")), 2).run(requests, 4, store.append)
+    found = store.join([0, 1])
+    assert "half of a surrogate pair" in found[1]["error"]
+    assert found[1]["prompt"] == "Which \ud83d?"
+    assert "prediction" in found[0]
+    assert store.read() == found
+    assert (tmp_path / "t.jsonl").read_text(encoding="utf-8").count("\\ud83d") == 1

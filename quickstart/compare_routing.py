@@ -74,7 +74,7 @@ def compare_routing(comparison: Comparison) -> dict[str, Any]:
     """
     run = Quickstart(comparison.out, seed=0, budget=comparison.shared, words=comparison.words)
     with run.attempt():
-        _require_same_comparison(comparison)
+        require_same_comparison(comparison.out, _settings(comparison))
         bench = _Bench.prepare(run, comparison)
         results = [
             bench.result(variant, seed) for seed in range(comparison.seeds) for variant in VARIANTS
@@ -194,15 +194,15 @@ def _settings(comparison: Comparison) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def _require_same_comparison(comparison: Comparison) -> None:
-    file = comparison.out / "work" / "comparison_settings.json"
-    now = _settings(comparison)
+def require_same_comparison(out: Path, now: dict[str, Any]) -> None:
+    """Remember the settings of a comparison. Raises RecipeError where `out` holds one of other settings."""
+    file = out / "work" / "comparison_settings.json"
     then = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
     for name in now:
         if now[name] != then.get(name):
             raise RecipeError(
-                f"{comparison.out} holds a comparison with {name} = {then.get(name)!r}, now it is {now[name]!r}: go on "
-                "with that, or name another --out."
+                f"{out} holds a comparison with {name} = {then.get(name)!r}, now it is {now[name]!r}: go on with that, or "
+                "name another --out."
             )
     write_durably(file, json.dumps(now, indent=1))
 
@@ -214,10 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--start", type=Path, metavar="DIR", help="a finished quickstart, whose first stages are taken"
     )
-    parser.add_argument(
-        "--steps", type=_positive, default=STEPS, help="that every model trains (default: %(default)s)"
-    )
-    parser.add_argument("--seeds", type=_positive, default=SEEDS, help="how many (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=STEPS, help="that every model trains (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=SEEDS, help="how many (default: %(default)s)")
     given = parser.parse_args(arguments)
     try:
         with transformers_bars(shown=False):
@@ -229,7 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option that is a whole number above 0."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)

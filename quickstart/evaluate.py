@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..modeling_unimoe.auxiliary_unimoe import AUX_INPUTS
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..trainers.collator import CachedCollator
@@ -133,7 +134,8 @@ def _generate(
         answer_start = int((labels != IGNORED).nonzero()[0])
         prompts.append({"input_ids": ids[:answer_start][mask[:answer_start].bool()].tolist()})
     inputs = processor.pad_tokens(prompts, "left")
-    states = {name: value for name, value in batch.items() if name.endswith("_encoder_states")}
-    output = model.generate(**inputs, **states, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+    seen = {name: value for name, value in batch.items() if name.endswith("_encoder_states") or name in AUX_INPUTS}
+    seen.pop("prompt_mask", None)  # all that is given here is prompt
+    output = model.generate(**inputs, **seen, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

@@ -64,7 +64,8 @@ class SignOptions:
     """How many pictures of which kind.
 
     Fields: `size` of a picture in pixels; pictures of each split; share of the words that are held out; largest rotation
-    in degrees; share of the picture's width that a word takes, at least and at most.
+    in degrees; share of the picture's width that a word takes, at least and at most; all words, in lower case; how they
+    may be written, as names of `str`'s methods.
     """
 
     size: int = 224
@@ -73,6 +74,8 @@ class SignOptions:
     heldout_words: float = 0.25
     rotation: float = 12.0
     width: tuple[float, float] = (0.35, 0.8)
+    words: tuple[str, ...] = WORDS
+    cases: tuple[str, ...] = ("upper", "title", "lower")
     seed: int = 0
 
 
@@ -98,7 +101,7 @@ def build_signs(out: str | Path, options: SignOptions = SignOptions()) -> dict[s
 
 def split_words(options: SignOptions = SignOptions()) -> dict[str, list[str]]:
     """The words of each split; none is in both."""
-    shuffled = np.random.default_rng([options.seed, 1]).permutation(WORDS).tolist()
+    shuffled = np.random.default_rng([options.seed, 1]).permutation(options.words).tolist()
     held_out = round(options.heldout_words * len(shuffled))
     return {"train": shuffled[held_out:], "heldout": shuffled[:held_out]}
 
@@ -151,7 +154,7 @@ def _records(
     for number in range(count):
         rng = np.random.default_rng([options.seed, split == "train", number])
         word = words[number % len(words)]
-        text = (word.upper(), word.title(), word)[int(rng.integers(3))]
+        text = getattr(word, options.cases[int(rng.integers(len(options.cases)))])()
         font = str(rng.choice(sorted(fonts)))
         name = f"images/{split}-{number:05d}.png"
         _save_sign(out / name, text, fonts[font], options, rng)

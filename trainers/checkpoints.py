@@ -39,11 +39,12 @@ def seal(written: Path, final: Path) -> None:
     write_durably(final / COMPLETE_FILE, json.dumps(manifest, indent=1))
 
 
-def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint, its mark first, so that a kill in between leaves no half of a complete one."""
-    if checkpoint.exists():
-        (checkpoint / COMPLETE_FILE).unlink(missing_ok=True)
-        shutil.rmtree(checkpoint)
+def discard(folder: Path) -> None:
+    """Delete a checkpoint, or a folder of them, marks first: a kill in between leaves no half of a complete one."""
+    if folder.exists():
+        for mark in folder.rglob(COMPLETE_FILE):
+            mark.unlink()
+        shutil.rmtree(folder)
 
 
 def manifest_of(folder: Path, files: Iterable[Path]) -> Manifest:

@@ -15,6 +15,7 @@ OUT/<stage>/DONE             the stage is finished; size and SHA-256 of what it 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -62,6 +63,7 @@ from .stage_files import (
     DONE_FILE,
     MODEL_FOLDER,
     START_FOLDER,
+    clear_work,
     mark_done,
     saved_report,
     verify_results,
@@ -185,7 +187,9 @@ class _Curriculum:
         else:
             # Not the path in the report: the whole output may have been moved.
             self._enter(folder / MODEL_FOLDER if stage.kind != "experts" else self.model_folder, load=not done)
-            if not done:
+            if done:
+                only_first(lambda: clear_work(folder))
+            else:
                 report = self._finish(report, folder)
         if stage.kind == "experts":
             self.expert_folders = [folder / expert.name for expert in stage.experts]
@@ -255,6 +259,8 @@ class _Curriculum:
         for expert in stage.experts:
             own = folder / expert.name
             done = saved_report(own) if (own / DONE_FILE).is_file() else None
+            if done:
+                only_first(functools.partial(clear_work, own))
             runs.append(done or self._train_expert(stage, expert, dataset, own, layers, owners))
         return StageReport(
             name=stage.name,

@@ -7,10 +7,23 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from transformers.utils import logging
+
 from ..errors import CheckpointError
-from .checkpoints import flush_files, flush_folder, manifest_of, read_manifest, told, verify_files, write_durably
+from .checkpoints import (
+    discard,
+    flush_files,
+    flush_folder,
+    manifest_of,
+    read_manifest,
+    told,
+    verify_files,
+    write_durably,
+)
 from .ranks import only_first
 from .stage import CHECKPOINTS_FOLDER, StageReport
+
+logger = logging.get_logger(__name__)
 
 STAGE_FILE = "stage.json"
 DONE_FILE = "DONE"
@@ -46,8 +59,16 @@ def mark_done(folder: Path) -> None:
     files = sorted(path for pattern in _RESULTS for path in folder.glob(pattern))
     flush_files(files)
     write_durably(folder / DONE_FILE, json.dumps(manifest_of(folder, files), indent=1))
-    for gone in (CHECKPOINTS_FOLDER, START_FOLDER):
-        shutil.rmtree(folder / gone, ignore_errors=True)
+    clear_work(folder)
+
+
+def clear_work(done: Path) -> None:
+    """Delete what a finished stage no longer needs; again, where a killed process had begun to."""
+    for name in (CHECKPOINTS_FOLDER, START_FOLDER):
+        try:
+            discard(done / name)
+        except OSError as error:
+            logger.warning(f"{done / name} is no longer needed but could not be deleted: {error}")
 
 
 def verify_results(folder: Path) -> None:

@@ -22,7 +22,7 @@ from unimoe.trainers.checkpoints import COMPLETE_FILE, SAVING_FOLDER, newest_che
 from unimoe.trainers.folder_lock import exclusive
 from unimoe.trainers.lora import add_lora
 from unimoe.trainers.recipe_parts import LoraSettings
-from unimoe.trainers.stage_files import mark_done, verify_results, written_aside
+from unimoe.trainers.stage_files import clear_work, mark_done, verify_results, written_aside
 from unimoe.trainers.state_tree import load_tree, save_tree
 from unimoe.trainers.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
@@ -326,6 +326,25 @@ def test_what_a_stage_left_is_looked_at_before_it_is_used(tmp_path: Path) -> Non
     (tmp_path / "model" / "model.safetensors").write_bytes(b"WEIGHTS")
     with pytest.raises(CheckpointError, match=r"model/model\.safetensors of the finished stage .* other content"):
         verify_results(tmp_path)
+
+
+def test_a_kill_while_a_done_stage_is_cleared_leaves_no_half_checkpoint_and_the_next_start_clears_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        written = tmp_path / "checkpoints" / SAVING_FOLDER / f"checkpoint-{step}"
+        written.mkdir(parents=True)
+        (written / "a").write_text("a")
+        seal(written, tmp_path / "checkpoints" / written.name)
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            mark_done(tmp_path)
+    assert (tmp_path / "DONE").is_file()
+    assert len(list((tmp_path / "checkpoints").glob("*/a"))) == 2
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
+    clear_work(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_stage_whose_model_cannot_be_written_keeps_the_one_before(tmp_path: Path) -> None:

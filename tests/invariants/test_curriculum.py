@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -299,8 +300,24 @@ def test_a_killed_process_goes_on(start: Path, tmp_path: Path) -> None:
 
 def test_finished_stages_are_not_run_again(finished: Any) -> None:
     made, reports = finished
+    leftover = Path(made.out) / "language" / "checkpoints"  # a killed process had only begun to clear
+    (leftover / "checkpoint-1").mkdir(parents=True)
     again = run_curriculum(made, on_progress=lambda p: pytest.fail(f"{p.stage} was run again"), progress_bar=False)
     assert again == reports
+    assert not leftover.exists()
+
+
+def test_finished_runs_of_an_unfinished_stage_are_not_run_again(finished: Any, tmp_path: Path) -> None:
+    made, reports = finished
+    made = dataclasses.replace(made, out=str(shutil.copytree(made.out, tmp_path / "out")))
+    for mark in ("DONE", "stage.json"):
+        (Path(made.out) / "experts" / mark).unlink()
+    leftover = Path(made.out) / "experts" / "audio" / "checkpoints"
+    (leftover / "checkpoint-1").mkdir(parents=True)
+    again = run_curriculum(made, on_progress=lambda p: pytest.fail(f"{p.stage} was run again"), progress_bar=False)
+    assert again[2].steps == reports[2].steps
+    assert [run.name for run in again[2].runs] == [run.name for run in reports[2].runs]
+    assert not leftover.exists()
 
 
 def test_other_settings_are_refused(finished: Any) -> None:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from ...errors import ConversionError
 from ..checkpoints.tensor_parts import Part, consecutive, interleaved
+from .decoder_fields import DECODER_FIELDS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -37,20 +38,9 @@ _INTERNLM2_NAMES = (
     (re.compile(r"(model\.layers\.\d+\.)feed_forward\.w2\."), r"\1mlp.down_proj."),
 )
 _INTERNLM2_SHARED_FIELDS = (
+    *DECODER_FIELDS,
     "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
     "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
     "tie_word_embeddings",
     "rope_theta",
     "rope_scaling",

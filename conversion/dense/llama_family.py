@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
+from .decoder_fields import DECODER_FIELDS
 from .fused_layouts import AttentionSizes, Shapes, unfused_parts
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -139,24 +140,7 @@ def text_config_from(hf_config: PreTrainedConfig, shapes: Shapes | None = None) 
     )
 
 
-_SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "attention_dropout",
-)
+_SHARED_FIELDS = (*DECODER_FIELDS, "vocab_size", "head_dim", "tie_word_embeddings", "attention_dropout")
 
 
 def our_key(source_key: str) -> str | None:

@@ -15,6 +15,7 @@ from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig, UniMoeConnectorConfig
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..checkpoints.key_rules import Shape
+from ..dense.decoder_fields import DECODER_FIELDS
 from ..dense.fused_layouts import internlm2_config
 from .moai_keys import EMBEDDING, HEAD, VISION_TOWER, MoaiSizes
 
@@ -26,20 +27,6 @@ MIXER_HEADS = COMPRESSOR_HEADS = 4
 PLORA_DROPOUT = 0.05
 IMAGE_SIZE = 490
 _CLIP_HEAD_SIZE = 64
-_DECODER_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 
 
 def is_moai(shapes: Mapping[str, Shape]) -> bool:
@@ -90,7 +77,7 @@ def original_moai_config(config: UniMoeConfig, dtype: str) -> dict[str, Any]:
     if rope["rope_type"] != "default":
         scaling = {"type": rope["rope_type"], "factor": rope.get("factor", 1.0)}
     return {
-        **{name: getattr(text, name) for name in _DECODER_FIELDS},
+        **{name: getattr(text, name) for name in DECODER_FIELDS},
         "model_type": "internlm",
         "vocab_size": text.vocab_size,
         "bias": False,
@@ -114,7 +101,7 @@ def _text_config(original: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Un
     if original.get("bias") or original.get("tie_word_embeddings"):
         raise ConversionError("config.json has biases or tied embeddings, which MoAI's language model does not have.")
     llama = internlm2_config({**original, "bias": False})
-    fields = {name: getattr(llama, name) for name in _DECODER_FIELDS if name != "pad_token_id"}
+    fields = {name: getattr(llama, name) for name in DECODER_FIELDS if name != "pad_token_id"}
     vocabulary, pad = shapes[HEAD][0], original.get("pad_token_id")
     if shapes[EMBEDDING][0] not in (vocabulary, vocabulary + 1):
         raise ConversionError(

@@ -13,6 +13,7 @@ from ..checkpoints.checkpoint_reader import dtype_name
 from ..checkpoints.key_rules import Shape
 from ..checkpoints.llava_keys import PROJECTOR
 from ..checkpoints.meta_model import first_line
+from ..dense.decoder_fields import DECODER_FIELDS
 from ..dense.fused_layouts import AttentionSizes
 from .moiie_keys import GROUPED, Sizes
 from .moiie_variant import MoiieVariant, model_type_of
@@ -26,23 +27,7 @@ MODALITY_GROUPS = {
     "speech": "language",
     "sound": "language",
 }
-_DECODER_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "attention_dropout",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-)
+_DECODER_FIELDS = (*DECODER_FIELDS, "vocab_size", "attention_dropout", "tie_word_embeddings")
 # Our group -> field of the original, and the value that its classes use when a config.json lacks it.
 _GROUP_COEFS = {"vision": "vis_router_aux_loss_coef", "language": "lan_router_aux_loss_coef"}
 _ABSENT_COEFS = {"moiie": 0.001, "separate": 0.02, "vanilla": 0.001}

@@ -14,7 +14,6 @@ import gc
 import json
 import mmap
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -196,13 +195,15 @@ def read_back(out: Path, steps: int, answer: Path) -> None:
             for file in checkpoint.glob("*.safetensors"):
                 load_file(file)
             for tree in ("optimizer", "schedule", "process_0"):
-                assert load_tree(checkpoint, tree), tree
+                if not load_tree(checkpoint, tree):
+                    raise SystemExit(f"{checkpoint} has an empty {tree}")
             state = json.loads((checkpoint / "trainer_state.json").read_text())
-            assert checkpoint.name == f"checkpoint-{state['global_step']}"
+            if checkpoint.name != f"checkpoint-{state['global_step']}":
+                raise SystemExit(f"{checkpoint} is of step {state['global_step']}")
         newest[name] = int(found[-1].name.rpartition("-")[2]) if found else 0
         if (out / name / "DONE").is_file():
             newest[name] = steps + 1
-    answer.write_bytes(pickle.dumps(newest))
+    answer.write_text(json.dumps(newest))
 
 
 def results(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -298,7 +299,7 @@ class Killer:
         if self._work(
             lambda: read_back(out, self.steps, answer), fails=f"{out.name}, killed while {phase}: reading back failed"
         ):
-            newest = pickle.loads(answer.read_bytes())
+            newest = json.loads(answer.read_text())
             name, step = ("all", "adapters")[self.board.memory[1]], self.board.memory[2]
             if newest[name] < step:
                 self.failures.append(f"{out.name}, killed while {phase}: step {step} of {name} is lost, {newest}")

@@ -115,15 +115,13 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
             sound_encoder_states=sound_encoder_states,
         )
         needed: tuple[str, ...] = ()
-        if input_ids is not None:
+        if input_ids is None:
+            require_known_types(mm_token_type_ids)
+        else:
             from_ids = self.modality_ids(input_ids)
             require_agreeing_types(mm_token_type_ids, from_ids)
-            mm_token_type_ids = from_ids
-            inputs_embeds = self._embed(input_ids, mm_token_type_ids)
-            if begins_text(input_ids, past_key_values):
-                needed = tuple(name for name, token_id in self.config.placeholder_ids.items() if token_id is not None)
-        else:
-            require_known_types(mm_token_type_ids)
+            mm_token_type_ids, inputs_embeds = from_ids, self._embed(input_ids, from_ids)
+            needed = self._needed_media(input_ids, past_key_values)
         inputs_embeds = place_features(inputs_embeds, mm_token_type_ids, features, needed)
         aux = (aux_input_ids, aux_pixel_values, aux_encoder_states, aux_features)
         aux_inputs = dict(zip(AUX_INPUTS, (*aux, aux_attention_mask, prompt_mask, expert_choice), strict=True))
@@ -154,6 +152,12 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
             mm_token_type_ids=mm_token_type_ids,
             idle_branches=idle_branches,
         )
+
+    def _needed_media(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> tuple[str, ...]:
+        """Modalities that a text with their placeholders needs; a text that goes on had them before."""
+        if not begins_text(input_ids, past_key_values):
+            return ()
+        return tuple(name for name, token_id in self.config.placeholder_ids.items() if token_id is not None)
 
     def _image_mask(self, modality_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Where partial LoRA acts, [B, S]; None for a model without it."""
@@ -231,14 +235,12 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
     ) -> UniMoeCausalLMOutputWithPast:
         """Run the model; arguments as in `UniMoeModel.forward`.
 
-        labels: [B, S] token ids, -100 where nothing is learned; if that is everywhere, the loss is 0. output_router_logits: return them; by default they are
-        also collected, without being returned, when a balance term needs them. logits_to_keep: compute logits of only
-        the last n positions (0 means all), or of the given positions.
+        labels: [B, S] token ids, -100 where nothing is learned; if that is everywhere, the loss is 0.
+        output_router_logits: return them; where a balance term needs them they are collected anyway.
+        logits_to_keep: compute logits of only the last n positions (0 means all), or of the given positions.
         """
         text_config = self.config.text_config
-        return_router_logits = (
-            text_config.output_router_logits if output_router_logits is None else output_router_logits
-        )
+        returns_routers = text_config.output_router_logits if output_router_logits is None else output_router_logits
         needs_balance = labels is not None and bool(text_config.sparse_layers)
         if labels is not None and prompt_mask is None and self.model.aux_compressor is not None:
             prompt_mask = prompt_before_answers(labels)
@@ -266,7 +268,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             prompt_mask=prompt_mask,
             expert_choice=expert_choice,
             use_cache=use_cache,
-            output_router_logits=return_router_logits or needs_balance,
+            output_router_logits=returns_routers or needs_balance,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -277,7 +279,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits if return_router_logits else None,
+            router_logits=outputs.router_logits if returns_routers else None,
             idle_branches=outputs.idle_branches,
             **losses,
         )

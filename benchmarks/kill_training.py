@@ -36,12 +36,13 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from unimoe.trainers import curriculum, stage  # noqa: E402
-from unimoe.trainers.checkpoints import complete_checkpoints, verify  # noqa: E402
-from unimoe.trainers.loss_meter import LOGGED_LOSSES  # noqa: E402
-from unimoe.trainers.recipe import Recipe, StageConfig  # noqa: E402
-from unimoe.trainers.recipe_parts import LoraSettings  # noqa: E402
-from unimoe.trainers.state_tree import load_tree  # noqa: E402
+from unimoe.trainers import curriculum  # noqa: E402
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig  # noqa: E402
+from unimoe.trainers.recipe.recipe_parts import LoraSettings  # noqa: E402
+from unimoe.trainers.saving.checkpoints import complete_checkpoints, verify  # noqa: E402
+from unimoe.trainers.saving.state_tree import load_tree  # noqa: E402
+from unimoe.trainers.stages import stage  # noqa: E402
+from unimoe.trainers.steps.loss_meter import LOGGED_LOSSES  # noqa: E402
 from unimoe.trainers.trainer import UniMoeTrainer  # noqa: E402
 
 PHASES = ("starting", "training", "saving a checkpoint", "saving the model of a stage", "ended")

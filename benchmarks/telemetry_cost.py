@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 
 from unimoe import UniMoeConfig, UniMoeForCausalLM, UniMoeTextConfig
-from unimoe.trainers.collapse import WINDOW, CollapseWatch
-from unimoe.trainers.routing_figures import ExpertLoad
-from unimoe.trainers.routing_statistics import RoutingRecorder
+from unimoe.trainers.telemetry.collapse import WINDOW, CollapseWatch
+from unimoe.trainers.telemetry.routing_figures import ExpertLoad
+from unimoe.trainers.telemetry.routing_statistics import RoutingRecorder
 
 LOG_EVERY = 10
 

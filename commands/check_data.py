@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ._argument_types import positive
 
 if TYPE_CHECKING:
-    from ..trainers.check_data import DataReport, Finding
+    from ..trainers.data.check_data import DataReport, Finding
 
 EXIT_PROBLEMS = 1
 
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check a file and print what was found; returns the exit code."""
-    from ..trainers.check_data import check_data
+    from ..trainers.data.check_data import check_data
 
     report = check_data(args.file, args.media_root, args.limit, keep_cases=args.all)
     for line in report_lines(args.file, report):

@@ -100,7 +100,7 @@ def _run_image(args: argparse.Namespace) -> int:
 
 def _run_data(args: argparse.Namespace) -> int:
     from ..processing.media_policy_unimoe import MediaPolicy
-    from ..trainers.perceive_data import carry_out, data_samples, open_cache, plan_perception
+    from ..trainers.caches.perceive_data import carry_out, data_samples, open_cache, plan_perception
 
     perceiver = chosen_perceiver(args)
     samples = data_samples(args.input, args.media_root)

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ..trainers.curriculum import run_curriculum
-    from ..trainers.recipe_file import load_recipe
+    from ..trainers.recipe.recipe_file import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.out is not None:
@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_plan(recipe: Any, args: argparse.Namespace) -> None:
-    from ..trainers.memory_plan import degrees_of
-    from ..trainers.plan import missing_files
-    from ..trainers.plan_text import format_plan
-    from ..trainers.run_plan import plan_run
+    from ..trainers.planning.memory_plan import degrees_of
+    from ..trainers.planning.plan import missing_files
+    from ..trainers.planning.plan_text import format_plan
+    from ..trainers.planning.run_plan import plan_run
 
     # A run that lacks its data says so itself, and at once.
     brief = not args.plan and bool(missing_files(recipe))
@@ -81,6 +81,6 @@ def _print_plan(recipe: Any, args: argparse.Namespace) -> None:
 
 
 def _print_stage(name: str, rows: Any, steps: int) -> None:
-    from ..trainers.trainable import format_trainable_table
+    from ..trainers.steps.trainable import format_trainable_table
 
     print(f"\n{name}: {steps} steps\n{format_trainable_table(rows)}", flush=True)

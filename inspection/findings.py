@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..modeling_unimoe.configuration_unimoe_text import MODALITIES, UniMoeTextConfig
-from ..trainers.routing_figures import ExpertLoad, co_activation, load_change
+from ..trainers.telemetry.routing_figures import ExpertLoad, co_activation, load_change
 from .expert_weights import duplicates
 from .favourites import Favourite
 from .usage import Usage

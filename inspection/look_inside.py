@@ -13,8 +13,8 @@ from ..conversion.checkpoints.description import describe_model
 from ..conversion.dense.sources import read_our_config, resolve_model_folder
 from ..errors import ConfigurationError, UniMoeError
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from ..trainers.checkpoints import write_durably
-from ..trainers.data import ConversationDataset
+from ..trainers.data.conversations import ConversationDataset
+from ..trainers.saving.checkpoints import write_durably
 from .expert_weights import expert_distances
 from .favourites import favourite_words
 from .findings import change_findings, usage_findings, weight_findings

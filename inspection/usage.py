@@ -1,6 +1,6 @@
 """Runs data through a model and counts what its routers do: by task, layer, modality and expert, and on which words.
 
-Shape suffixes as in `trainers/routing_statistics.py`: T tokens, L sparse layers, E experts.
+Shape suffixes as in `trainers/telemetry/routing_statistics.py`: T tokens, L sparse layers, E experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +14,11 @@ from transformers.utils import logging
 from ..errors import DataError
 from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from ..trainers.bad_samples import TolerantCollator
-from ..trainers.collator import RawCollator
-from ..trainers.data import ConversationDataset, Sample, group_of
-from ..trainers.routing_figures import ExpertLoad
-from ..trainers.routing_statistics import RoutingCounts, RoutingRecorder
+from ..trainers.data.bad_samples import TolerantCollator
+from ..trainers.data.collator import RawCollator
+from ..trainers.data.conversations import ConversationDataset, Sample, group_of
+from ..trainers.telemetry.routing_figures import ExpertLoad
+from ..trainers.telemetry.routing_statistics import RoutingCounts, RoutingRecorder
 
 logger = logging.get_logger(__name__)
 

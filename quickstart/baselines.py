@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..processing.media_unimoe import load_image
 from ..starter_corpus.corpus import compose_image
-from ..trainers.encoder_cache import EncoderCache
+from ..trainers.caches.encoder_cache import EncoderCache
 from .evaluate import TASKS, truth_of
 from .probes import ProbeData, probe_accuracy
 from .stages import IMAGE_VARIANTS

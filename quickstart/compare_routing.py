@@ -21,13 +21,13 @@ from ..errors import RecipeError, UniMoeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..progress_bars import transformers_bars
-from ..trainers.checkpoints import write_durably
-from ..trainers.collator import CachedCollator
+from ..trainers.caches.encoder_cache import EncoderCache
 from ..trainers.curriculum import load_start_model, run_curriculum
-from ..trainers.data import ConversationDataset
-from ..trainers.encoder_cache import EncoderCache
-from ..trainers.recipe import StageConfig
-from ..trainers.stage import RunSettings, run_training
+from ..trainers.data.collator import CachedCollator
+from ..trainers.data.conversations import ConversationDataset
+from ..trainers.recipe.recipe import StageConfig
+from ..trainers.saving.checkpoints import write_durably
+from ..trainers.stages.stage import RunSettings, run_training
 from .augment_videos import vary_videos
 from .comparison_table import print_table
 from .evaluate import accuracy_by_task, answer_loss, answer_samples, spread

@@ -3,10 +3,10 @@
 from typing import Any
 
 from ..processing.processing_unimoe import UniMoeProcessor
+from ..trainers.caches.encoder_cache import EncoderCache
 from ..trainers.curriculum import load_start_model, run_curriculum
-from ..trainers.data import ConversationDataset
-from ..trainers.encoder_cache import EncoderCache
-from ..trainers.stage import StageReport
+from ..trainers.data.conversations import ConversationDataset
+from ..trainers.stages.stage import StageReport
 from .augment_videos import vary_videos
 from .evaluate import accuracy_by_task, answer_samples
 from .run import Quickstart

@@ -9,11 +9,11 @@ import torch
 from ..modeling_unimoe.auxiliary_unimoe import AUX_INPUTS
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
-from ..trainers.collator import CachedCollator
-from ..trainers.encoder_cache import EncoderCache
-from ..trainers.objective import IGNORED
-from ..trainers.routing_figures import ExpertLoad
-from ..trainers.routing_statistics import RoutingRecorder
+from ..trainers.caches.encoder_cache import EncoderCache
+from ..trainers.data.collator import CachedCollator
+from ..trainers.steps.objective import IGNORED
+from ..trainers.telemetry.routing_figures import ExpertLoad
+from ..trainers.telemetry.routing_statistics import RoutingRecorder
 
 TASKS = ("image", "speech", "sound", "video_direction", "video_object", "text")
 MAX_ANSWER_TOKENS = 12

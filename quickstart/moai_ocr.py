@@ -28,14 +28,14 @@ from ..processing.perception.interface import Reader
 from ..processing.perception.ocr_rapidocr import RapidOcrReader
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..progress_bars import transformers_bars
-from ..trainers.checkpoints import write_durably
-from ..trainers.collator import CachedCollator
+from ..trainers.caches.encoder_cache import EncoderCache
 from ..trainers.curriculum import load_start_model
-from ..trainers.data import ConversationDataset, Sample
-from ..trainers.encoder_cache import EncoderCache
-from ..trainers.mixer_stage import add_mixers
-from ..trainers.recipe import Recipe, StageConfig
-from ..trainers.stage import RunSettings, run_training
+from ..trainers.data.collator import CachedCollator
+from ..trainers.data.conversations import ConversationDataset, Sample
+from ..trainers.recipe.recipe import Recipe, StageConfig
+from ..trainers.saving.checkpoints import write_durably
+from ..trainers.stages.mixer_stage import add_mixers
+from ..trainers.stages.stage import RunSettings, run_training
 from .compare_routing import positive, require_same_comparison
 from .evaluate import answer_samples
 from .reading_table import Reading, print_table, reading_of

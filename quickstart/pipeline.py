@@ -10,12 +10,12 @@ import torch
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..starter_corpus.corpus import corpus_root, verify
-from ..trainers.assembly import assemble
+from ..trainers.caches.encoder_cache import EncoderCache
 from ..trainers.curriculum import load_start_model, run_curriculum
-from ..trainers.data import ConversationDataset
-from ..trainers.encoder_cache import EncoderCache
-from ..trainers.recipe import Recipe
-from ..trainers.stage import StageReport
+from ..trainers.data.conversations import ConversationDataset
+from ..trainers.recipe.recipe import Recipe
+from ..trainers.stages.assembly import assemble
+from ..trainers.stages.stage import StageReport
 from .augment_videos import vary_videos
 from .baselines import heldout_baselines
 from .dense_twin import train_dense_twin

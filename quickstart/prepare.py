@@ -13,7 +13,7 @@ from ..errors import ConversionError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..starter_corpus.corpus import compose_image, load_samples
-from ..trainers.encoder_cache import EncoderCache
+from ..trainers.caches.encoder_cache import EncoderCache
 from .assemble import assemble_dense, connector_start_scale
 from .parts import Part, resolve_part
 from .run import Quickstart

@@ -13,8 +13,8 @@ from ..conversion.publishing.hub import save_bundle
 from ..conversion.publishing.model_card import model_card
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
-from ..trainers.checkpoints import write_durably
-from ..trainers.stage import StageReport
+from ..trainers.saving.checkpoints import write_durably
+from ..trainers.stages.stage import StageReport
 from .accuracy_table import accuracy_rows
 from .evaluate import TASKS, Answer
 from .parts import Part

@@ -12,9 +12,9 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..starter_corpus.corpus import corpus_root, load_samples
-from ..trainers.checkpoints import write_durably
-from ..trainers.data import ConversationDataset
-from ..trainers.folder_lock import exclusive
+from ..trainers.data.conversations import ConversationDataset
+from ..trainers.saving.checkpoints import write_durably
+from ..trainers.saving.folder_lock import exclusive
 from .parts import Part
 from .precision import faster_precision
 from .schedule import Budget

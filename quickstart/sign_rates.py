@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..processing.perception.results import Perception
 from ..processing.perception.verbalize import DEFAULT, line_items
-from ..trainers.data import Sample, read_samples
-from ..trainers.perception_cache import PerceptionCache
+from ..trainers.caches.perception_cache import PerceptionCache
+from ..trainers.data.conversations import Sample, read_samples
 
 
 @dataclass

@@ -11,9 +11,9 @@ from ..processing.perception.interface import Reader
 from ..processing.perception.perceiver import Perceiver
 from ..processing.perception.verbalize import TEXTS
 from ..starter_corpus.corpus import corpus_root
-from ..trainers.data import Sample, read_samples
-from ..trainers.perceive_data import carry_out, open_cache, plan_perception
-from ..trainers.perception_cache import PerceptionCache
+from ..trainers.caches.perceive_data import carry_out, open_cache, plan_perception
+from ..trainers.caches.perception_cache import PerceptionCache
+from ..trainers.data.conversations import Sample, read_samples
 from .sign_data import WORDS, SignOptions, build_signs
 
 # The sentence that stands in every picture's place when nothing may be told of it.

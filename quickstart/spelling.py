@@ -14,8 +14,8 @@ import numpy as np
 from ..processing.perception.verbalize import TEXTS
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..trainers.curriculum import run_curriculum
-from ..trainers.data import ConversationDataset, Sample
-from ..trainers.recipe import Recipe, StageConfig
+from ..trainers.data.conversations import ConversationDataset, Sample
+from ..trainers.recipe.recipe import Recipe, StageConfig
 from .sign_data import QUESTION
 
 STEPS = 250

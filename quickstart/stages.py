@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from ..starter_corpus.corpus import corpus_root
-from ..trainers.recipe import Recipe, StageConfig
-from ..trainers.recipe_data import DataEntry
-from ..trainers.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
+from ..trainers.recipe.recipe import Recipe, StageConfig
+from ..trainers.recipe.recipe_data import DataEntry
+from ..trainers.recipe.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
 from .schedule import EXPERT_EFFORT, Budget
 
 # Expert e of every sparse layer starts as the FFN that learned these modalities.

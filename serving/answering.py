@@ -1,6 +1,6 @@
 """A model that answers conversations: loads it with its processor, generates, and notes which experts were used.
 
-Shape suffixes as in `trainers/routing_statistics.py`.
+Shape suffixes as in `trainers/telemetry/routing_statistics.py`.
 """
 
 import time
@@ -20,8 +20,8 @@ from ..errors import CheckpointError, UniMoeError
 from ..hub_access import MODEL_FILES
 from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..progress_bars import transformers_bars
-from ..trainers.routing_figures import ExpertLoad
-from ..trainers.routing_statistics import RoutingCounts, RoutingRecorder
+from ..trainers.telemetry.routing_figures import ExpertLoad
+from ..trainers.telemetry.routing_statistics import RoutingCounts, RoutingRecorder
 
 # JSON files that must be objects where they exist.
 _JSON_FILES = (

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from tiny import MOIIE_GROUPS
 from transformers import TrainerCallback, TrainingArguments
 
-from unimoe.trainers.collator import RawCollator
-from unimoe.trainers.data import ConversationDataset
-from unimoe.trainers.parallel import Parallel, start
-from unimoe.trainers.parallel_run import RequireEngine, load_spread, whole_again
-from unimoe.trainers.sharded_tensors import whole_tensor
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.data.collator import RawCollator
+from unimoe.trainers.data.conversations import ConversationDataset
+from unimoe.trainers.parallel.parallel_run import RequireEngine, load_spread, whole_again
+from unimoe.trainers.parallel.settings import Parallel, start
+from unimoe.trainers.saving.sharded_tensors import whole_tensor
+from unimoe.trainers.steps.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
 
 LOSSES: dict[str, Any] = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainingArguments
 
-from unimoe.trainers.collator import RawCollator
-from unimoe.trainers.data import ConversationDataset
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.data.collator import RawCollator
+from unimoe.trainers.data.conversations import ConversationDataset
+from unimoe.trainers.steps.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
 
 STEP = 8  # samples

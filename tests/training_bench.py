@@ -7,9 +7,9 @@ import tiny_training
 from transformers import TrainingArguments
 
 from unimoe import UniMoeForCausalLM
-from unimoe.trainers.collator import CachedCollator
-from unimoe.trainers.data import ConversationDataset
-from unimoe.trainers.encoder_cache import EncoderCache
+from unimoe.trainers.caches.encoder_cache import EncoderCache
+from unimoe.trainers.data.collator import CachedCollator
+from unimoe.trainers.data.conversations import ConversationDataset
 from unimoe.trainers.trainer import UniMoeTrainer
 
 OWN_OPTIONS = ("learning_rates", "modality_weights", "max_skipped_steps", "eval_dataset")

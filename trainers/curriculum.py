@@ -30,7 +30,23 @@ from ..conversion.publishing.model_card import model_card
 from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars
-from .assembly import (
+from .caches.encoder_cache import EncoderCache
+from .caches.perceived import PerceivedCollator
+from .data.bad_samples import TolerantCollator
+from .data.batching import row_rules
+from .data.collator import Augment, CachedCollator, RawCollator
+from .data.conversations import ConversationDataset
+from .data.data_sets import TrainingData, in_memory, open_data
+from .data.sampler import ModalityBatchSampler
+from .parallel.parallel_run import joined
+from .parallel.ranks import first_goes_ahead, is_first, of_first, only_first, wait_for_all
+from .planning.plan import require_cache_where_needed, require_data, require_model_folder
+from .recipe.recipe import Recipe, StageConfig
+from .recipe.recipe_data import DataEntry, settings_of
+from .recipe.recipe_file import save_recipe
+from .recipe.recipe_parts import ExpertConfig
+from .saving.folder_lock import exclusive
+from .stages.assembly import (
     assemble,
     connector_owners,
     expert_modalities,
@@ -40,26 +56,10 @@ from .assembly import (
     save_router_means,
     trained_by,
 )
-from .bad_samples import TolerantCollator
-from .batching import row_rules
-from .collator import Augment, CachedCollator, RawCollator
-from .data import ConversationDataset
-from .data_sets import TrainingData, in_memory, open_data
-from .encoder_cache import EncoderCache
-from .folder_lock import exclusive
-from .mixer_stage import prepare_mixers
-from .moe_fit import require_fitting_moe, sparse_layers
-from .parallel_run import joined
-from .perceived import PerceivedCollator
-from .plan import require_cache_where_needed, require_data, require_model_folder
-from .ranks import first_goes_ahead, is_first, of_first, only_first, wait_for_all
-from .recipe import Recipe, StageConfig
-from .recipe_data import DataEntry, settings_of
-from .recipe_file import save_recipe
-from .recipe_parts import ExpertConfig
-from .sampler import ModalityBatchSampler
-from .stage import OnProgress, OnStageStart, RunSettings, StageReport, run_training
-from .stage_files import (
+from .stages.mixer_stage import prepare_mixers
+from .stages.moe_fit import require_fitting_moe, sparse_layers
+from .stages.stage import OnProgress, OnStageStart, RunSettings, StageReport, run_training
+from .stages.stage_files import (
     DONE_FILE,
     MODEL_FOLDER,
     START_FOLDER,
@@ -70,9 +70,9 @@ from .stage_files import (
     write_report,
     written_aside,
 )
-from .stage_processor import confined, processor_of
-from .stage_settings import keep_settings, require_same_data, require_same_settings
-from .start_model import load_processor, load_start_model, with_implementations
+from .stages.stage_processor import confined, processor_of
+from .stages.stage_settings import keep_settings, require_same_data, require_same_settings
+from .stages.start_model import load_processor, load_start_model, with_implementations
 
 OnStageEnd = Callable[[StageReport, UniMoeForCausalLM, Any], dict[str, Any] | None]
 

@@ -10,17 +10,17 @@ from transformers import TrainingArguments
 
 from ..errors import DataError, RecipeError
 from ..roles import role_of
-from .bad_samples import BadSamples
-from .batching import Batching, BatchSampler, make_sampler
-from .data_sets import TrainingData
-from .loss_meter import LossMeter
-from .non_finite import FiniteGuard
-from .objective import columns_to_keep, training_loss
-from .router_bias import RouterBiasUpdate
-from .sharded_checkpoints import ShardedCheckpoints
-from .sharded_tensors import reshard
-from .step_balance import StepBalance
-from .telemetry import Telemetry
+from .data.bad_samples import BadSamples
+from .data.batching import Batching, BatchSampler, make_sampler
+from .data.data_sets import TrainingData
+from .saving.sharded_checkpoints import ShardedCheckpoints
+from .saving.sharded_tensors import reshard
+from .steps.loss_meter import LossMeter
+from .steps.non_finite import FiniteGuard
+from .steps.objective import columns_to_keep, training_loss
+from .steps.router_bias import RouterBiasUpdate
+from .steps.step_balance import StepBalance
+from .telemetry.telemetry import Telemetry
 
 _NOT_FOR_THE_MODEL = ("labels", "logits_to_keep", "sample_ids", "group", "bad_samples")
 

@@ -1,7 +1,7 @@
 """Assembly of checkpoints on disk: tuned dense models become the experts of one sparse model, tensor by tensor.
 
 Expert e of every sparse layer is the FFN of the e-th source; everything else is the base's (Uni-MoE, arXiv 2405.11273,
-section 3.3, between its second and third stage). `trainers.assembly` does the same in memory inside a curriculum.
+section 3.3, between its second and third stage). `trainers.stages.assembly` does the same in memory inside a curriculum.
 """
 
 import math

@@ -17,14 +17,14 @@ import torch
 from training_bench import ONLY_TEXT, Bench
 
 from unimoe.errors import CheckpointError
-from unimoe.trainers import resumable
-from unimoe.trainers.checkpoints import COMPLETE_FILE, SAVING_FOLDER, newest_checkpoint, seal, verify
-from unimoe.trainers.folder_lock import exclusive
-from unimoe.trainers.lora import add_lora
-from unimoe.trainers.recipe_parts import LoraSettings
-from unimoe.trainers.stage_files import clear_work, mark_done, verify_results, written_aside
-from unimoe.trainers.state_tree import load_tree, save_tree
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.recipe.recipe_parts import LoraSettings
+from unimoe.trainers.saving import resumable
+from unimoe.trainers.saving.checkpoints import COMPLETE_FILE, SAVING_FOLDER, newest_checkpoint, seal, verify
+from unimoe.trainers.saving.folder_lock import exclusive
+from unimoe.trainers.saving.state_tree import load_tree, save_tree
+from unimoe.trainers.stages.stage_files import clear_work, mark_done, verify_results, written_aside
+from unimoe.trainers.steps.lora import add_lora
+from unimoe.trainers.steps.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

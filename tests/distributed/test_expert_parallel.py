@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unimoe.trainers.parallel import Parallel, can_spread_experts
+from unimoe.trainers.parallel.settings import Parallel, can_spread_experts
 
 pytestmark = pytest.mark.skipif(not can_spread_experts(), reason="this release of transformers cannot spread experts")
 

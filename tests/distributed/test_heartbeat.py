@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from unimoe.trainers.heartbeat import EXIT_CODE
+from unimoe.trainers.parallel.heartbeat import EXIT_CODE
 
 _RANK = """
 import os, signal, sys
 import torch.distributed as dist
-from unimoe.trainers.heartbeat import heartbeat
+from unimoe.trainers.parallel.heartbeat import heartbeat
 
 dist.init_process_group("gloo")
 with heartbeat(float(sys.argv[1])):

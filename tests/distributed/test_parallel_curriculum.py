@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.parallel import Parallel, can_spread_experts
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_file import save_recipe
-from unimoe.trainers.recipe_parts import ExpertConfig, MoeConfig
+from unimoe.trainers.parallel.settings import Parallel, can_spread_experts
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_file import save_recipe
+from unimoe.trainers.recipe.recipe_parts import ExpertConfig, MoeConfig
 
 pytestmark = pytest.mark.skipif(not can_spread_experts(), reason="this release of transformers cannot spread experts")
 

@@ -20,7 +20,7 @@ from unimoe.evaluation.running.predictions import PredictionStore
 from unimoe.evaluation.running.requests import Request
 from unimoe.evaluation.tasks.catalogue import find_tasks
 from unimoe.quickstart import evaluate as quickstart
-from unimoe.trainers.encoder_cache import EncoderCache
+from unimoe.trainers.caches.encoder_cache import EncoderCache
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,15 @@ from unimoe import UniMoeForCausalLM
 from unimoe.conversion.publishing.hub import code_files
 from unimoe.errors import CheckpointError, DataError, RecipeError
 from unimoe.trainers import curriculum
-from unimoe.trainers.assembly import assemble, connector_owners, router_rows_from_means
-from unimoe.trainers.collator import RawCollator
 from unimoe.trainers.curriculum import load_start_model, run_curriculum
-from unimoe.trainers.data import ConversationDataset
-from unimoe.trainers.folder_lock import exclusive
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_file import load_recipe, save_recipe
-from unimoe.trainers.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
-from unimoe.trainers.stage import Progress, StageReport
+from unimoe.trainers.data.collator import RawCollator
+from unimoe.trainers.data.conversations import ConversationDataset
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_file import load_recipe, save_recipe
+from unimoe.trainers.recipe.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
+from unimoe.trainers.saving.folder_lock import exclusive
+from unimoe.trainers.stages.assembly import assemble, connector_owners, router_rows_from_means
+from unimoe.trainers.stages.stage import Progress, StageReport
 
 SPARSE_LAYERS = [0, 2]
 LANGUAGE = ["embeddings", "attention", "ffn", "norms", "head"]
@@ -284,7 +284,7 @@ def test_a_killed_process_goes_on(start: Path, tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.yaml") == made
     # The process ends itself, without cleaning up.
     script = (
-        "import os, sys; from unimoe.trainers.curriculum import run_curriculum; from unimoe.trainers.recipe_file import load_recipe\n"
+        "import os, sys; from unimoe.trainers.curriculum import run_curriculum; from unimoe.trainers.recipe.recipe_file import load_recipe\n"
         "run_curriculum(load_recipe(sys.argv[1]), progress_bar=False,\n"
         "    on_progress=lambda p: os._exit(9) if p.step == 4 else None)"
     )

@@ -14,12 +14,12 @@ from training_bench import Bench
 from transformers import TrainerCallback
 
 from unimoe.roles import role_of
-from unimoe.trainers.balance_decay import BalanceDecay
-from unimoe.trainers.lora import add_lora
-from unimoe.trainers.optimizer_state import state_by_name
-from unimoe.trainers.random_state import random_state
-from unimoe.trainers.recipe_parts import LoraSettings
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.recipe.recipe_parts import LoraSettings
+from unimoe.trainers.saving.optimizer_state import state_by_name
+from unimoe.trainers.saving.random_state import random_state
+from unimoe.trainers.steps.balance_decay import BalanceDecay
+from unimoe.trainers.steps.lora import add_lora
+from unimoe.trainers.steps.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
 
 STEPS = 6

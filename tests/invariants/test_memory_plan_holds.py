@@ -8,11 +8,11 @@ import tiny_training
 import torch
 
 from unimoe import UniMoeConfig, UniMoeForCausalLM
-from unimoe.trainers.collator import RawCollator
-from unimoe.trainers.memory_plan import kept_activations
-from unimoe.trainers.plan_model import memory_settings, stage_models
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.data.collator import RawCollator
+from unimoe.trainers.planning.memory_plan import kept_activations
+from unimoe.trainers.planning.plan_model import memory_settings, stage_models
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.steps.trainable import set_trainable
 
 TOLERANCE = 0.25
 TEXT = {

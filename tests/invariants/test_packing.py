@@ -8,10 +8,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from unimoe.trainers.collator import RawCollator, RowRules
-from unimoe.trainers.objective import training_loss
-from unimoe.trainers.packing import fill_rows
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.data.collator import RawCollator, RowRules
+from unimoe.trainers.data.packing import fill_rows
+from unimoe.trainers.steps.objective import training_loss
+from unimoe.trainers.steps.trainable import set_trainable
 
 LOSSES: dict[str, Any] = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
 CASES: dict[str, dict[str, Any]] = {

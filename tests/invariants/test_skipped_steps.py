@@ -12,10 +12,10 @@ from training_bench import ONLY_TEXT, Bench
 from transformers import TrainerCallback
 
 from unimoe.errors import TrainingError
-from unimoe.trainers.checkpoints import newest_checkpoint
-from unimoe.trainers.optimizer_state import state_by_name
-from unimoe.trainers.router_bias import choice_biases
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.saving.checkpoints import newest_checkpoint
+from unimoe.trainers.saving.optimizer_state import state_by_name
+from unimoe.trainers.steps.router_bias import choice_biases
+from unimoe.trainers.steps.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
 
 

@@ -11,12 +11,12 @@ import tiny_training
 
 from unimoe.errors import CheckpointError, RecipeError
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.data import ConversationDataset
-from unimoe.trainers.data_sets import open_data
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_data import DataEntry
-from unimoe.trainers.stage import Progress
-from unimoe.trainers.stage_settings import identity_of
+from unimoe.trainers.data.conversations import ConversationDataset
+from unimoe.trainers.data.data_sets import open_data
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_data import DataEntry
+from unimoe.trainers.stages.stage import Progress
+from unimoe.trainers.stages.stage_settings import identity_of
 
 
 class StoppedError(Exception):

@@ -10,13 +10,13 @@ import torch
 
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import DataError, RecipeError
-from unimoe.trainers.bad_samples import FILE
+from unimoe.trainers.caches.encoder_cache import EncoderCache
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.encoder_cache import EncoderCache
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_data import DataEntry
-from unimoe.trainers.recipe_parts import ExpertConfig, MoeConfig
-from unimoe.trainers.stage import Progress
+from unimoe.trainers.data.bad_samples import FILE
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_data import DataEntry
+from unimoe.trainers.recipe.recipe_parts import ExpertConfig, MoeConfig
+from unimoe.trainers.stages.stage import Progress
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ def test_streams_are_refused_where_all_samples_are_needed(start: Path, tmp_path:
 
 
 def test_media_are_left_out_whole_and_texts_cut_only_when_told(start: Path) -> None:
-    from unimoe.trainers.collator import RawCollator, RowRules
-    from unimoe.trainers.data import ConversationDataset
+    from unimoe.trainers.data.collator import RawCollator, RowRules
+    from unimoe.trainers.data.conversations import ConversationDataset
 
     processor = tiny_training.processor()
     data = ConversationDataset([start / "train.jsonl"])

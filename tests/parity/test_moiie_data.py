@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from unimoe.errors import DataError, PlaceholderError
 from unimoe.processing.chat_templates_unimoe import BUNNY_SEPARATORS, BUNNY_VERSIONS, bunny_chat_template
 from unimoe.processing.processing_unimoe import UniMoeProcessor, prepare_tokenizer
-from unimoe.trainers.media_paths import MediaPaths
-from unimoe.trainers.original_data import convert
+from unimoe.trainers.data.media_paths import MediaPaths
+from unimoe.trainers.data.original_data import convert
 
 IMAGE_INDEX = -200
 SAMPLE_TENSORS = ("input_ids", "labels", "token_type_ids")

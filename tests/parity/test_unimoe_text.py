@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 
 from unimoe.errors import DataError
 from unimoe.processing.processing_unimoe import VICUNA_CHAT_TEMPLATE, UniMoeProcessor, prepare_tokenizer
-from unimoe.trainers.media_paths import MediaPaths
-from unimoe.trainers.original_data import convert
-from unimoe.trainers.original_sampler import original_order
-from unimoe.trainers.sampler import ModalityBatchSampler
+from unimoe.trainers.data.media_paths import MediaPaths
+from unimoe.trainers.data.original_data import convert
+from unimoe.trainers.data.original_sampler import original_order
+from unimoe.trainers.data.sampler import ModalityBatchSampler
 
 PLACEHOLDERS = {"<image>": -200, "<audio>": -300, "<video>": -400}
 KEYS = {"<image>": "image", "<audio>": "voice", "<video>": "video"}

@@ -21,8 +21,8 @@ from unimoe.conversion.upcycling.assemble import plan_assembly, run_assembly
 from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConversionError
-from unimoe.trainers.assembly import assemble as assemble_in_memory
-from unimoe.trainers.recipe_parts import MoeConfig
+from unimoe.trainers.recipe.recipe_parts import MoeConfig
+from unimoe.trainers.stages.assembly import assemble as assemble_in_memory
 
 DENSE = {"num_experts": 0, "sparse_layers": None}
 LANGUAGE = "model.language_model."

@@ -8,11 +8,11 @@ import pytest
 import tiny_training
 
 from unimoe.errors import DataError, MediaError
-from unimoe.trainers.bad_samples import FILE, BadSamples, TolerantCollator
-from unimoe.trainers.collator import RawCollator
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.data import ConversationDataset
-from unimoe.trainers.recipe import Recipe, StageConfig
+from unimoe.trainers.data.bad_samples import FILE, BadSamples, TolerantCollator
+from unimoe.trainers.data.collator import RawCollator
+from unimoe.trainers.data.conversations import ConversationDataset
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
 
 
 def run(

@@ -7,7 +7,7 @@ import tiny_training
 
 from unimoe.errors import RecipeError
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
 
 
 def run(folder: Path, steps: int = 4, checkpointing: bool = False, **stage: object) -> tuple[float, list[float]]:

@@ -10,11 +10,11 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 
 from unimoe.errors import DataError
-from unimoe.trainers.bad_samples import TolerantCollator
-from unimoe.trainers.batching import Batching, make_sampler
-from unimoe.trainers.data import ConversationDataset, group_of
-from unimoe.trainers.data_sets import TrainingData, open_data
-from unimoe.trainers.recipe_data import DataEntry
+from unimoe.trainers.data.bad_samples import TolerantCollator
+from unimoe.trainers.data.batching import Batching, make_sampler
+from unimoe.trainers.data.conversations import ConversationDataset, group_of
+from unimoe.trainers.data.data_sets import TrainingData, open_data
+from unimoe.trainers.recipe.recipe_data import DataEntry
 
 SIZES = {"text": 30, "image": 14, "speech": 9}
 BATCH = 2

@@ -8,8 +8,8 @@ import pytest
 import tiny_media
 
 from unimoe import cli
-from unimoe.trainers import check_data as module
-from unimoe.trainers.check_data import check_data
+from unimoe.trainers.data import check_data as module
+from unimoe.trainers.data.check_data import check_data
 
 
 def ours(*content: dict[str, Any], **keys: Any) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from unimoe import UniMoeForCausalLM
 from unimoe.errors import TrainingError
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter
-from unimoe.trainers import telemetry
-from unimoe.trainers.collapse import WINDOW, WINDOWS, Collapse, CollapseWatch
-from unimoe.trainers.routing_statistics import RoutingCounts, RoutingRecorder
-from unimoe.trainers.telemetry_settings import TelemetrySettings
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.recipe.telemetry_settings import TelemetrySettings
+from unimoe.trainers.steps.trainable import set_trainable
+from unimoe.trainers.telemetry import telemetry
+from unimoe.trainers.telemetry.collapse import WINDOW, WINDOWS, Collapse, CollapseWatch
+from unimoe.trainers.telemetry.routing_statistics import RoutingCounts, RoutingRecorder
 
 TOKENS = 200
 

@@ -16,7 +16,7 @@ from unimoe.quickstart.compare_routing import Comparison, main
 from unimoe.quickstart.comparison_table import print_table, table_rows
 from unimoe.quickstart.routing_variants import VARIANTS, decoder_parameters, make_variant
 from unimoe.quickstart.run import Quickstart
-from unimoe.trainers.encoder_cache import EncoderCache
+from unimoe.trainers.caches.encoder_cache import EncoderCache
 
 MIX = {"image": 2.0, "speech": 1.0, "sound": 1.0, "text": 1.0}
 

@@ -23,7 +23,7 @@ from unimoe.conversion.composing.compose import ComposeOptions, Ingredients, pla
 from unimoe.errors import ConversionError
 from unimoe.processing.processing_unimoe import UniMoeProcessor
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.recipe_file import load_recipe
+from unimoe.trainers.recipe.recipe_file import load_recipe
 
 SMALL = {"speech_tokens": 4, "sound_tokens": 3}
 STAGE_1 = Path(__file__).parents[2] / "runs" / "unimoe_7b" / "1_align_speech.yaml"

@@ -11,13 +11,13 @@ import tiny_training
 
 from unimoe import hub_access
 from unimoe.errors import DataError, RecipeError
-from unimoe.trainers import hub_data
-from unimoe.trainers.collator import RawCollator
-from unimoe.trainers.data_sets import open_data
-from unimoe.trainers.data_sources import Source
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_data import DataEntry, settings_of
-from unimoe.trainers.recipe_file import load_recipe, save_recipe
+from unimoe.trainers.data import hub_data
+from unimoe.trainers.data.collator import RawCollator
+from unimoe.trainers.data.data_sets import open_data
+from unimoe.trainers.data.data_sources import Source
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_data import DataEntry, settings_of
+from unimoe.trainers.recipe.recipe_file import load_recipe, save_recipe
 
 datasets = pytest.importorskip("datasets")
 parquet = pytest.importorskip("pyarrow.parquet")

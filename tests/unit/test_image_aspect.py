@@ -24,7 +24,7 @@ from unimoe.conversion.released.import_unimoe import plan_import
 from unimoe.errors import OptionError
 from unimoe.processing.media_inputs_unimoe import padded_to_square
 from unimoe.processing.processing_unimoe import UniMoeProcessor
-from unimoe.trainers.encoder_cache import EncoderCache
+from unimoe.trainers.caches.encoder_cache import EncoderCache
 
 CLIP_COLOUR = (122, 116, 104)  # int(255 * mean)
 SHAPES = [(7, 20), (21, 6), (9, 9), (1, 30), (13, 12)]

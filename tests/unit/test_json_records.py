@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from unimoe.trainers import json_records
-from unimoe.trainers.json_records import read_records
+from unimoe.trainers.data import json_records
+from unimoe.trainers.data.json_records import read_records
 
 LIMIT = "characters that a record may have"
 

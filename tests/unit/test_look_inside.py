@@ -17,7 +17,7 @@ from unimoe.inspection.look_inside import Request, look_inside
 from unimoe.inspection.usage import Usage, chosen_samples
 from unimoe.inspection.weight_changes import weight_changes
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter
-from unimoe.trainers.routing_statistics import RoutingCounts
+from unimoe.trainers.telemetry.routing_statistics import RoutingCounts
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from peft import PeftModel
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import RecipeError
 from unimoe.roles import role_of
-from unimoe.trainers import lora
-from unimoe.trainers.lora import add_lora, merge_lora
-from unimoe.trainers.recipe_parts import LoraSettings
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.recipe.recipe_parts import LoraSettings
+from unimoe.trainers.steps import lora
+from unimoe.trainers.steps.lora import add_lora, merge_lora
+from unimoe.trainers.steps.trainable import set_trainable
 
 IDS = torch.arange(5, 25).view(2, 10)
 

@@ -8,8 +8,8 @@ import tiny
 import torch
 
 from unimoe.modeling_unimoe.losses_unimoe import balance_terms, step_totals
-from unimoe.trainers.loss_meter import LOGGED_LOSSES, LossMeter
-from unimoe.trainers.objective import LossParts
+from unimoe.trainers.steps.loss_meter import LOGGED_LOSSES, LossMeter
+from unimoe.trainers.steps.objective import LossParts
 
 TOKENS = 60
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from unimoe.trainers.memory_plan import (
+from unimoe.trainers.planning.memory_plan import (
     Count,
     Degrees,
     MemorySettings,

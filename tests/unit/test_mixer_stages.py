@@ -13,16 +13,16 @@ import unimoe
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import ConversationError, RecipeError
 from unimoe.processing.perception.results import Perception, Segment, Segmentation
-from unimoe.trainers.collator import CachedCollator, RawCollator
+from unimoe.trainers.caches.encoder_cache import EncoderCache
+from unimoe.trainers.caches.perceived import PerceivedCollator
+from unimoe.trainers.caches.perception_cache import PerceptionCache
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.data import ConversationDataset
-from unimoe.trainers.encoder_cache import EncoderCache
-from unimoe.trainers.mixer_stage import add_mixers
-from unimoe.trainers.perceived import PerceivedCollator
-from unimoe.trainers.perception_cache import PerceptionCache
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_file import load_recipe
-from unimoe.trainers.recipe_mixers import MixersConfig
+from unimoe.trainers.data.collator import CachedCollator, RawCollator
+from unimoe.trainers.data.conversations import ConversationDataset
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_file import load_recipe
+from unimoe.trainers.recipe.recipe_mixers import MixersConfig
+from unimoe.trainers.stages.mixer_stage import add_mixers
 
 MIXERS = MixersConfig([0, 2], rank=8, num_heads=2, num_latents=3, compressor_depth=1, compressor_heads=2)
 RECIPE = Path(unimoe.__file__).parent / "trainers" / "recipes" / "moai_two_steps.yaml"

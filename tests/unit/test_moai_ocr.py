@@ -18,8 +18,8 @@ from unimoe.quickstart.reading_table import character_accuracy, print_table, rea
 from unimoe.quickstart.run import Quickstart
 from unimoe.quickstart.sign_data import SignOptions
 from unimoe.quickstart.sign_reading import UNTOLD, SignCounts, is_one_token, untold, words_to_read
-from unimoe.trainers.encoder_cache import EncoderCache
-from unimoe.trainers.mixer_stage import add_mixers
+from unimoe.trainers.caches.encoder_cache import EncoderCache
+from unimoe.trainers.stages.mixer_stage import add_mixers
 
 WORDS = ("a", "cab", "door", "exit", "fog", "gate", "hotel", "inn")
 

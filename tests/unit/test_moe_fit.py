@@ -11,8 +11,8 @@ from unimoe import UniMoeConfig
 from unimoe.cli import main
 from unimoe.errors import RecipeError
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_parts import ExpertConfig, MoeConfig
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_parts import ExpertConfig, MoeConfig
 
 STAGES = [StageConfig("projector"), StageConfig("sparse", "moe", ["router", "experts"])]
 THREE = [ExpertConfig(name, [name]) for name in ("image", "speech", "text")]

@@ -23,10 +23,10 @@ from unimoe.errors import RecipeError
 from unimoe.processing.chat_templates_unimoe import bunny_chat_templates
 from unimoe.processing.processing_unimoe import UniMoeProcessor
 from unimoe.trainers import curriculum
-from unimoe.trainers.collator import RawCollator
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.recipe import Recipe
-from unimoe.trainers.recipe_file import load_recipe
+from unimoe.trainers.data.collator import RawCollator
+from unimoe.trainers.recipe.recipe import Recipe
+from unimoe.trainers.recipe.recipe_file import load_recipe
 
 RUNS = Path(__file__).parents[2] / "runs"
 BACKBONES = {"phi3": "<|endoftext|>", "llama3": "<|end_of_text|>"}

@@ -14,13 +14,13 @@ import torch
 
 from unimoe.errors import DataError
 from unimoe.processing.processing_unimoe import VICUNA_CHAT_TEMPLATE
-from unimoe.trainers.collator import RawCollator
-from unimoe.trainers.data import ConversationDataset, media_items, read_samples
-from unimoe.trainers.json_records import read_records
-from unimoe.trainers.media_paths import MediaPaths
-from unimoe.trainers.original_data import convert
-from unimoe.trainers.original_sampler import OriginalBatchSampler, original_order, type_of
-from unimoe.trainers.streaming import stream_conversations
+from unimoe.trainers.data.collator import RawCollator
+from unimoe.trainers.data.conversations import ConversationDataset, media_items, read_samples
+from unimoe.trainers.data.json_records import read_records
+from unimoe.trainers.data.media_paths import MediaPaths
+from unimoe.trainers.data.original_data import convert
+from unimoe.trainers.data.original_sampler import OriginalBatchSampler, original_order, type_of
+from unimoe.trainers.data.streaming import stream_conversations
 
 
 def record(*texts: str, **keys: Any) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def test_streaming_without_datasets_says_what_to_install(folder: Path, monkeypat
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
 def test_records_survive_any_chunk_size(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unimoe.trainers.json_records._CHUNK", chunk)
+    monkeypatch.setattr("unimoe.trainers.data.json_records._CHUNK", chunk)
     values = [{"a": 'x]}"[,\n é'}, [1, [2]], 12345, "text", None, {"b": {"c": [1.5e3]}}]
     for text in (json.dumps(values), json.dumps(values, indent=2), json.dumps(values, ensure_ascii=False)):
         (tmp_path / "list").write_text(text, encoding="utf-8")

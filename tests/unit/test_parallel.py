@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from unimoe.errors import CheckpointError, RecipeError
-from unimoe.trainers.optimizer_parts import load_parts, save_parts
-from unimoe.trainers.optimizer_state import WHOLE_STATE, state_by_name
-from unimoe.trainers.parallel import Parallel, can_spread_experts, check_stage, require_launched
-from unimoe.trainers.parallel_run import engine_of
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_file import load_recipe, save_recipe
-from unimoe.trainers.recipe_parts import LoraSettings
-from unimoe.trainers.sharded_tensors import Region
-from unimoe.trainers.state_tree import save_tree
+from unimoe.trainers.parallel.parallel_run import engine_of
+from unimoe.trainers.parallel.settings import Parallel, can_spread_experts, check_stage, require_launched
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_file import load_recipe, save_recipe
+from unimoe.trainers.recipe.recipe_parts import LoraSettings
+from unimoe.trainers.saving.optimizer_parts import load_parts, save_parts
+from unimoe.trainers.saving.optimizer_state import WHOLE_STATE, state_by_name
+from unimoe.trainers.saving.sharded_tensors import Region
+from unimoe.trainers.saving.state_tree import save_tree
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from unimoe.errors import DataError, MediaError
 from unimoe.processing.media_policy_unimoe import MediaPolicy
 from unimoe.processing.perception.perceiver import Perceiver
 from unimoe.processing.perception.results import Perception, Segment, Segmentation, TextLine
-from unimoe.trainers import perception_cache
-from unimoe.trainers.perceive_data import carry_out, data_samples, open_cache, plan_perception
-from unimoe.trainers.perception_cache import PerceptionCache
+from unimoe.trainers.caches import perception_cache
+from unimoe.trainers.caches.perceive_data import carry_out, data_samples, open_cache, plan_perception
+from unimoe.trainers.caches.perception_cache import PerceptionCache
 
 
 class CountingReader:

@@ -15,7 +15,7 @@ from unimoe.processing.perception.perceiver import Perceiver
 from unimoe.processing.perception.verbalize import verbalize
 from unimoe.quickstart.sign_data import SignOptions, build_signs, split_words
 from unimoe.quickstart.sign_rates import reading_rate
-from unimoe.trainers.perceive_data import carry_out, data_samples, open_cache, plan_perception
+from unimoe.trainers.caches.perceive_data import carry_out, data_samples, open_cache, plan_perception
 
 needs_rapidocr = pytest.mark.skipif(
     find_spec("rapidocr") is None, reason="rapidocr is not installed: pip install 'unimoe[perception]'"

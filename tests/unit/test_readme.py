@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import unimoe
-from unimoe import conversion
 
 ROOT = Path(unimoe.__file__).parent
 DOCUMENTS = (
@@ -44,17 +43,25 @@ def test_which_file_to_open_names_files() -> None:
         assert (ROOT / target).is_file(), target
 
 
-CONVERSIONS = sorted(path.parent.name for path in (ROOT / "conversion").glob("*/__init__.py"))
+# Packages of folders, whose texts are maps.
+MAPPED = ("conversion", "trainers")
+FOLDERS = sorted(str(path.parent.relative_to(ROOT)) for name in MAPPED for path in (ROOT / name).glob("*/__init__.py"))
 
 
-def test_the_map_of_conversion_names_its_folders() -> None:
-    assert set(CONVERSIONS) <= set(re.findall(r"`(\w+)`", conversion.__doc__))
+@pytest.mark.parametrize("package", MAPPED)
+def test_the_map_of_a_package_names_its_folders(package: str) -> None:
+    assert {name for name in FOLDERS if name.startswith(f"{package}/")} <= {
+        f"{package}/{name}" for name in _map(package)
+    }
 
 
-@pytest.mark.parametrize("folder", CONVERSIONS)
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_the_map_of_a_folder_names_its_files(folder: str) -> None:
-    named = set(re.findall(r"`(\w+)`", importlib.import_module(f"unimoe.conversion.{folder}").__doc__))
-    assert named == {path.stem for path in (ROOT / "conversion" / folder).glob("*.py")} - {"__init__"}
+    assert {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"} <= _map(folder)
+
+
+def _map(folder: str) -> set[str]:
+    return set(re.findall(r"`(\w+)`", importlib.import_module(f"unimoe.{folder.replace('/', '.')}").__doc__))
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

@@ -11,10 +11,10 @@ import yaml
 import unimoe
 from unimoe.cli import main
 from unimoe.errors import RecipeError
-from unimoe.trainers.plan import plan_curriculum
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_file import load_recipe, save_recipe
-from unimoe.trainers.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
+from unimoe.trainers.planning.plan import plan_curriculum
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_file import load_recipe, save_recipe
+from unimoe.trainers.recipe.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
 
 EXAMPLE = Path(unimoe.__file__).parent / "trainers" / "recipes" / "unimoe_three_stages.yaml"
 

@@ -18,11 +18,11 @@ from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConfigurationError
 from unimoe.modeling_unimoe.gate_rows_unimoe import expert_load
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter
-from unimoe.trainers.checkpoints import COMPLETE_FILE
-from unimoe.trainers.lora import add_lora
-from unimoe.trainers.recipe import LoraSettings
-from unimoe.trainers.router_bias import choice_biases, update_choice_biases
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.recipe.recipe import LoraSettings
+from unimoe.trainers.saving.checkpoints import COMPLETE_FILE
+from unimoe.trainers.steps.lora import add_lora
+from unimoe.trainers.steps.router_bias import choice_biases, update_choice_biases
+from unimoe.trainers.steps.trainable import set_trainable
 
 RATE = 0.01
 TOKENS = 40

@@ -15,10 +15,10 @@ import unimoe
 from unimoe import UniMoeTextModel, cli
 from unimoe.conversion.upcycling.group_presets import GROUP_PRESETS, group_preset
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
-from unimoe.trainers.moe_fit import require_fitting_moe
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_parts import MoeConfig
-from unimoe.trainers.recipe_values import build
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_parts import MoeConfig
+from unimoe.trainers.recipe.recipe_values import build
+from unimoe.trainers.stages.moe_fit import require_fitting_moe
 
 PAGE = (Path(unimoe.__file__).parent / "docs" / "routing.md").read_text(encoding="utf-8")
 

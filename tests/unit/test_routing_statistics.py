@@ -11,9 +11,9 @@ from unimoe import UniMoeForCausalLM
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
 from unimoe.modeling_unimoe.gate_rows_unimoe import expert_load
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter
-from unimoe.trainers.router_bias import choice_biases
-from unimoe.trainers.routing_figures import ExpertLoad, co_activation, load_change
-from unimoe.trainers.routing_statistics import RoutingRecorder
+from unimoe.trainers.steps.router_bias import choice_biases
+from unimoe.trainers.telemetry.routing_figures import ExpertLoad, co_activation, load_change
+from unimoe.trainers.telemetry.routing_statistics import RoutingRecorder
 
 ROUTERS: dict[str, dict[str, Any]] = {
     "plain": {},

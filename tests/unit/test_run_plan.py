@@ -11,19 +11,19 @@ from unimoe import UniMoeForCausalLM
 from unimoe.cli import main
 from unimoe.conversion.checkpoints.meta_model import meta_model
 from unimoe.errors import DataError, RecipeError, UniMoeError
-from unimoe.trainers.assembly import assemble
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.memory_plan import Degrees, degrees_of
-from unimoe.trainers.parallel import Parallel
-from unimoe.trainers.plan_data import look_at
-from unimoe.trainers.plan_model import assembled_config
-from unimoe.trainers.plan_text import format_duration, format_size
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.recipe_data import DataEntry
-from unimoe.trainers.recipe_file import save_recipe
-from unimoe.trainers.recipe_mixers import MixersConfig
-from unimoe.trainers.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
-from unimoe.trainers.run_plan import plan_run
+from unimoe.trainers.parallel.settings import Parallel
+from unimoe.trainers.planning.memory_plan import Degrees, degrees_of
+from unimoe.trainers.planning.plan_data import look_at
+from unimoe.trainers.planning.plan_model import assembled_config
+from unimoe.trainers.planning.plan_text import format_duration, format_size
+from unimoe.trainers.planning.run_plan import plan_run
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe_data import DataEntry
+from unimoe.trainers.recipe.recipe_file import save_recipe
+from unimoe.trainers.recipe.recipe_mixers import MixersConfig
+from unimoe.trainers.recipe.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
+from unimoe.trainers.stages.assembly import assemble
 
 PER_MODALITY = 6
 
@@ -157,7 +157,7 @@ def test_large_files_are_looked_at_in_many_places(tmp_path: Path, monkeypatch: p
     answer = [{"role": "user", "content": "Say it. " * 20}, {"role": "assistant", "content": "It."}]
     records = [{"modality": name, "messages": answer} for name in ("text", "image", "speech") for _ in range(4000)]
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    monkeypatch.setattr("unimoe.trainers.plan_data._WHOLE", 1000)
+    monkeypatch.setattr("unimoe.trainers.planning.plan_data._WHOLE", 1000)
     header = look_at(DataEntry(str(file)), None, "speech")
     assert header is not None
     assert not header.exact

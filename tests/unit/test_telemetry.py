@@ -14,15 +14,16 @@ from transformers.integrations import TensorBoardCallback
 
 from unimoe.errors import RecipeError
 from unimoe.pages.line_chart import Curve, line_chart
-from unimoe.trainers import stage, telemetry_settings
-from unimoe.trainers.bad_samples import FILE as BAD_SAMPLES_FILE
-from unimoe.trainers.collator import CachedCollator
-from unimoe.trainers.recipe import Recipe, StageConfig
-from unimoe.trainers.stage import RunSettings, run_training
-from unimoe.trainers.stage_page import _by_layer, write_stage_page
-from unimoe.trainers.telemetry import TELEMETRY_FILE, read_telemetry, watch_stage
-from unimoe.trainers.telemetry_settings import TelemetrySettings
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.data.bad_samples import FILE as BAD_SAMPLES_FILE
+from unimoe.trainers.data.collator import CachedCollator
+from unimoe.trainers.recipe import telemetry_settings
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.telemetry_settings import TelemetrySettings
+from unimoe.trainers.stages import stage
+from unimoe.trainers.stages.stage import RunSettings, run_training
+from unimoe.trainers.steps.trainable import set_trainable
+from unimoe.trainers.telemetry.stage_page import _by_layer, write_stage_page
+from unimoe.trainers.telemetry.telemetry import TELEMETRY_FILE, read_telemetry, watch_stage
 
 STEPS = 12
 FIGURES = (

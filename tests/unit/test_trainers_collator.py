@@ -16,10 +16,10 @@ from unimoe import UniMoeForCausalLM
 from unimoe.errors import DataError, MediaError
 from unimoe.processing.media_policy_unimoe import MediaLimits, MediaPolicy
 from unimoe.processing.processing_unimoe import VICUNA_CHAT_TEMPLATE
-from unimoe.trainers.collator import CachedCollator, RawCollator, TokenRows
-from unimoe.trainers.data import ConversationDataset, Draw
-from unimoe.trainers.encoder_cache import EncoderCache
-from unimoe.trainers.objective import columns_to_keep, training_loss
+from unimoe.trainers.caches.encoder_cache import EncoderCache
+from unimoe.trainers.data.collator import CachedCollator, RawCollator, TokenRows
+from unimoe.trainers.data.conversations import ConversationDataset, Draw
+from unimoe.trainers.steps.objective import columns_to_keep, training_loss
 
 MODALITIES = ("image", "speech", "sound", "text")
 
@@ -260,7 +260,7 @@ def test_the_cache_computes_each_medium_once(
 def test_a_stopped_build_goes_on(
     model: UniMoeForCausalLM, processor: Any, dataset: ConversationDataset, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("unimoe.trainers.tensor_store.ITEMS_PER_SHARD", 2)
+    monkeypatch.setattr("unimoe.trainers.caches.tensor_store.ITEMS_PER_SHARD", 2)
     images = dataset.select(["image"]).samples
     broken = [*images[:3], copy.deepcopy(images[3])]
     broken[3]["messages"][0]["content"][0]["path"] = str(tmp_path / "nothing.png")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from unimoe.errors import DataError, RecipeError
-from unimoe.trainers.data import ConversationDataset, Draw, group_of
-from unimoe.trainers.sampler import ModalityBatchSampler, group_weights
+from unimoe.trainers.data.conversations import ConversationDataset, Draw, group_of
+from unimoe.trainers.data.sampler import ModalityBatchSampler, group_weights
 
 
 def conversation(modality: str | None = None, task: str | None = None, **item: Any) -> dict[str, Any]:

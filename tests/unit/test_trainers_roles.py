@@ -6,9 +6,9 @@ import tiny
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import RecipeError
 from unimoe.roles import ROLES, role_of
-from unimoe.trainers.lora import add_lora, merge_lora
-from unimoe.trainers.recipe_parts import LoraSettings
-from unimoe.trainers.trainable import count_trainable, format_trainable_table, set_trainable, trainable_table
+from unimoe.trainers.recipe.recipe_parts import LoraSettings
+from unimoe.trainers.steps.lora import add_lora, merge_lora
+from unimoe.trainers.steps.trainable import count_trainable, format_trainable_table, set_trainable, trainable_table
 
 
 @pytest.fixture

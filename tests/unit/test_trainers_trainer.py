@@ -20,12 +20,19 @@ from transformers import TrainerCallback
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import CheckpointError, RecipeError, TrainingError
 from unimoe.roles import role_of
-from unimoe.trainers.checkpoints import COMPLETE_FILE, complete_checkpoints, newest_checkpoint, rotate, seal, verify
-from unimoe.trainers.lora import add_lora, merge_lora
-from unimoe.trainers.recipe_parts import LoraSettings
-from unimoe.trainers.resumable import TRAINED_FILE
-from unimoe.trainers.speed import seconds_per_step
-from unimoe.trainers.trainable import set_trainable
+from unimoe.trainers.planning.speed import seconds_per_step
+from unimoe.trainers.recipe.recipe_parts import LoraSettings
+from unimoe.trainers.saving.checkpoints import (
+    COMPLETE_FILE,
+    complete_checkpoints,
+    newest_checkpoint,
+    rotate,
+    seal,
+    verify,
+)
+from unimoe.trainers.saving.resumable import TRAINED_FILE
+from unimoe.trainers.steps.lora import add_lora, merge_lora
+from unimoe.trainers.steps.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
 
 ROLES = ["router", "experts", "connectors", "attention"]

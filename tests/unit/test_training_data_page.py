@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 import unimoe
-from unimoe.trainers.memory_plan import KINDS
-from unimoe.trainers.recipe_data import DataEntry
-from unimoe.trainers.recipe_file import load_recipe
+from unimoe.trainers.planning.memory_plan import KINDS
+from unimoe.trainers.recipe.recipe_data import DataEntry
+from unimoe.trainers.recipe.recipe_file import load_recipe
 
 FILE = Path(unimoe.__file__).parent / "docs" / "training_data.md"
 PAGE = FILE.read_text(encoding="utf-8")

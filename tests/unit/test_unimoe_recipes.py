@@ -16,8 +16,8 @@ from unimoe import cli
 from unimoe.conversion.dense.sources import open_source
 from unimoe.conversion.upcycling.assemble import plan_assembly, run_assembly
 from unimoe.trainers.curriculum import run_curriculum
-from unimoe.trainers.recipe import Recipe
-from unimoe.trainers.recipe_file import load_recipe
+from unimoe.trainers.recipe.recipe import Recipe
+from unimoe.trainers.recipe.recipe_file import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "runs" / "unimoe_7b"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -1,0 +1,120 @@
+"""The life of a parallel run: ranks join and watch each other, load the model, check who trains it, and get it back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ...errors import TrainingError
+from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..saving.sharded_tensors import is_sharded
+from .heartbeat import heartbeat
+from .ranks import is_first
+from .settings import Parallel, start
+
+
+@contextmanager
+def joined(parallel: Parallel) -> Iterator[None]:
+    """Join the other ranks, and watch that they live, while the block runs. Raises RecipeError as `start` does."""
+    was_initialized = torch.distributed.is_initialized()
+    start(parallel)
+    with heartbeat(parallel.silence_seconds):
+        yield
+    if parallel.ranks > 1 and not was_initialized:
+        torch.distributed.destroy_process_group()
+
+
+def load_spread(folder: str | Path, parallel: Parallel) -> UniMoeForCausalLM:
+    """A model in float32, as every rank needs it: whole, or its part.
+
+    Raises:
+        RecipeError: the model cannot be cut like this.
+    """
+    if parallel.ranks == 1:
+        return UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = UniMoeConfig.from_pretrained(folder)
+    parallel = parallel.for_model(config)
+    parallel.require_fits(config)
+    if parallel.uses_deepspeed:
+        _forget_deepspeed()
+    spread = parallel.distributed_config()
+    options = {} if spread is None else {"distributed_config": spread}
+    model = UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    set_sharding(model, parallel)
+    return model
+
+
+def set_sharding(model: nn.Module, parallel: Parallel) -> None:
+    """With zero 2, weights that a forward pass has gathered stay until the backward pass is over."""
+    if parallel.shards_models and parallel.zero == 2:
+        for module in model.modules():
+            if hasattr(module, "set_reshard_after_forward"):
+                module.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
+
+
+def whole_again(trainer: Any, model: UniMoeForCausalLM) -> UniMoeForCausalLM:
+    """The model after training: ZeRO-3 leaves it without weights, which the first rank gets back here."""
+    engine = getattr(trainer, "deepspeed", None)
+    if engine is None or engine.zero_optimization_stage() < 3:
+        return model
+    weights = trainer.accelerator.get_state_dict(engine)
+    if not is_first():
+        return model
+    _forget_deepspeed()  # a model that is made while it counts waits for other ranks
+    whole = UniMoeForCausalLM(model.config)
+    whole.load_state_dict(weights)
+    whole.generation_config = model.generation_config
+    return whole
+
+
+def _forget_deepspeed() -> None:
+    """DeepSpeed's configuration of the stage before would split the weights of whatever model is made or loaded next,
+    where not every rank does so alike.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+class RequireEngine(TrainerCallback):
+    """Ends a run that another engine trains, or fewer ranks, than the recipe asks for."""
+
+    def __init__(self, trainer: Any, parallel: Parallel) -> None:
+        self.trainer, self.parallel = trainer, parallel.for_model(trainer.base.config)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ranks = args.world_size
+        wanted, found = engine_of(self.parallel), self._found()
+        if ranks != self.parallel.ranks or found != wanted:
+            raise TrainingError(
+                f"The recipe asks for {self.parallel.ranks} ranks and {wanted}, but {ranks} train by {found}: look at how the "
+                "run was launched (no accelerate configuration of its own), and at training_arguments."
+            )
+
+    def _found(self) -> str:
+        engine = getattr(self.trainer, "deepspeed", None)
+        if engine is not None:
+            return f"DeepSpeed ZeRO-{engine.zero_optimization_stage()}"
+        if any(map(is_sharded, self.trainer.model.parameters())):
+            experts = {m.num_experts for n, m in self.trainer.base.named_modules() if n.endswith(".mlp.experts")}
+            parts = {self.trainer.base.config.text_config.num_experts // local for local in experts} or {1}
+            return f"transformers' sharding, experts in {max(parts)} parts"
+        if isinstance(self.trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+            return "DistributedDataParallel"
+        return "no engine"
+
+
+def engine_of(parallel: Parallel) -> str:
+    """The engine that a recipe gets, in words."""
+    if parallel.ranks == 1:
+        return "no engine"
+    if parallel.uses_deepspeed:
+        return f"DeepSpeed ZeRO-{parallel.zero}"
+    if parallel.shards_models:
+        return f"transformers' sharding, experts in {parallel.expert} parts"
+    return "DistributedDataParallel"

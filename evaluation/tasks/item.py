@@ -1,7 +1,7 @@
 """One question of a benchmark."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Item:
     question: str
     answer: Any = None
     media: tuple[tuple[MediaKind, str | bytes | Path], ...] = ()
+    _: KW_ONLY
     options: tuple[str, ...] = ()
     hint: str = ""
     category: str = ""

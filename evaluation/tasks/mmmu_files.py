@@ -4,13 +4,12 @@ import ast
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..metrics.cmmmu import CHOICE, FILL_IN, TRUE_FALSE
 from ..metrics.mmmu import subject_of
 from .item import Item
 from .prompts import LETTER_CHINESE, SHORT, SHORT_CHINESE, TRUE_FALSE_CHINESE
-from .readers import tables
+from .readers import picture_of, tables
 from .records import read_json_value, read_records
 
 _MAX_PICTURES = 7
@@ -32,14 +31,22 @@ def mmmu(files: Mapping[str, Path]) -> list[Item]:
         texts = [record["question"], *options]
         numbers = list(dict.fromkeys(n for text in texts for n in _PICTURE_MARK.findall(text)))
         pictures = [record[f"image_{n}"] for n in numbers if int(n) <= _MAX_PICTURES and record.get(f"image_{n}")]
-        media = tuple(("image", _picture(value)) for value in pictures)
+        media = tuple(("image", picture_of(value)) for value in pictures)
         answer, subject = truth["ground_truth"], subject_of(record["id"])
         choices = tuple(map(str, options)) if truth["question_type"] == "multiple-choice" else ()
         template = "" if choices else SHORT
-        item = Item(
-            record["id"], record["question"], answer, media, choices, "", subject, "", truth, template=template
+        items.append(
+            Item(
+                record["id"],
+                record["question"],
+                answer,
+                media,
+                options=choices,
+                category=subject,
+                record=truth,
+                template=template,
+            )
         )
-        items.append(item)
     return items
 
 
@@ -52,12 +59,16 @@ def cmmmu(files: Mapping[str, Path]) -> list[Item]:
         media = tuple(("image", name) for name in names)
         question = _CMMMU_MARK.sub("", record["question"])
         template = _CMMMU_TEMPLATES[record["type"]]
-        category = record["category"]
         items.append(
-            Item(record["id"], question, record["answer"], media, options, "", category, "", record, "", template)
+            Item(
+                record["id"],
+                question,
+                record["answer"],
+                media,
+                options=options,
+                category=record["category"],
+                record=record,
+                template=template,
+            )
         )
     return items
-
-
-def _picture(value: Any) -> str | bytes:
-    return value.get("bytes") or value["path"] if isinstance(value, Mapping) else value

@@ -120,7 +120,7 @@ def _llava_item(record: Mapping[str, Any], answer: Any, options_in_question: boo
         question,
         answer,
         media,
-        options,
+        options=options,
         category=category[0] if isinstance(category, list) else str(category),
         cluster=str(media[0][1]) if media else "",
         record=record,
@@ -183,11 +183,8 @@ def mme(files: Files) -> list[Item]:
         if key not in gold:
             raise DataError(f"{files['gold'].parent} has no answer to {question!r} about {record['question_id']}.")
         media = (("image", record["image"]),)
-        items.append(
-            Item(
-                f"{number}", question, gold[key], media, (), "", key[0], record["question_id"], record
-            )  # ids are paths
-        )
+        picture = record["question_id"]  # ids are paths
+        items.append(Item(f"{number}", question, gold[key], media, category=key[0], cluster=picture, record=record))
     return items
 
 
@@ -232,7 +229,7 @@ def seedbench(files: Files) -> list[Item]:
             record["question"],
             record["answer"],
             (("image", record["data_id"]),),
-            tuple(record[f"choice_{letter}"] for letter in "abcd"),
+            options=tuple(record[f"choice_{letter}"] for letter in "abcd"),
             category=names[record["question_type_id"]],
             cluster=str(record["data_id"]),
             record=record,
@@ -250,7 +247,7 @@ def qbench(files: Files) -> list[Item]:
         media = (("image", record["img_path"]),)
         answer = _LETTERS[options.index(record["correct_ans"])]
         items.append(
-            Item(number, record["question"], answer, media, options, cluster=record["img_path"], record=record)
+            Item(number, record["question"], answer, media, options=options, cluster=record["img_path"], record=record)
         )
     return items
 
@@ -281,8 +278,9 @@ def options_table(files: Files) -> list[Item]:
         answer = str(record["answer"])
         letter = _LETTERS[int(answer)] if answer.isdigit() else answer
         key = record.get("question_id", number)
-        media = _pictures(record)
-        items.append(Item(key, record["question"], letter, media, options, cluster=_digest(media), record=record))
+        media = (("image", picture_of(record["image"])),)
+        cluster = _digest(media)
+        items.append(Item(key, record["question"], letter, media, options=options, cluster=cluster, record=record))
     return items
 
 
@@ -293,9 +291,9 @@ def chartqa(files: Files) -> list[Item]:
         answer = record.get("answer", record.get("label"))
         answer = answer[0] if isinstance(answer, list) else str(answer)
         kind = str(record.get("type", "human")).removesuffix("_test")
-        media = _pictures({"image": record["imgname"]} if "imgname" in record else record)
+        media = (("image", picture_of(record["imgname"] if "imgname" in record else record["image"])),)
         question = record.get("question", record.get("query"))
-        items.append(Item(number, question, answer, media, (), "", kind, _digest(media), record))
+        items.append(Item(number, question, answer, media, category=kind, cluster=_digest(media), record=record))
     return items
 
 
@@ -306,10 +304,10 @@ def mathvista(files: Files) -> list[Item]:
     records = [{"pid": key, **record} for key, record in value.items()] if isinstance(value, dict) else value
     items = []
     for record in records:
-        media = _pictures({"image": record.get("decoded_image") or record["image"]})
+        media = (("image", picture_of(record.get("decoded_image") or record["image"])),)
         category = str(record.get("question_type", ""))
         items.append(
-            Item(str(record["pid"]), record["query"], record.get("answer"), media, (), "", category, "", record)
+            Item(str(record["pid"]), record["query"], record.get("answer"), media, category=category, record=record)
         )
     return items
 
@@ -330,7 +328,19 @@ def mmbench(files: Files) -> list[Item]:
         kept = {name: value for name, value in record.items() if name != "image"}
         category = record.get("category") or ""
         media = (("image", picture),)
-        items.append(Item(key, record["question"], answer, media, options, hint, category, _digest(media), kept))
+        items.append(
+            Item(
+                key,
+                record["question"],
+                answer,
+                media,
+                options=options,
+                hint=hint,
+                category=category,
+                cluster=_digest(media),
+                record=kept,
+            )
+        )
     return items
 
 
@@ -358,12 +368,9 @@ def tables(files: Files) -> list[dict[str, Any]]:
     return [record for part in parts for record in read_records(part)]
 
 
-def _pictures(record: Mapping[str, Any]) -> tuple[tuple[str, str | bytes], ...]:
-    """The picture of a record: a path, or bytes as tables on the Hub have them."""
-    value = record["image"]
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value["path"]
-    return (("image", value),)
+def picture_of(value: Any) -> str | bytes:
+    """The picture in a record's field: a path, or bytes as tables on the Hub have them."""
+    return value.get("bytes") or value["path"] if isinstance(value, Mapping) else value
 
 
 def _digest(media: Sequence[tuple[str, str | bytes]]) -> str:

@@ -27,6 +27,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.86re
 .heat thead th{text-align:center;padding:.1rem;font-size:.74rem}.heat .strong{color:#fff}.heat .none{color:var(--soft);opacity:.6}
 @media(prefers-color-scheme:dark){.heat .strong{color:#0b1220}}
 svg{display:block;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
+.paper{background:#fff;border-radius:.6rem;padding:.4rem;max-width:52rem;margin:.8rem 0}
 .key{font-size:.8rem;color:var(--soft);margin:.1rem 0 .2rem}.key i{display:inline-block;width:.8rem;height:.2rem;border-radius:1px;margin:0 .3rem .2rem 0}.key span{white-space:nowrap;margin-right:.6rem}
 .key .dashed{height:0;border-top:2px dashed}
 mark{border-radius:.2rem;padding:0 .1rem;background:rgb(var(--heat)/.28);color:inherit}.piece{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.86rem;margin:.25rem 0}
@@ -86,6 +87,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[i
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<div class=wide><table class=plain><thead><tr>{cells('th', header)}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def drawing(svg: str) -> str:
+    """A picture that was drawn for white paper; "" for none."""
+    return f"<div class=paper>{svg}</div>" if svg else ""
 
 
 class Html(str):

@@ -1,9 +1,9 @@
 """The report of a run: report.md and report.html, the latter in one file."""
 
-import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ...pages.html_page import drawing, escape, heading, section, table, write_page
 from ..noise.modality_bias import Bias, modality_bias
 from ..task_result import TaskResult
 from .plots import plot_gains, plot_modality
@@ -21,12 +21,9 @@ _BIAS_NOTE = (
     "(best - base), averaged over the modality's tasks; base is chance, or the most frequent answer where chance is not "
     "known, else 0."
 )
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;font-size:14px;display:block;overflow-x:auto}"
-    "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}"
-    "svg{max-width:100%;height:auto}"
-)
+_BIAS_TITLE = "Bias across modalities"
+_GAINS = "gain over chance"
+_WORDS = [HEADER.index(name) for name in ("task", "modality", "scored by")]
 
 
 def write_report(results: Sequence[TaskResult], model: str, out: Path) -> list[Path]:
@@ -37,15 +34,15 @@ def write_report(results: Sequence[TaskResult], model: str, out: Path) -> list[P
     plots = {name: plot_modality(members) for name, members in by_modality.items()}
     bias = modality_bias(results)
     if bias is not None:
-        plots["gain over chance"] = plot_gains(bias)
-    files = {name: f"{name.replace(' ', '_')}.svg" for name, svg in plots.items() if svg}
+        plots[_GAINS] = plot_gains(bias)
     (out / "plots").mkdir(parents=True, exist_ok=True)
-    for name, file in files.items():
-        (out / "plots" / file).write_text(plots[name], encoding="utf-8")
-    pages = [out / "report.md", out / "report.html"]
-    pages[0].write_text(_markdown(results, model, files, bias), encoding="utf-8")
-    pages[1].write_text(_html(results, model, plots, bias), encoding="utf-8")
-    return pages
+    for name, svg in plots.items():
+        if svg:
+            (out / _file_of(name)).write_text(svg, encoding="utf-8")
+    title = f"Evaluation of {model}"
+    markdown = out / "report.md"
+    markdown.write_text(_markdown(title, by_modality, plots, bias), encoding="utf-8")
+    return [markdown, write_page(out / "report.html", title, _sections(title, by_modality, plots, bias))]
 
 
 def bias_sentence(bias: Bias) -> str:
@@ -57,33 +54,31 @@ def bias_sentence(bias: Bias) -> str:
     )
 
 
-def _markdown(results: Sequence[TaskResult], model: str, files: dict[str, str], bias: Bias | None) -> str:
-    parts = [f"# Evaluation of {model}", markdown_table([HEADER, *table_rows(results)]), _NOTES]
-    for name, file in files.items():
-        if name != "gain over chance":
-            parts += [f"## {name.capitalize()}", f"![Scores of {name} tasks](plots/{file})"]
+def _file_of(plot: str) -> str:
+    return f"plots/{plot.replace(' ', '_')}.svg"
+
+
+def _markdown(
+    title: str, by_modality: Mapping[str, Sequence[TaskResult]], plots: Mapping[str, str], bias: Bias | None
+) -> str:
+    parts = [f"# {title}", _NOTES]
+    for name, results in by_modality.items():
+        parts += [f"## {name.capitalize()}", markdown_table([HEADER, *table_rows(results)])]
+        if plots[name]:
+            parts.append(f"![Scores of {name} tasks]({_file_of(name)})")
     if bias is not None:
-        parts += ["## Bias across modalities", bias_sentence(bias)]
-        parts += [f"![Gain over chance by modality](plots/{files['gain over chance']})", _BIAS_NOTE]
+        parts += [f"## {_BIAS_TITLE}", bias_sentence(bias)]
+        parts += [f"![Gain over chance by modality]({_file_of(_GAINS)})", _BIAS_NOTE]
     return "\n\n".join(parts) + "\n"
 
 
-def _html(results: Sequence[TaskResult], model: str, plots: dict[str, str], bias: Bias | None) -> str:
-    title = f"Evaluation of {html.escape(model)}"
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEADER)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows(results)
-    )
-    parts = [f"<h1>{title}</h1>", f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"]
-    parts.append(f"<p>{html.escape(_NOTES)}</p>")
-    for name, svg in plots.items():
-        if svg and name != "gain over chance":
-            parts.append(f"<h2>{html.escape(name.capitalize())}</h2>{svg}")
+def _sections(
+    title: str, by_modality: Mapping[str, Sequence[TaskResult]], plots: Mapping[str, str], bias: Bias | None
+) -> Iterator[str]:
+    yield heading(title, _NOTES)
+    for name, results in by_modality.items():
+        yield section(name.capitalize(), "", table(HEADER, table_rows(results), left=_WORDS), drawing(plots[name]))
     if bias is not None:
-        sentences = f"<p>{html.escape(bias_sentence(bias))}</p>", f"<p>{html.escape(_BIAS_NOTE)}</p>"
-        parts.append(f"<h2>Bias across modalities</h2>{sentences[0]}{plots['gain over chance']}{sentences[1]}")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
+        yield section(
+            _BIAS_TITLE, bias_sentence(bias), drawing(plots[_GAINS]), f"<p class=note>{escape(_BIAS_NOTE)}</p>"
+        )

@@ -9,7 +9,7 @@ from ..task_result import TaskResult
 
 _SCORE, _BASE, _MAJORITY = "#1f5fa8", "#8a8a8a", "#c4722a"
 # Inches: of the figure, of its margins, and per task.
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM, _BAR = 8.6, 2.9, 0.1, 0.4, 0.55, 0.46
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM, _BAR = 8.8, 3.1, 0.1, 0.4, 0.55, 0.46
 
 
 def plot_modality(results: Sequence[TaskResult]) -> str:

@@ -351,8 +351,7 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
         causal_mask = make_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
-            # Without a mask, transformers keeps texts that share a row apart by their positions.
-            attention_mask=None if kwargs.get("cu_seq_lens_q") is not None else attention_mask,
+            attention_mask=self._mask_of_texts(attention_mask, kwargs.get("cu_seq_lens_q")),
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
@@ -378,6 +377,14 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    @staticmethod
+    def _mask_of_texts(attention_mask: Any, cu_seq_lens_q: torch.Tensor | None) -> Any:
+        """The mask, unless several texts share a row: transformers keeps those apart by their positions, or by the finished
+        mask [1, 1, S, keys] that it brings along where it batches requests continuously."""
+        if cu_seq_lens_q is None or getattr(attention_mask, "ndim", 0) == 4:
+            return attention_mask
+        return None
 
     def token_groups(self, x_BSH: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Index of every token's routing group, [B, S]; None when there is just one group."""

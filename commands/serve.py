@@ -33,6 +33,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: that of the weights)")
     parser.add_argument(
+        "--continuous-batching",
+        action="store_true",
+        help="generate requests without media together, as they come, instead of one after the other",
+    )
+    parser.add_argument(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="of all texts in the running batch (default: four of the model's greatest length)",
+    )
+    parser.add_argument(
         "--max-request-mb", type=int, default=64, metavar="N", help="longest request, media included (default: 64)"
     )
 
@@ -48,9 +59,18 @@ def run(args: argparse.Namespace) -> int:
         raise UniMoeError(f"--port is {args.port}; it must be from 1 to 65535.")
     if args.max_request_mb < 1:
         raise UniMoeError(f"--max-request-mb is {args.max_request_mb}; it must be at least 1.")
+    if args.cache_tokens is not None and not args.continuous_batching:
+        raise UniMoeError("--cache-tokens goes with --continuous-batching.")
     resolve_folder(args.model, MODEL_FILES)
     settings = ServerSettings(
-        args.model, args.host, args.port, args.device, args.dtype, longest_body=args.max_request_mb << 20
+        args.model,
+        args.host,
+        args.port,
+        args.device,
+        args.dtype,
+        longest_body=args.max_request_mb << 20,
+        continuous_batching=args.continuous_batching,
+        cache_tokens=args.cache_tokens,
     )
     server = ModelServer(settings)
     print(f"{args.model} at http://{args.host}:{args.port}/v1 (Ctrl-C stops)", flush=True)

@@ -1,11 +1,14 @@
 """What generation needs beside the model's own methods."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from transformers import Cache
 
+from .configuration_unimoe import UniMoeConfig
 from .configuration_unimoe_text import UniMoeTextConfig
+from .errors_unimoe import ModalityError
 
 
 def restarts_at_longer_rope(config: UniMoeTextConfig, length: int, past_key_values: Any) -> bool:
@@ -29,4 +32,16 @@ def repeat_media(media: torch.Tensor, mask_BS: torch.Tensor, expand_size: int) -
     return torch.cat([sample for sample in media.split(counts) for _ in range(expand_size)])
 
 
-__all__ = ["repeat_media", "restarts_at_longer_rope"]
+def require_texts(inputs: Iterable[Sequence[int]], config: UniMoeConfig) -> None:
+    """Raises ModalityError if one of these texts, lists of token ids, has a placeholder of a medium."""
+    names = {token_id: modality for modality, token_id in config.placeholder_ids.items() if token_id is not None}
+    for index, ids in enumerate(inputs):
+        found = next((token for token in ids if token in names), None)
+        if found is not None:
+            raise ModalityError(
+                f"Text {index} has a placeholder for {names[found]}; continuous batching carries no media: give this "
+                "text and its media to generate()."
+            )
+
+
+__all__ = ["repeat_media", "require_texts", "restarts_at_longer_rope"]

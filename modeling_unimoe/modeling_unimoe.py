@@ -20,7 +20,7 @@ from .auxiliary_unimoe import AUX_INPUTS, AuxiliaryMixin, continued_prompt, prom
 from .configuration_unimoe import UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin, begins_text, check_text_inputs, place_features
-from .generation_unimoe import repeat_media, restarts_at_longer_rope
+from .generation_unimoe import repeat_media, require_texts, restarts_at_longer_rope
 from .idle_branches_unimoe import is_shared_out
 from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
@@ -121,7 +121,8 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
             from_ids = self.modality_ids(input_ids)
             require_agreeing_types(mm_token_type_ids, from_ids)
             mm_token_type_ids, inputs_embeds = from_ids, self._embed(input_ids, from_ids)
-            needed = self._needed_media(input_ids, past_key_values)
+            # Continuous batching (its paged cache) goes on with texts, which `generate_batch` has looked through.
+            needed = () if kwargs.get("cache") is not None else self._needed_media(input_ids, past_key_values)
         inputs_embeds = place_features(inputs_embeds, mm_token_type_ids, features, needed)
         aux = (aux_input_ids, aux_pixel_values, aux_encoder_states, aux_features)
         aux_inputs = dict(zip(AUX_INPUTS, (*aux, aux_attention_mask, prompt_mask, expert_choice), strict=True))
@@ -341,6 +342,15 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
                 f"The context has {length} tokens, more than the {limit} of max_position_embeddings that this model was "
                 "made for: its answers will suffer. Give a shorter conversation or fewer media, or generate less."
             )
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers: continuous batching of texts.
+
+        Raises:
+            ModalityError: a text has placeholders of media, which continuous batching cannot carry.
+        """
+        require_texts(inputs, self.config)
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self,

@@ -2,22 +2,26 @@
 
 `transformers serve MODEL` works on our folders too. What is added here: a request that cannot be answered gets a 4xx that
 says why (there it is a 500 without a reason), clients cannot name files or addresses for the server to open, requests
-and prompts have a greatest length, /v1/models lists the model that is served, and no request loads another.
+and prompts have a greatest length, /v1/models lists the model that is served, no request loads another, a request draws
+from its own seed, and texts are batched continuously if asked for. docs/serving.md compares the two.
 """
 
 import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
 from ..errors import MissingPackageError, RequestError, UniMoeError
 from ..processing.media_policy_unimoe import MediaLimits, MediaPolicy
+from .chat_handler import SEED, ChatHandler
+from .continuous import TextBatching, require_batchable
 from .request_guard import CHAT, RequestGuard, error_body
 
-# Of transformers' routes these stay: others load models by name, unload ours, or are not checked here.
-_ROUTES = (CHAT, "/health")
+# Texts of the model's greatest length that the cache of continuous batching holds, unless told otherwise.
+_CACHED_TEXTS = 4
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class ServerSettings:
         host, port: where it listens.
         device, dtype: as in `transformers serve`.
         longest_body: bytes of one request, media included.
+        continuous_batching: whether requests of text alone are generated together; see `continuous`.
+        cache_tokens: what the cache of these holds; None: four texts of the model's greatest length.
         limits: of the media in a request.
     """
 
@@ -38,6 +44,8 @@ class ServerSettings:
     device: str = "auto"
     dtype: str = "auto"
     longest_body: int = 64 << 20
+    continuous_batching: bool = False
+    cache_tokens: int | None = None
     limits: MediaLimits = field(default_factory=lambda: MediaLimits(max_audio_seconds=600.0, max_video_seconds=600.0))
 
 
@@ -46,6 +54,7 @@ class ModelServer(Serve):
 
     Raises:
         MissingPackageError: the extra `serve` is not installed.
+        UniMoeError: the model cannot be batched continuously, or the cache is too small for one text.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -65,6 +74,8 @@ class ModelServer(Serve):
         loaded.processor.media_policy = MediaPolicy(allow_paths=False, limits=settings.limits)
         _limit_prompts(loaded.processor, context)
         _give_tokenizer(loaded.model, loaded.processor.tokenizer)
+        if settings.continuous_batching:
+            self._generation_state = _batching(loaded.model, context, settings.cache_tokens)
         self._add_to_app(self.server.config.app, context)
 
     def start_server(self) -> None:
@@ -72,7 +83,10 @@ class ModelServer(Serve):
 
     def run(self) -> None:
         """Serve until the process is interrupted, or `stop` is called from another thread."""
-        self.server.run()
+        try:
+            self.server.run()
+        finally:
+            self._generation_state.shutdown()
 
     def stop(self) -> None:
         self.server.should_exit = True
@@ -86,23 +100,52 @@ class ModelServer(Serve):
             status, reason = (error.status_code, error.detail) if isinstance(error, HTTPException) else (400, error)
             return JSONResponse(error_body(str(reason)), status_code=status)
 
+        handler = ChatHandler(self._model_manager, self._generation_state)
+
+        async def chat(request: Request, body: dict[str, Any]) -> Any:
+            return await handler.handle_request(body, request.state.request_id)
+
+        def health() -> JSONResponse:
+            alive = self._generation_state.is_cb_alive()
+            return JSONResponse({"status": "ok" if alive else "the batch has failed: restart"}, 200 if alive else 503)
+
         def served_models() -> dict[str, Any]:
             return {"object": "list", "data": [{"id": self.settings.model, "object": "model", "owned_by": "unimoe"}]}
 
         for kind in (UniMoeError, HTTPException):
             app.add_exception_handler(kind, refused)
         app.add_middleware(RequestGuard, longest_body=self.settings.longest_body, longest_answer=context)
-        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in _ROUTES]
+        app.router.routes.clear()  # transformers' others load models by name, unload ours, or are not checked here
         app.get("/v1/models")(served_models)
+        app.get("/health")(health)
+        app.post(CHAT)(chat)
+
+
+def _batching(model: Any, context: int, cache_tokens: int | None) -> TextBatching:
+    require_batchable(model)
+    # transformers lets a request that says nothing have 1024 new tokens.
+    needed = context + max(context, 1024)
+    if cache_tokens is not None and cache_tokens < needed:
+        raise UniMoeError(
+            f"--cache-tokens is {cache_tokens}; one conversation of this model and its answer may take {needed}: give at "
+            "least as many."
+        )
+    return TextBatching(cache_tokens or max(_CACHED_TEXTS * context, needed))
 
 
 def _give_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Texts that end an answer (`stop`) need a tokenizer; transformers hands over the processor, which is none."""
+    """Texts that end an answer (`stop`) need a tokenizer; transformers hands over the processor, which is none.
+
+    Here, where only one request at a time generates, its seed is set too.
+    """
     generate = model.generate
 
     @functools.wraps(generate)
-    def with_tokenizer(*args: Any, **kwargs: Any) -> Any:
-        return generate(*args, **{**kwargs, "tokenizer": tokenizer})
+    def with_tokenizer(*args: Any, generation_config: Any, **kwargs: Any) -> Any:
+        seed = generation_config.__dict__.pop(SEED, None)
+        if seed is not None:
+            torch.manual_seed(seed)
+        return generate(*args, generation_config=generation_config, **{**kwargs, "tokenizer": tokenizer})
 
     model.generate = with_tokenizer
 
@@ -120,6 +163,8 @@ def _limit_prompts(processor: Any, context: int) -> None:
                 f"The conversation has {length} tokens, media included; the model takes fewer than {context}: "
                 "shorten it."
             )
+        if kwargs.get("return_tensors") is None:  # continuous batching takes the ids of one text
+            inputs["input_ids"] = inputs["input_ids"][0]
         return inputs
 
     processor.apply_chat_template = within_context

@@ -1,8 +1,6 @@
 """A tiny model is served on this machine; OpenAI's client and raw requests talk to it."""
 
-import base64
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +9,18 @@ from typing import Any
 
 import pytest
 import tiny_media
-import tiny_training
+from chat_parts import (
+    AUDIO,
+    IMAGE,
+    QUESTION,
+    ask,
+    ask_streaming,
+    data_url,
+    free_port,
+    many_questions,
+    own_answer,
+    save_model,
+)
 
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
@@ -25,56 +34,42 @@ NAME = "tiny"
 BODY_LIMIT = 200_000
 
 
-def data_url(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-IMAGE = {"type": "image_url", "image_url": {"url": data_url(tiny_media.encoded_picture(), "image/png")}}
-WAV = base64.b64encode(tiny_media.wav(tiny_media.sound())).decode()
-AUDIO = {"type": "input_audio", "input_audio": {"data": WAV, "format": "wav"}}
 VIDEO = {"type": "video_url", "video_url": {"url": data_url(tiny_media.video(frames=5), "video/mp4")}}
 LOUD_VIDEO = {"type": "video_url", "video_url": {"url": data_url(tiny_media.video(frames=5, track=True), "video/mp4")}}
-QUESTION = {"type": "text", "text": "What is it?"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served") / NAME
-    processor = tiny_training.processor()
-    tiny_training.model(processor, sparse=True).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_model(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = ServerSettings(str(folder), port=port, device="cpu", longest_body=BODY_LIMIT)
+def server(folder: Path) -> Iterator[ModelServer]:
+    settings = ServerSettings(
+        str(folder), port=free_port(), device="cpu", longest_body=BODY_LIMIT, continuous_batching=True
+    )
     server = ModelServer(settings)
     thread = threading.Thread(target=server.run)
     thread.start()
-    address = f"http://127.0.0.1:{port}"
     while not server.server.started:
         thread.join(0.02)
         assert thread.is_alive()
-    yield address
+    yield server
     server.stop()
     thread.join(30)
     assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
+def address(server: ModelServer) -> str:
+    return f"http://127.0.0.1:{server.settings.port}"
+
+
+@pytest.fixture(scope="module")
 def client(address: str) -> Any:
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
-
-
-def ask(client: Any, folder: Path, content: Any, **options: Any) -> str:
-    answer = client.chat.completions.create(
-        model=str(folder), messages=[{"role": "user", "content": content}], max_tokens=6, **options
-    )
-    return answer.choices[0].message.content
 
 
 @pytest.mark.parametrize(
@@ -83,35 +78,14 @@ def ask(client: Any, folder: Path, content: Any, **options: Any) -> str:
     ids=["image", "audio", "video", "video and its sound", "text part", "text"],
 )
 def test_the_answer_is_the_models_own(client: Any, folder: Path, content: Any) -> None:
-    from unimoe import UniMoeForCausalLM, UniMoeProcessor
-
-    model, processor = UniMoeForCausalLM.from_pretrained(folder), UniMoeProcessor.from_pretrained(folder)
-    items = [{"type": "text", "text": content}] if isinstance(content, str) else [ours(item) for item in content]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": items}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        load_audio_from_video=True,
-    )
-    output = model.generate(**inputs, max_new_tokens=6)
-    expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert ask(client, folder, content) == expected
+    assert ask(client, folder, content) == own_answer(folder, content)
 
 
-def ours(item: dict[str, Any]) -> dict[str, Any]:
-    kind = item["type"].partition("_")[0]
-    if kind == "input":
-        return {"type": "audio", "audio": base64.b64decode(WAV)}
-    return item if kind == "text" else {"type": kind, "url": item[item["type"]]["url"]}
-
-
-def test_streamed_pieces_make_the_whole_answer(client: Any, folder: Path) -> None:
-    pieces = client.chat.completions.create(
-        model=str(folder), messages=[{"role": "user", "content": [IMAGE, QUESTION]}], max_tokens=6, stream=True
-    )
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == ask(client, folder, [IMAGE, QUESTION])
+@pytest.mark.parametrize("content", [[IMAGE, QUESTION], "What is it?"], ids=["image", "text"])
+def test_streamed_pieces_make_the_whole_answer(client: Any, folder: Path, content: Any) -> None:
+    # A stream leaves out a last character of which only some bytes came.
+    whole = ask(client, folder, content).rstrip("\N{REPLACEMENT CHARACTER}")
+    assert ask_streaming(client, folder, content) == whole
 
 
 def test_a_text_may_end_the_answer(client: Any, folder: Path) -> None:
@@ -132,12 +106,52 @@ def test_a_text_may_end_the_answer(client: Any, folder: Path) -> None:
 
 
 def test_sixteen_at_once_are_answered_as_one_by_one(client: Any, folder: Path) -> None:
-    questions = [
-        [IMAGE, {"type": "text", "text": f"{word} {number}"}] for word in ("red", "low") for number in range(8)
-    ]
+    questions = many_questions()
     with ThreadPoolExecutor(16) as threads:
         at_once = list(threads.map(lambda question: ask(client, folder, question), questions))
     assert at_once == [ask(client, folder, question) for question in questions]
+    assert len(set(at_once)) > 8
+
+
+def test_texts_go_into_the_batch_and_media_past_it(
+    server: ModelServer, client: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(client, folder, "What is it?")  # makes the batch
+    batched: list[int] = []
+    manager = server._generation_state.get_manager(f"{folder}@main", use_cb=True)._cb
+    add = manager.add_request
+    monkeypatch.setattr(
+        manager, "add_request", lambda ids, **options: (batched.append(len(ids)), add(ids, **options))[1]
+    )
+    for options in ({}, {"temperature": 0}, {"stream": False, "n": 1}):
+        ask(client, folder, "What is it?", **options)
+    assert len(batched) == 3
+    for options in ({"temperature": 1.0}, {"stop": ["q"]}, {"seed": 1}, {"top_p": 0.5}, {"frequency_penalty": 1.0}):
+        ask(client, folder, "What is it?", **options)
+    ask(client, folder, [IMAGE, QUESTION])
+    assert len(batched) == 3
+
+
+def test_a_seed_makes_the_same_answer_whatever_else_is_asked(client: Any, folder: Path) -> None:
+    def draw(seed: int) -> str:
+        return ask(client, folder, [IMAGE, QUESTION], temperature=1.5, seed=seed, max_tokens=12)
+
+    seeds = [0, 1, 2, 3] * 2
+    with ThreadPoolExecutor(8) as threads:
+        drawn = list(threads.map(draw, seeds))
+    assert drawn[:4] == drawn[4:]
+    assert len(set(drawn)) == 4
+
+
+def test_the_server_outlives_clients_that_leave_in_mid_stream(address: str, client: Any, folder: Path) -> None:
+    expected = ask(client, folder, "What is it?"), ask(client, folder, [IMAGE, QUESTION])
+    for content in ("What is it?", [IMAGE, QUESTION]):
+        body = {"messages": [{"role": "user", "content": content}], "stream": True, "max_tokens": 200}
+        for _ in range(3):
+            with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as stream:
+                next(stream.iter_lines())
+    assert (ask(client, folder, "What is it?"), ask(client, folder, [IMAGE, QUESTION])) == expected
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
 
 
 def test_the_served_model_is_listed(client: Any, folder: Path) -> None:

@@ -26,7 +26,7 @@ from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
 from .outputs_unimoe import UniMoeCausalLMOutputWithPast, UniMoeModelOutputWithPast
 from .pretrained_unimoe import UniMoePreTrainedModel
-from .token_types_unimoe import require_agreeing_types, require_known_types
+from .token_types_unimoe import require_agreeing_types, require_known_types, require_no_need_of_types
 
 logger = logging.get_logger(__name__)
 
@@ -66,6 +66,7 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
         """Index of every position's routing group, [B, S]; None with one group."""
         return self.language_model.token_groups(modality_ids, self.routing_ids(modality_ids))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -117,6 +118,8 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
         needed: tuple[str, ...] = ()
         if input_ids is None:
             require_known_types(mm_token_type_ids)
+            if "attention_instances" in kwargs and mm_token_type_ids is None:
+                require_no_need_of_types(self.config.text_config)
         else:
             from_ids = self.modality_ids(input_ids)
             require_agreeing_types(mm_token_type_ids, from_ids)
@@ -142,6 +145,7 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
             image_mask=self._image_mask(mm_token_type_ids) if may_hold_images else None,
             mixing=mixing,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return UniMoeModelOutputWithPast(
@@ -270,6 +274,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             expert_choice=expert_choice,
             use_cache=use_cache,
             output_router_logits=returns_routers or needs_balance,
+            return_dict=True,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

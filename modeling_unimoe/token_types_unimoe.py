@@ -5,7 +5,7 @@ Neither is asked while compiling, because looking at values would break the grap
 
 import torch
 
-from .configuration_unimoe_text import MODALITIES
+from .configuration_unimoe_text import MODALITIES, UniMoeTextConfig
 from .errors_unimoe import ModalityError
 
 
@@ -33,4 +33,22 @@ def require_known_types(given: torch.Tensor | None) -> None:
         raise ModalityError(f"mm_token_type_ids hold values from {low} to {high}; there are {names}.")
 
 
-__all__ = ["require_agreeing_types", "require_known_types"]
+def require_no_need_of_types(config: UniMoeTextConfig) -> None:
+    """For vLLM's backend, which hands in embeddings (with `attention_instances`) and never says what they are of.
+
+    Raises:
+        ModalityError: the decoder treats positions of media otherwise than text.
+    """
+    needs = {
+        "expert groups by modality": len(config.router_groups) > 1,
+        "partial LoRA on images": config.plora_config is not None,
+        "mixers that read auxiliary inputs": config.mixer_config is not None,
+    }
+    if found := [need for need, is_there in needs.items() if is_there]:
+        raise ModalityError(
+            f"This model has {' and '.join(found)}, so it must get mm_token_type_ids, which this serving engine does not "
+            "hand over: serve it with `unimoe serve` or `transformers serve`."
+        )
+
+
+__all__ = ["require_agreeing_types", "require_known_types", "require_no_need_of_types"]

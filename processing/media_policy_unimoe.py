@@ -50,8 +50,10 @@ class ConversationError(UniMoeError):
 class MediaLimits:
     """Upper and lower limits; a medium outside of them is refused with a `MediaError` before it is decoded.
 
-    Fields: pixels count width x height of one image or frame; seconds are those of a whole clip; `max_text_characters`
-    limits all texts of one conversation together; `max_decoded_frames` bounds the decoding work per video.
+    Fields: pixels count width x height of one image or frame, and may be twice as many where a PIL image holds them
+    decoded already (vLLM measures itself with one of 10,000 x 10,000); seconds are those of a whole clip;
+    `max_text_characters` limits all texts of one conversation together; `max_decoded_frames` bounds the decoding work
+    per video.
     """
 
     max_file_bytes: int = 1 << 30

@@ -69,7 +69,7 @@ def load_image(
             32 bits, which have no common black and white (16 bits have, and become 8).
     """
     if isinstance(value, PIL.Image.Image):
-        _check_pixels(value.size, policy, where)
+        _check_pixels(value.size, policy, where, is_decoded=type(value) is PIL.Image.Image)
         with refuse_on_failure("image", where, "the PIL image cannot be read"):
             return _in_mode(_in_eight_bits(value, value.format, where), mode)
     if isinstance(value, np.ndarray | torch.Tensor):
@@ -140,10 +140,10 @@ def _open_image(stream: BinaryIO, policy: MediaPolicy, where: str) -> PIL.Image.
             raise MediaError("image", f"it has far more pixels than the {allowed} allowed", where) from None
 
 
-def _check_pixels(size: tuple[int, int], policy: MediaPolicy, where: str) -> None:
+def _check_pixels(size: tuple[int, int], policy: MediaPolicy, where: str, is_decoded: bool = False) -> None:
     width, height = size
-    if width < 1 or height < 1 or width * height > policy.limits.max_image_pixels:
-        allowed = policy.limits.max_image_pixels
+    allowed = policy.limits.max_image_pixels * (2 if is_decoded else 1)
+    if width < 1 or height < 1 or width * height > allowed:
         raise MediaError("image", f"it has {width} x {height} pixels; allowed are 1 to {allowed} in all", where)
 
 

@@ -39,6 +39,9 @@ MEDIA_INPUTS = {
     "speech": ("speech_features", "speech_encoder_states"),
     "sound": ("audio_features", "audio_padding_mask", "sound_encoder_states"),
 }
+# Frames of 10 ms that an audio tower hears at once outside of training: four minutes. Longer recordings take turns, so
+# that their memory does not grow with their length.
+FRAMES_AT_ONCE = 24_000
 
 
 def build_tower(config: Any) -> PreTrainedModel | None:
@@ -112,7 +115,7 @@ class MediaEncoderMixin:
         """States [n, T, C] of the speech tower for log-mel windows [n, mels, frames]."""
         tower = self._require(self.speech_tower, "audio", "speech_config")
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
-            return tower(speech_features.to(tower.dtype), return_dict=True).last_hidden_state
+            return self._in_turns(tower, speech_features.shape[2], speech_features)
 
     def encode_sound(
         self, audio_features: torch.Tensor, audio_padding_mask: torch.Tensor | None = None
@@ -127,7 +130,22 @@ class MediaEncoderMixin:
         tower = self._require(self.audio_tower, "audio", "audio_config")
         kwargs = {} if audio_padding_mask is None else {"padding_mask": audio_padding_mask}
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trainable(tower)):
-            return tower(audio_features.to(tower.dtype), return_dict=True, **kwargs).last_hidden_state
+            return self._in_turns(tower, audio_features.shape[1], audio_features, **kwargs)
+
+    def _in_turns(
+        self, tower: PreTrainedModel, frames: int, windows: torch.Tensor, **kwargs: torch.Tensor
+    ) -> torch.Tensor:
+        """States of all windows, of so many frames each; not more of them at once than `FRAMES_AT_ONCE`."""
+        size = len(windows) if self.training else max(1, FRAMES_AT_ONCE // max(frames, 1))
+        states = [
+            tower(
+                windows[start : start + size].to(tower.dtype),
+                return_dict=True,
+                **{name: value[start : start + size] for name, value in kwargs.items()},
+            ).last_hidden_state
+            for start in range(0, max(len(windows), 1), max(size, 1))
+        ]
+        return states[0] if len(states) == 1 else torch.cat(states)
 
     @can_return_tuple
     def get_image_features(

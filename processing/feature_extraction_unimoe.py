@@ -162,8 +162,9 @@ class UniMoeFeatureExtractor(SequenceFeatureExtractor):
             frames = np.lib.stride_tricks.sliding_window_view(samples, self.n_fft)[:: self.hop_length][:-1]
             power = np.abs(np.fft.rfft(frames * hann)) ** 2
             log_mel = np.log10(np.maximum(power @ filters, 1e-10)).T
-            features.append((np.maximum(log_mel, log_mel.max() - 8.0) + 4.0) / 4.0)
-        return np.stack(features).astype(np.float32)
+            log_mel = (np.maximum(log_mel, log_mel.max() - 8.0) + 4.0) / 4.0
+            features.append(log_mel.astype(np.float32))
+        return np.stack(features)
 
     def _fbank(self, windows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """BEATs features [n, frames, sound_mel_bins] float32 and the mask [n, window_samples], True on padding."""
@@ -173,7 +174,7 @@ class UniMoeFeatureExtractor(SequenceFeatureExtractor):
             banks = kaldi_fbank(padded, self.sampling_rate, self.sound_mel_bins)
             features.append((banks - FBANK_MEAN) / (2 * FBANK_STD))
             masks.append(np.arange(self.window_samples) >= len(window))
-        return np.stack(features).astype(np.float32), np.stack(masks)
+        return np.stack(features).astype(np.float32, copy=False), np.stack(masks)
 
 
 def kaldi_fbank(samples: np.ndarray, sampling_rate: int, mel_bins: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .media_container_unimoe import read_audio_track
+from .media_container_unimoe import audio_track_header, read_audio_track
 from .media_policy_unimoe import (
     DEFAULT_POLICY,
     MediaError,
@@ -131,13 +131,9 @@ class _ClampedSeek(io.RawIOBase):
 def _read_audio(value: Any, policy: MediaPolicy, where: str) -> tuple[np.ndarray, int]:
     """[samples, channels] float32 and the rate of an encoded clip."""
     with open_media(value, "audio", policy, where) as stream:
-        head = stream.read(256)
-        stream.seek(0)
+        head = _head(stream, where)
         if _CONTAINER_MAGIC.match(head):
             return read_audio_track(stream, policy, where)
-        if not _AUDIO_MAGIC.match(head):
-            reason = "not a readable audio file; accepted are WAV, FLAC, Ogg, MP3, AIFF, MP4, WebM and AAC"
-            raise MediaError("audio", reason, where)
         try:
             import soundfile
         except ImportError:
@@ -149,6 +145,37 @@ def _read_audio(value: Any, policy: MediaPolicy, where: str) -> tuple[np.ndarray
             samples = file.read(frames=file.frames, dtype="float32", always_2d=True)
         check_audio(len(samples), rate, samples.shape[1], policy, where)
         return samples, rate
+
+
+def audio_header(value: Any, policy: MediaPolicy, where: str) -> tuple[int, int, int]:
+    """Samples per channel, rate and channels of an encoded clip by its header; 0 samples if that does not say.
+
+    Raises:
+        MediaError: it is no audio, or outside of the limits.
+    """
+    with open_media(value, "audio", policy, where) as stream:
+        head = _head(stream, where)
+        if _CONTAINER_MAGIC.match(head):
+            return audio_track_header(stream, policy, where)
+        try:
+            import soundfile
+        except ImportError:
+            samples, rate = _read_wave(stream, head, policy, where)
+            return len(samples), rate, samples.shape[1]
+        guard = refuse_on_failure("audio", where, "the audio file is damaged or incomplete")
+        with guard, soundfile.SoundFile(_ClampedSeek(stream)) as file:
+            check_audio(file.frames, file.samplerate, file.channels, policy, where)
+            return file.frames, file.samplerate, file.channels
+
+
+def _head(stream: BinaryIO, where: str) -> bytes:
+    """The first bytes of a stream, which is back at its beginning."""
+    head = stream.read(256)
+    stream.seek(0)
+    if not _CONTAINER_MAGIC.match(head) and not _AUDIO_MAGIC.match(head):
+        reason = "not a readable audio file; accepted are WAV, FLAC, Ogg, MP3, AIFF, MP4, WebM and AAC"
+        raise MediaError("audio", reason, where)
+    return head
 
 
 def _read_wave(stream: BinaryIO, head: bytes, policy: MediaPolicy, where: str) -> tuple[np.ndarray, int]:

@@ -52,12 +52,7 @@ def read_audio_track(stream: BinaryIO, policy: MediaPolicy, where: str) -> tuple
     """[samples, channels] float32 and the rate of the first sound track in a container."""
     guard = refuse_on_failure("audio", where, "the sound track is damaged or cannot be decoded")
     with guard, open_container(stream, "audio", where) as container:
-        if not container.streams.audio:
-            raise MediaError("audio", "the file has no sound track; of a silent video leave sound_track out", where)
-        track = container.streams.audio[0]
-        rate, channels = int(track.rate or 0), int(track.channels or 0)
-        seconds = duration(container, track)
-        check_audio(max(1, int(seconds * rate)), rate, channels, policy, where)
+        track, _, rate, channels = _checked_track(container, policy, where)
         blocks, total = [], 0
         for frame in container.decode(track):
             block = _frame_samples(frame)
@@ -72,6 +67,25 @@ def read_audio_track(stream: BinaryIO, policy: MediaPolicy, where: str) -> tuple
     if not np.isfinite(samples).all():
         raise MediaError("audio", "it holds NaN or infinite samples", where)
     return samples, rate
+
+
+def audio_track_header(stream: BinaryIO, policy: MediaPolicy, where: str) -> tuple[int, int, int]:
+    """Samples per channel (0: the container does not say), rate and channels of the first sound track in a container."""
+    guard = refuse_on_failure("audio", where, "the sound track is damaged or cannot be decoded")
+    with guard, open_container(stream, "audio", where) as container:
+        _, samples, rate, channels = _checked_track(container, policy, where)
+        return samples, rate, channels
+
+
+def _checked_track(container: Any, policy: MediaPolicy, where: str) -> tuple[Any, int, int, int]:
+    """The first sound track, with samples, rate and channels by its header."""
+    if not container.streams.audio:
+        raise MediaError("audio", "the file has no sound track; of a silent video leave sound_track out", where)
+    track = container.streams.audio[0]
+    rate, channels = int(track.rate or 0), int(track.channels or 0)
+    samples = int(duration(container, track) * rate)
+    check_audio(max(1, samples), rate, channels, policy, where)
+    return track, samples, rate, channels
 
 
 def _frame_samples(frame: Any) -> np.ndarray:

@@ -1,6 +1,6 @@
 """States of the frozen towers, computed once per medium and kept on disk.
 
-Training from cached states skips the towers, which cost most of a small model's step. What is stored is exactly what
+Several runs may share a cache: while one computes states of a kind, the others wait, and then find them. Training from cached states skips the towers, which cost most of a small model's step. What is stored is exactly what
 the model's `*_encoder_states` inputs take. For "mlp" connectors with `num_tokens` the states are stored already pooled
 to that many positions: the connector pools first, and pooling twice changes nothing.
 """
@@ -71,7 +71,7 @@ class EncoderCache:
         self._unreadable: dict[Any, MediaError] = {}
 
     def build(self, samples: Iterable[Sample], progress: bool = True, skip_unreadable: bool = False) -> int:
-        """Compute what is missing; may be interrupted and called again.
+        """Compute what is missing, after other processes that do so now; may be interrupted and called again.
 
         Args:
             skip_unreadable: leave out media that cannot be read; `states` raises for the samples that they belong to.
@@ -81,6 +81,7 @@ class EncoderCache:
 
         Raises:
             MediaError: a medium cannot be read.
+            CheckpointError: nothing can be written to the folder.
         """
         samples = list(samples)
         if skip_unreadable:
@@ -90,16 +91,20 @@ class EncoderCache:
         total = sum(map(len, missing.values()))
         bar = tqdm(total=total, desc="Encoding media", unit="item", disable=not progress or not total)
         with bar, _eval_mode(self.model):
-            for kind, items in missing.items():
-                store = self._store(kind)
-                for batch in _batches(items, 1 if kind == "video" else self.batch_size):
-                    media = self._open_all(kind, batch, skip_unreadable)
-                    encoded = self._encode(kind, list(media.values())) if media else []
-                    for key, states in zip(media, encoded, strict=True):
-                        store.add(key, {name: tensor.to("cpu", self.dtype) for name, tensor in states.items()})
-                    bar.update(len(batch))
-                store.flush()
-        return total
+            return sum(self._build_kind(kind, items, bar, skip_unreadable) for kind, items in missing.items())
+
+    def _build_kind(self, kind: str, items: dict[str, Any], bar: Any, skip_unreadable: bool) -> int:
+        store = self._store(kind)
+        with store.writing():
+            left = {key: value for key, value in items.items() if key not in store}
+            bar.update(len(items) - len(left))  # somebody else computed them meanwhile
+            for batch in _batches(left, 1 if kind == "video" else self.batch_size):
+                media = self._open_all(kind, batch, skip_unreadable)
+                encoded = self._encode(kind, list(media.values())) if media else []
+                for key, states in zip(media, encoded, strict=True):
+                    store.add(key, {name: tensor.to("cpu", self.dtype) for name, tensor in states.items()})
+                bar.update(len(batch))
+        return len(left)
 
     def states(self, sample: Sample, variant: int = 0) -> dict[str, list[torch.Tensor]]:
         """States of a sample's media, each in the order of its placeholders.

@@ -1,19 +1,25 @@
 """Named tensors on disk, by key."""
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..saving.folder_lock import exclusive
+
 INDEX_FILE = "index.json"
 ITEMS_PER_SHARD = 256
 
 
 class TensorStore:
-    """Named tensors by key: safetensors shards that are only ever added, and an index that is written after them."""
+    """Named tensors by key: safetensors shards that are only ever added, and an index that is written after them.
+
+    Any number of processes may read; one at a time writes, within `writing`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -21,13 +27,31 @@ class TensorStore:
         self._pending: dict[str, dict[str, torch.Tensor]] = {}
         self._loaded: dict[str, dict[str, torch.Tensor]] = {}
         self._statistics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._read_index()
+
+    def _read_index(self) -> None:
         with suppress(FileNotFoundError):
-            self._index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            self._index = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Wait until no other process writes here and see what they left; what the block adds is on disk at its end.
+
+        Raises:
+            CheckpointError: nothing can be written there.
+        """
+        with exclusive(self.folder, waits=True):
+            self._read_index()
+            # Shards are named by the length of the index: a state twice would let two of them have one name.
+            self._pending = {key: states for key, states in self._pending.items() if key not in self._index}
+            yield
+            self.flush()
 
     def __contains__(self, key: str) -> bool:
         return key in self._index or key in self._pending
 
     def add(self, key: str, states: dict[str, torch.Tensor]) -> None:
+        """Keep a state that is not there yet; within `writing`."""
         self._pending[key] = {name: tensor.contiguous().clone() for name, tensor in states.items()}
         if len(self._pending) >= ITEMS_PER_SHARD:
             self.flush()

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from transformers.utils import logging
+
 from ...errors import CheckpointError
 from .checkpoints import told
+
+logger = logging.get_logger(__name__)
 
 LOCK_FILE = ".lock"
 
@@ -27,8 +31,11 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, waits: bool = False) -> Iterator[None]:
     """Hold a folder, which is made if need be, against a second process that writes there too.
+
+    Args:
+        waits: until somebody else who holds it lets go, or dies, instead of refusing.
 
     Raises:
         CheckpointError: somebody else holds it, or nothing can be written there.
@@ -39,7 +46,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     _held.add(descriptor)
     owner = os.getpid()
     try:
-        _lock(descriptor, folder)
+        _lock(descriptor, folder, waits)
         yield
     finally:
         if os.getpid() == owner:
@@ -47,7 +54,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock(descriptor: int, folder: Path, waits: bool) -> None:
     try:
         import fcntl
     except ImportError:  # Windows: no lock rather than no training
@@ -57,8 +64,11 @@ def _lock(descriptor: int, folder: Path) -> None:
     except BlockingIOError as error:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         named = f" ({holder})" if holder else ""
-        raise CheckpointError(
-            f"Another process{named} is training in {folder}: wait for it or choose another out."
-        ) from error
+        if not waits:
+            raise CheckpointError(
+                f"Another process{named} is training in {folder}: wait for it or choose another out."
+            ) from error
+        logger.warning(f"Waiting for another process{named}, which writes into {folder}.")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

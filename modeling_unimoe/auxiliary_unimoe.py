@@ -19,12 +19,13 @@ plain decoder's.
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache
 from transformers.utils import logging
 
 from .configuration_unimoe import UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
-from .errors_unimoe import ModalityError, UniMoeError
+from .errors_unimoe import ConfigurationError, ModalityError, UniMoeError
 from .idle_branches_unimoe import must_run, not_training, without_value, zero_medium
 from .modeling_unimoe_moai import SOURCES, Mixing, Rows, UniMoeCompressor
 
@@ -100,6 +101,7 @@ class AuxiliaryMixin:
         Raises:
             ModalityError: aux for a model without mixers, or for a sample without image.
             UniMoeError: aux come with a part of a text only.
+            ConfigurationError: gradients are checkpointed in the reentrant way.
         """
         given = any(inputs[name] is not None for name in _FEATURES)
         if given and self.aux_compressor is None:
@@ -108,6 +110,8 @@ class AuxiliaryMixin:
             return None, self._idle_compressor(seen=False)
         if modality_ids is None:
             raise ModalityError("inputs_embeds with aux need mm_token_type_ids to say where images are: give them.")
+        if self._joins:
+            _refuse_reentrant_checkpointing(self.language_model)  # type: ignore[attr-defined]
         features, aux_mask = self.get_aux_features(
             **{name: inputs[name] for name in (*_FEATURES, "aux_attention_mask")}
         )
@@ -172,18 +176,59 @@ def prompt_before_answers(labels: torch.Tensor) -> torch.Tensor:
     return (labels != -100).cumsum(dim=1) == 0
 
 
-def continued_prompt(prompt_mask: torch.Tensor, length: int) -> torch.Tensor:
-    """The mask of a prompt to which tokens were generated since; they are no part of it.
+def prompt_to_continue(
+    prompt_mask: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """[B, S]: the prompt_mask with which generation starts; unless one is given, all that is no padding is prompt.
 
     Raises:
-        UniMoeError: the text is shorter than the prompt, as in chunked prefill.
+        UniMoeError: the mask that was given does not fit the text; one that ends earlier leaves the rest to be answer.
     """
-    if length < prompt_mask.shape[1]:
+    if prompt_mask is None:
+        return torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    # With inputs_embeds there are no ids yet, and nothing to compare.
+    if prompt_mask.ndim != 2 or 0 < input_ids.shape[1] < prompt_mask.shape[1]:
         raise UniMoeError(
-            f"Only {length} of the prompt's {prompt_mask.shape[1]} tokens are read at once, but mixers need them all: "
-            "leave prefill_chunk_size out."
+            f"prompt_mask has shape {list(prompt_mask.shape)}, the text {list(input_ids.shape)}: give one value per token."
         )
-    return torch.nn.functional.pad(prompt_mask, (0, length - prompt_mask.shape[1]))
+    return prompt_mask
+
+
+def continued_prompt(prompt_mask: torch.Tensor, length: int, cached: int = 0) -> torch.Tensor:
+    """The mask of a prompt to which tokens were generated since; they are no part of it.
+
+    Args:
+        length: of the text that is read now.
+        cached: tokens that a cache holds of it already.
+
+    Raises:
+        UniMoeError: not all of the prompt is read now.
+    """
+    marked = prompt_mask.shape[1]
+    if length < marked and cached:
+        raise UniMoeError(
+            f"past_key_values hold {cached} tokens already, so {length} of the prompt's {marked} are left to read, but mixers "
+            "need the whole prompt at once: leave past_key_values out to have it read with aux, or go on without aux and "
+            "prompt_mask."
+        )
+    if length < marked:
+        raise UniMoeError(
+            f"Only {length} of the prompt's {marked} tokens are read at once, but mixers need them all: leave "
+            "prefill_chunk_size out."
+        )
+    return torch.nn.functional.pad(prompt_mask, (0, length - marked))
+
+
+def _refuse_reentrant_checkpointing(decoder: nn.Module) -> None:
+    """All mixers read the same compressed aux, through which reentrant checkpoints would go back once per layer."""
+    for layer in decoder.layers:  # type: ignore[union-attr]
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None) if layer.gradient_checkpointing else None
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+            raise ConfigurationError(
+                "Gradient checkpointing is on with use_reentrant=True, with which mixers cannot be trained: call "
+                'gradient_checkpointing_enable({"use_reentrant": False}), or give the trainer '
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
 
 
 def _aux_mask(mask: torch.Tensor | None, features: torch.Tensor, texts: int) -> torch.Tensor:
@@ -240,4 +285,4 @@ def _mixed_samples(aux_mask: torch.Tensor, image_mask: torch.Tensor, language_ma
     return torch.tensor([i for i, aux in enumerate(has[0]) if aux], device=image_mask.device, dtype=torch.long)
 
 
-__all__ = ["AUX_INPUTS", "AuxiliaryMixin", "continued_prompt", "prompt_before_answers"]
+__all__ = ["AUX_INPUTS", "AuxiliaryMixin", "continued_prompt", "prompt_before_answers", "prompt_to_continue"]

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .auxiliary_unimoe import AUX_INPUTS, AuxiliaryMixin, continued_prompt, prompt_before_answers
+from .auxiliary_unimoe import AUX_INPUTS, AuxiliaryMixin, continued_prompt, prompt_before_answers, prompt_to_continue
 from .configuration_unimoe import UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin, begins_text, check_text_inputs, place_features
@@ -335,7 +335,9 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
                 inputs.pop(name, None)
         elif inputs.get("prompt_mask") is not None:
             tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-            inputs["prompt_mask"] = continued_prompt(inputs["prompt_mask"], tokens.shape[1])
+            cache = kwargs.get("past_key_values")
+            cached = 0 if cache is None else int(cache.get_seq_length())
+            inputs["prompt_mask"] = continued_prompt(inputs["prompt_mask"], tokens.shape[1], cached)
         return inputs
 
     def _warn_of_long_context(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None) -> None:
@@ -369,9 +371,8 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         What is generated is no part of the prompt, which the mask says that is added here.
         """
         if input_ids is not None and any(model_kwargs.get(name) is not None for name in AUX_INPUTS):
-            mask = model_kwargs.get("attention_mask")
-            if model_kwargs.get("prompt_mask") is None:
-                model_kwargs["prompt_mask"] = torch.ones_like(input_ids) if mask is None else mask
+            masks = (model_kwargs.get("prompt_mask"), input_ids, model_kwargs.get("attention_mask"))
+            model_kwargs["prompt_mask"] = prompt_to_continue(*masks)
         apart = ("expert_choice", *(name for names in MEDIA_INPUTS.values() for name in names))
         media = {name: model_kwargs.pop(name) for name in apart if name in model_kwargs}
         if expand_size > 1 and input_ids is not None:

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import PIL.Image
+import torch
 
 from .chat_unimoe import MEDIA_KINDS, MediaItem, media_keys
 from .media_audio_unimoe import load_audio
@@ -52,11 +54,12 @@ def process_media(
 
 
 def image_pixels(processor: Any, pictures: list[PIL.Image.Image], **settings: Any) -> Any:
-    """Pixels of pictures [n, 3, H, W] as the processor's `image_aspect_ratio` and image processor make them.
+    """Pixels of pictures [n, 3, H, W] as the processor's `image_aspect_ratio`, `image_antialias` and image processor make
+    them.
 
     Raises:
         PlaceholderError: the processor has no image processor.
-        OptionError: pictures are to be padded, but the image processor has no mean to pad them with.
+        OptionError: the image processor has no mean to pad pictures with, or no height and width to stretch them to.
     """
     image_processor = _part(processor, "image_processor", "images")
     if processor.image_aspect_ratio == "pad":
@@ -67,6 +70,14 @@ def image_pixels(processor: Any, pictures: list[PIL.Image.Image], **settings: An
                 f"image_aspect_ratio is 'pad', but the {name} has no image_mean: set it, or use 'square'."
             )
         pictures = [padded_to_square(picture, mean) for picture in pictures]
+    if not processor.image_antialias:
+        size = settings.get("size") or getattr(image_processor, "size", None) or {}
+        if "height" not in size or "width" not in size:
+            raise OptionError(
+                f"image_antialias is false, but the {type(image_processor).__name__} has the size {dict(size)}: give it a "
+                "height and a width, to which pictures are stretched."
+            )
+        pictures = [stretched(picture, size["height"], size["width"]) for picture in pictures]
     return image_processor(images=pictures, return_tensors="pt", **settings)["pixel_values"]
 
 
@@ -85,6 +96,16 @@ def padded_to_square(picture: PIL.Image.Image, mean: float | Sequence[float]) ->
     square = PIL.Image.new("RGB", (side, side), (red, green, blue))
     square.paste(picture, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def stretched(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
+    """An RGB picture of this size, bilinear without smoothing: where it shrinks, pixels in between are passed over.
+
+    As torchvision's `Resize(..., antialias=False)` on uint8 tensors, with which MoAI's demo reads pictures.
+    """
+    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float()
+    resized = torch.nn.functional.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
+    return PIL.Image.fromarray(resized[0].round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
 def waiting_runs(processor: Any, media: list[MediaItem], windows: Iterator[int]) -> dict[str, list[list[Run]]]:

@@ -59,6 +59,7 @@ class UniMoeProcessor(ProcessorMixin):
             begin with "original": ids and labels of the original code with its faults, see `build_encoder`.
         image_aspect_ratio: "square" leaves the shape of pictures to the image processor; "pad" first puts each in the
             middle of a square of the image processor's mean colour. Frames of videos are left as they are.
+        image_antialias: false stretches pictures to the image processor's size without smoothing, see `stretched`.
         aux_maps: how pictures of segments become pixels: "picture", as photos; "released", see `map_pixels`.
 
     Attributes:
@@ -86,6 +87,7 @@ class UniMoeProcessor(ProcessorMixin):
         tokenization: str = "plain",
         image_aspect_ratio: str = "square",
         aux_maps: str = "picture",
+        image_antialias: bool = True,
     ) -> None:
         # Not the inherited __init__: it wants every part to be there, and real torchvision for the video one.
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -98,7 +100,8 @@ class UniMoeProcessor(ProcessorMixin):
         self.chat_template = chat_template or DEFAULT_CHAT_TEMPLATE
         self.image_tokens, self.video_tokens = image_tokens, video_tokens
         self.speech_tokens, self.sound_tokens = speech_tokens, sound_tokens
-        self.tokenization, self.image_aspect_ratio, self.aux_maps = tokenization, image_aspect_ratio, aux_maps
+        self.tokenization, self.aux_maps = tokenization, aux_maps
+        self.image_aspect_ratio, self.image_antialias = image_aspect_ratio, image_antialias
         check_settings(self)
         self.media_policy = DEFAULT_POLICY
         self._encoders: dict[tuple[str, int, str], ChatEncoder] = {}
@@ -179,11 +182,10 @@ class UniMoeProcessor(ProcessorMixin):
         each that has a sound track.
 
         Returns:
-            `tokenize=False`: the prompt(s), unescaped. Else with `return_dict` a BatchFeature with input_ids,
-            attention_mask, mm_token_type_ids [B, S] and, as far as given, pixel_values [n, 3, H, W],
+            `tokenize=False`: the prompt(s), unescaped. Else the input_ids, or with `return_dict` a BatchFeature with
+            input_ids, attention_mask, mm_token_type_ids [B, S] and, as far as given, pixel_values [n, 3, H, W],
             pixel_values_videos [n, F, 3, H, W], speech_features, audio_features, audio_padding_mask (all media of the
             batch in order), aux_input_ids and the like; with `return_assistant_tokens_mask` also assistant_masks [B, S].
-            Without: the input_ids.
 
         Raises:
             ConversationError, MediaError, PlaceholderError: the message names conversation, message and content.

@@ -26,6 +26,8 @@ def check_settings(processor: Any) -> None:
         if getattr(processor, name) not in allowed:
             words = " or ".join(map(repr, allowed))
             raise OptionError(f"UniMoeProcessor: {name} is {getattr(processor, name)!r}; use {words}.")
+    if not isinstance(processor.image_antialias, bool):
+        raise OptionError(f"UniMoeProcessor: image_antialias is {processor.image_antialias!r}; use true or false.")
 
 
 class PresentParts:

@@ -183,6 +183,15 @@ def test_gradient_checkpointing_sees_the_same_experts(mixer: dict[str, str]) -> 
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+def test_reentrant_checkpointing_is_refused_where_mixers_train(mixed: UniMoeForCausalLM) -> None:
+    model, one = tiny_moai.model(), sample(1)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ConfigurationError, match=r'enable\({"use_reentrant": False}\)'):
+        gradients(model, one)
+    assert torch.equal(logits(model.eval(), one), logits(mixed, one))
+    gradients(model, {name: value for name, value in one.items() if not name.startswith("aux_")})
+
+
 def test_a_sparse_model_with_mixers_trains_saves_and_comes_back(tmp_path: Path) -> None:
     model = tiny_moai.model()
     batch = collate(SAMPLES)
@@ -239,6 +248,21 @@ def test_aux_in_the_wrong_place_are_refused(mixed: UniMoeForCausalLM) -> None:
         mixed(**{**one, "attention_mask": None}, past_key_values=cache)
     with pytest.raises((UniMoeError, ValueError), match="prefill_chunk_size"):
         mixed.generate(**one, max_new_tokens=2, prefill_chunk_size=3)
+
+
+def test_a_prompt_that_is_not_read_whole_is_refused_with_its_reason(mixed: UniMoeForCausalLM) -> None:
+    one = sample(1)
+    length = one["input_ids"].shape[1]
+    cache = mixed(**one, use_cache=True).past_key_values
+    more = {name: torch.cat((one[name], one[name][:, :3]), dim=1) for name in ("input_ids", "attention_mask")}
+    with pytest.raises(UniMoeError, match=f"hold {length} tokens already, so 3 .*: leave past_key_values out"):
+        mixed.generate(**{**one, **more}, past_key_values=cache, max_new_tokens=2)
+    encoded = {**one, "image_encoder_states": mixed.model.encode_image(one["pixel_values"]), "pixel_values": None}
+    with pytest.raises(UniMoeError, match=f"Only 3 of the prompt's {length} tokens .*: leave prefill_chunk_size out"):
+        mixed.generate(**encoded, max_new_tokens=2, prefill_chunk_size=3)
+    for mask in (torch.ones(1, length + 1), torch.ones(length)):
+        with pytest.raises(UniMoeError, match=r"prompt_mask has shape .*, the text \[1, 10\]"):
+            mixed.generate(**one, prompt_mask=mask, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(

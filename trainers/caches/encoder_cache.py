@@ -290,6 +290,8 @@ def _fingerprint(
     }
     if kind == "image" and processor.image_aspect_ratio != "square":
         settings["image_aspect_ratio"] = processor.image_aspect_ratio
+    if kind == "image" and not processor.image_antialias:
+        settings["image_antialias"] = False
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for tower in (tower for tower in towers if tower is not None):
         digest.update(json.dumps(tower.config.to_diff_dict(), sort_keys=True, default=str).encode())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UniMoeError
+from ._argument_types import add_quantize
 from .inspect import router_load_lines
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest words that make up P")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    add_quantize(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     set_seed(args.seed)
     system = None if args.system is None else _plain_text(args.system)
-    conversation = Conversation(load_answerer(args.model, args.device, options), system, args.json)
+    conversation = Conversation(load_answerer(args.model, args.device, options, args.quantize), system, args.json)
     for kind in _MEDIA:
         for file in getattr(args, kind.replace("-", "_")):
             conversation.attach(kind, file)

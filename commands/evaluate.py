@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UniMoeError
+from ._argument_types import add_quantize
 
 if TYPE_CHECKING:
     from ..evaluation.running.runner import PlannedTask
@@ -63,6 +64,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="whose wording and answer lengths (default: unimoe)",
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    add_quantize(parser)
     parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible endpoint that grades free answers")
     parser.add_argument("--judge-model", metavar="NAME", help="the judge's model name")
     parser.add_argument(
@@ -94,7 +96,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
     planned = runner.plan_run(tasks, data, out, args.prompts, args.limit)
     settings = runner.settings_of(
-        args.model, planned, args.prompts, args.limit, args.max_new_tokens, args.likeliest_letter
+        args.model, planned, args.prompts, args.limit, args.max_new_tokens, args.likeliest_letter, args.quantize
     )
     settings = runner.check_settings(settings, out, args.resume)
     processes = runner.Processes(args.device)
@@ -116,6 +118,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             batch_size,
             args.max_new_tokens,
             args.likeliest_letter,
+            args.quantize,
             bar,
         )
     if is_main:

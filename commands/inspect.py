@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ._argument_types import positive
+from ._argument_types import add_quantize, positive
 
 if TYPE_CHECKING:
     from ..conversion.checkpoints.description import ModelDescription, RouterLoad
@@ -49,6 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--limit", metavar="N", type=positive, help="at most N samples, evenly over tasks")
     parser.add_argument("--batch-size", metavar="N", type=positive, default=8, help="samples at once (default: 8)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    add_quantize(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,7 +70,14 @@ def _look_inside(args: argparse.Namespace) -> int:
     if not args.out or not (args.data or args.compare):
         raise DataError("--data and --compare need --out, a folder for the page, and --out needs one of them.")
     request = Request(
-        args.model, args.data or [], args.media_root, args.compare, args.limit, args.batch_size, args.device
+        args.model,
+        args.data or [],
+        args.media_root,
+        args.compare,
+        args.limit,
+        args.batch_size,
+        args.device,
+        args.quantize,
     )
     facts, page = look_inside(request, args.out)
     print(json.dumps(facts) if args.json else "\n".join(finding_lines(facts)))

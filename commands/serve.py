@@ -2,6 +2,8 @@
 
 import argparse
 
+from ._argument_types import add_quantize
+
 _EPILOG = """\
 examples:
   unimoe serve quickstart-out/model
@@ -32,6 +34,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: that of the weights)")
+    add_quantize(parser)
     parser.add_argument(
         "--continuous-batching",
         action="store_true",
@@ -71,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         longest_body=args.max_request_mb << 20,
         continuous_batching=args.continuous_batching,
         cache_tokens=args.cache_tokens,
+        quantize=args.quantize,
     )
     server = ModelServer(settings)
     print(f"{args.model} at http://{args.host}:{args.port}/v1 (Ctrl-C stops)", flush=True)

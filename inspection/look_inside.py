@@ -34,6 +34,7 @@ class Request:
         data: data files; without any only weights are looked at.
         limit, batch_size: see `measure_usage`.
         device: None takes cuda if there is one.
+        quantize: run with weights in "int8" or "int4"; distances and changes are still those of the folder's weights.
         progress: show progress bars.
     """
 
@@ -44,6 +45,7 @@ class Request:
     limit: int | None = None
     batch_size: int = 8
     device: str | None = None
+    quantize: str | None = None
     progress: bool = True
 
 
@@ -113,9 +115,9 @@ def _comparison(
 
 def _use(request: Request, name: str, dataset: ConversationDataset) -> tuple[Usage, Any]:
     """Run the data through a model, which is gone afterwards."""
-    from ..serving.answering import open_model
+    from ..model_opener import open_model
 
-    processor, model = open_model(name, request.device)
+    processor, model = open_model(name, request.device, request.quantize)
     total = len(chosen_samples(dataset.samples, request.limit))
     with _bar(f"Running {Path(name).name}", total, request.progress) as step:
         usage = measure_usage(model, processor, dataset, request.batch_size, request.limit, step)

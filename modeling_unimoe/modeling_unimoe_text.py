@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_unimoe_text import UniMoeTextConfig
 from .modeling_unimoe_moai import Mixing, UniMoeAttentionPlora, UniMoeMixer, UniMoeMLPPlora, init_moai_weights
+from .quantized_experts_unimoe import experts_one_by_one, with_quantized_weights
 from .rotary_unimoe import UniMoeRotaryEmbedding, apply_rotary_pos_emb
 from .routing_dynamic_unimoe import UniMoeDynamicRouter
 from .routing_unimoe import UniMoeRouter
@@ -155,6 +156,7 @@ class UniMoeMLP(nn.Module):
         return result if self.plora is None else self.plora.output(inner, result, image_mask)
 
 
+@with_quantized_weights
 @use_experts_implementation
 class UniMoeExperts(nn.Module):
     """All experts of a layer as two fused tensors: gate_up_proj [E, 2I, H] (gate rows first) and down_proj [E, H, I]."""
@@ -172,16 +174,7 @@ class UniMoeExperts(nn.Module):
         self, x_TH: torch.Tensor, top_k_index_TK: torch.Tensor, top_k_weights_TK: torch.Tensor
     ) -> torch.Tensor:
         """The reference implementation, "eager": one expert after the other. Index E means "no expert"."""
-        y_TH = torch.zeros_like(x_TH)
-        # unbind, not [e]: indexing would make every backward build a full [E, 2I, H] gradient per expert.
-        gate_up_E, down_E = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
-        for expert in range(self.num_experts):
-            token_N, choice_N = torch.where(top_k_index_TK == expert)
-            gate_NI, up_NI = F.linear(x_TH[token_N], gate_up_E[expert]).chunk(2, dim=-1)
-            out_NH = F.linear(self.act_fn(gate_NI) * up_NI, down_E[expert])
-            out_NH = out_NH * top_k_weights_TK[token_N, choice_N, None]
-            y_TH.index_add_(0, token_N, out_NH.to(y_TH.dtype))
-        return y_TH
+        return experts_one_by_one(self, x_TH, top_k_index_TK, top_k_weights_TK)
 
 
 class UniMoeSparseBlock(nn.Module):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchao_available, is_torchvision_available
 
 from .checkpoint_layouts_unimoe import FusedCheckpointMixin
 from .configuration_unimoe import AUTO_MAP, UniMoeConfig
@@ -39,6 +39,9 @@ class UniMoePreTrainedModel(FusedCheckpointMixin, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; frozen towers come back frozen, which loading alone does not preserve."""
+        if is_torchao_available():
+            # torchao then knows it by its name, in arguments and in folders.
+            from .packed_int4_unimoe import PackedInt4Tensor  # noqa: F401
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model.freeze_towers()  # type: ignore[operator]

@@ -16,6 +16,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..errors import MissingPackageError, RequestError, UniMoeError
 from ..processing.media_policy_unimoe import MediaLimits, MediaPolicy
+from ..quantization import quantization_config
 from .chat_handler import SEED, ChatHandler
 from .continuous import TextBatching, require_batchable
 from .request_guard import CHAT, RequestGuard, error_body
@@ -36,6 +37,7 @@ class ServerSettings:
         continuous_batching: whether requests of text alone are generated together; see `continuous`.
         cache_tokens: what the cache of these holds; None: four texts of the model's greatest length.
         limits: of the media in a request.
+        quantize: hold the weights in "int8" or "int4".
     """
 
     model: str
@@ -47,6 +49,7 @@ class ServerSettings:
     continuous_batching: bool = False
     cache_tokens: int | None = None
     limits: MediaLimits = field(default_factory=lambda: MediaLimits(max_audio_seconds=600.0, max_video_seconds=600.0))
+    quantize: str | None = None
 
 
 class ModelServer(Serve):
@@ -61,7 +64,6 @@ class ModelServer(Serve):
         if not is_serve_available():
             raise MissingPackageError("Serving needs the extra `serve`: pip install 'unimoe[serve]'.")
         super().__init__(
-            force_model=settings.model,
             device=settings.device,
             dtype=settings.dtype,
             host=settings.host,
@@ -69,7 +71,7 @@ class ModelServer(Serve):
             non_blocking=True,
         )
         self.settings = settings
-        [loaded] = self._model_manager.loaded_models.values()
+        loaded = self._load()
         context = loaded.model.config.get_text_config().max_position_embeddings
         loaded.processor.media_policy = MediaPolicy(allow_paths=False, limits=settings.limits)
         _limit_prompts(loaded.processor, context)
@@ -77,6 +79,17 @@ class ModelServer(Serve):
         if settings.continuous_batching:
             self._generation_state = _batching(loaded.model, context, settings.cache_tokens)
         self._add_to_app(self.server.config.app, context)
+
+    def _load(self) -> Any:
+        """transformers loads; it knows bitsandbytes only, so what it quantises with is set before."""
+        manager = self._model_manager
+        if self.settings.quantize is not None:
+            chosen = quantization_config(self.settings.quantize)
+            manager.get_quantization_config = lambda: chosen
+        manager.force_model, manager.model_timeout = self.settings.model, -1
+        manager.load_model_and_processor(manager.process_model_name(self.settings.model))
+        [loaded] = manager.loaded_models.values()
+        return loaded
 
     def start_server(self) -> None:
         """Nothing yet: transformers calls this before the app is complete."""

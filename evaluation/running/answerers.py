@@ -140,31 +140,14 @@ def _letter_tokens(tokenizer: Any, letters: Sequence[str]) -> dict[str, list[int
     return tokens
 
 
-def load_answerer(name: str, device: Any) -> Answerer:
-    """A model folder or Hub id, ours or any that AutoModelForCausalLM takes, on a device.
-
-    Raises:
-        ConversionError: there is no such folder or Hub id.
-        CheckpointError: it cannot be loaded.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
-
-    from ...conversion.dense.sources import resolve_folder
-    from ...hub_access import MODEL_FILES
+def load_answerer(name: str, device: Any, quantize: str | None = None) -> Answerer:
+    """A model folder or Hub id, ours or any that AutoModelForCausalLM takes, on a device; see `open_model`."""
+    from ...model_opener import open_model
     from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
-    from ...progress_bars import transformers_bars
 
-    with transformers_bars(shown=False):
-        folder = resolve_folder(name, MODEL_FILES)
-        try:
-            config = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto").to(device)
-            if isinstance(config, UniMoeConfig):
-                return ChatAnswerer(model, AutoProcessor.from_pretrained(folder))
-            return TextAnswerer(model, AutoTokenizer.from_pretrained(folder))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"The model in {folder} cannot be loaded ({error}): check the folder.") from error
+    processor, model = open_model(name, device, quantize, others=True)
+    answerer = ChatAnswerer if isinstance(model.config, UniMoeConfig) else TextAnswerer
+    return answerer(model, processor)
 
 
 def require_kinds(answerer: Answerer, task: str, requests: Sequence[Request]) -> None:

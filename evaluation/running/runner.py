@@ -31,6 +31,7 @@ class Settings:
     max_new_tokens: int | None  # None: each task's own
     likeliest_letter: bool
     items: dict[str, str]  # task -> digest of its prompts
+    quantize: str | None = None
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,7 @@ def settings_of(
     limit: int | None = None,
     max_new_tokens: int | None = None,
     likeliest_letter: bool = False,
+    quantize: str | None = None,
 ) -> Settings:
     """The settings of a planned run."""
     digests = {}
@@ -102,7 +104,7 @@ def settings_of(
         for request in plan.requests:
             digest.update(json.dumps([request.id, request.text], ensure_ascii=False).encode("utf-8", "surrogatepass"))
         digests[plan.task.name] = digest.hexdigest()[:16]
-    return Settings(model, fingerprint(model), system, limit, max_new_tokens, likeliest_letter, digests)
+    return Settings(model, fingerprint(model), system, limit, max_new_tokens, likeliest_letter, digests, quantize)
 
 
 def check_settings(settings: Settings, out: Path, resume: bool) -> Settings:
@@ -117,10 +119,10 @@ def check_settings(settings: Settings, out: Path, resume: bool) -> Settings:
     if not resume:
         raise CheckpointError(f"{out} holds a run already: add --resume to go on with it, or give another --out.")
     try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
+        earlier = {"quantize": None, **json.loads(file.read_text(encoding="utf-8"))}
         changed = [
             f"{name} was {earlier[name]!r} and is {getattr(settings, name)!r}"
-            for name in ("model_fingerprint", "prompts", "limit", "max_new_tokens", "likeliest_letter")
+            for name in ("model_fingerprint", "prompts", "limit", "max_new_tokens", "likeliest_letter", "quantize")
             if earlier[name] != getattr(settings, name)
         ]
         changed += [
@@ -166,6 +168,7 @@ def answer_all(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     likeliest_letter: bool = False,
+    quantize: str | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Ask everything that is not answered yet, each process its share.
@@ -173,6 +176,7 @@ def answer_all(
     Args:
         likeliest_letter: where there are options, do not generate, see `BatchAnswerer`.
         max_new_tokens: longest answer, in place of each task's.
+        quantize: hold the weights in "int8" or "int4".
         progress: called with the number of items that have just been answered by this process.
 
     Raises:
@@ -181,7 +185,7 @@ def answer_all(
     """
     processes.wait()  # all have planned before the first of them writes, so that all share out the same items
     if any(plan.waiting for plan in planned):
-        answerer = load_answerer(model, processes.device)
+        answerer = load_answerer(model, processes.device, quantize)
         for plan in planned:
             require_kinds(answerer, plan.task.name, plan.waiting)
         batches = BatchAnswerer(answerer, batch_size, "cuda" in str(processes.device), likeliest_letter)

@@ -1,0 +1,57 @@
+"""Experts one after the other: the reference, and how experts run whose weights are held in few bits.
+
+Shape suffixes as in `modeling_unimoe_text.py`.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a weight is one of torchao's tensors, ours included (`PackedInt4Tensor`)."""
+    return hasattr(type(weight), "tensor_data_names")
+
+
+def experts_one_by_one(
+    experts: Any, x_TH: torch.Tensor, top_k_index_TK: torch.Tensor, top_k_weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """What every expert makes of its tokens, weighted and summed, [T, H]. Index E means "no expert".
+
+    Quantised weights are taken out of their fused tensor still quantised, an expert at a time and only if it has tokens.
+    Their matrix product is that of their format: it brings back at most this one expert.
+    """
+    quantized = is_quantized(experts.gate_up_proj)
+    y_TH = torch.zeros_like(x_TH)
+    # unbind, not [e]: indexing would make every backward build a full [E, 2I, H] gradient per expert.
+    gate_up_E = experts.gate_up_proj if quantized else experts.gate_up_proj.unbind(0)
+    down_E = experts.down_proj if quantized else experts.down_proj.unbind(0)
+    for expert in range(experts.num_experts):
+        token_N, choice_N = torch.where(top_k_index_TK == expert)
+        if quantized and not len(token_N):
+            continue
+        gate_NI, up_NI = F.linear(x_TH[token_N], gate_up_E[expert]).chunk(2, dim=-1)
+        out_NH = F.linear(experts.act_fn(gate_NI) * up_NI, down_E[expert])
+        out_NH = out_NH * top_k_weights_TK[token_N, choice_N, None]
+        y_TH.index_add_(0, token_N, out_NH.to(y_TH.dtype))
+    return y_TH
+
+
+def with_quantized_weights(experts_class: type[nn.Module]) -> type[nn.Module]:
+    """Let experts run one by one while their weights are quantised: the other implementations multiply whole stacks."""
+    chosen_forward: Callable[..., torch.Tensor] = experts_class.forward
+
+    @wraps(chosen_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        run = experts_one_by_one if is_quantized(self.gate_up_proj) else chosen_forward
+        return run(self, *args, **kwargs)
+
+    experts_class.forward = forward  # type: ignore[method-assign]
+    return experts_class
+
+
+__all__ = ["experts_one_by_one", "is_quantized", "with_quantized_weights"]

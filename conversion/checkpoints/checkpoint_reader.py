@@ -8,13 +8,15 @@ against the file.
 import json
 import math
 import struct
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 
 from ...errors import ConversionError
+from .bitsandbytes_tensors import held_in_few_bits
 from .pickle_files import load_pickle, refuse_truncated
 
 DTYPES = {
@@ -54,6 +56,9 @@ class TensorInfo:
 class Checkpoint:
     """The tensors of a folder with safetensors files (or, failing these, pickled ones that hold nothing but tensors).
 
+    Weights that bitsandbytes saved in 4 or 8 bits (`in_few_bits`) look like all others: they have the shape and dtype that
+    they had before, and what was stored beside them is not seen.
+
     Raises:
         ConversionError: there are no weights, or a file is missing, truncated, or not what its index says.
     """
@@ -61,8 +66,17 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._pickle: tuple[Path, dict[str, torch.Tensor]] | None = None
-        self.tensors = self._read_headers()
-        self.files = sorted({info.file for info in self.tensors.values()})
+        self._stored = self._read_headers()
+        self.in_few_bits = held_in_few_bits(self._stored, self._read_stored)
+        beside = {name for held in self.in_few_bits.values() for name in held.companions}
+        self.tensors = {
+            name: replace(info, dtype=self.in_few_bits[name].dtype, shape=self.in_few_bits[name].shape)
+            if name in self.in_few_bits
+            else info
+            for name, info in self._stored.items()
+            if name not in beside
+        }
+        self.files = sorted({info.file for info in self._stored.values()})
 
     @property
     def num_bytes(self) -> int:
@@ -88,7 +102,12 @@ class Checkpoint:
 
     def read_flat(self, name: str, start: int, count: int) -> torch.Tensor:
         """`count` values of a tensor from the `start`-th on, in row-major order."""
-        info = self.tensors[name]
+        if name in self.in_few_bits:
+            return self.in_few_bits[name].read(start, count, self._read_stored)
+        return self._read_stored(name, start, count)
+
+    def _read_stored(self, name: str, start: int, count: int) -> torch.Tensor:
+        info = self._stored[name]
         if info.file.suffix != ".safetensors":
             return self._unpickled(info.file)[name].reshape(-1)[start : start + count].clone()
         flat = torch.empty(count, dtype=info.dtype)
@@ -164,6 +183,15 @@ class TensorFile(Checkpoint):
         if not self.path.is_file():
             raise ConversionError(f"{self.path} is missing. Fetch the file.")
         return self._tensors_of(self.path)
+
+
+def quantisation_notes(checkpoint: Checkpoint, label: str) -> list[str]:
+    """For receipts: how many weights bitsandbytes had made smaller."""
+    kinds = Counter(held.kind for held in checkpoint.in_few_bits.values())
+    return [
+        f"{count} weights of the {label} were held in {kind} by bitsandbytes: what was brought back has its rounding"
+        for kind, count in sorted(kinds.items())
+    ]
 
 
 def _is_plain(name: Any, tensor: Any) -> bool:

@@ -76,6 +76,7 @@ class PartsView(Checkpoint):
     def __init__(self, checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
         self.stored, self.parts = checkpoint, dict(parts)
         super().__init__(checkpoint.folder)
+        self.in_few_bits = checkpoint.in_few_bits
 
     def _read_headers(self) -> dict[str, TensorInfo]:
         infos = {}

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.processing_unimoe import UniMoeProcessor
-from ..checkpoints.checkpoint_reader import dtype_name
+from ..checkpoints.checkpoint_reader import dtype_name, quantisation_notes
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.file_digests import file_digests
 from ..checkpoints.finished_folder import finished_folder
@@ -253,6 +253,7 @@ def _output(name: str, made: Made, expected: torch.Tensor | None, dtype: torch.d
 def _notes(opened: OpenedParts, config: UniMoeConfig, rows: int) -> list[str]:
     grown = rows - opened.source.config.text_config.vocab_size
     notes = [f"{grown} rows more in the embedding table, near the mean of the others"] if grown else []
+    notes += quantisation_notes(opened.source.checkpoint, "language model")
     if opened.unused_projector:
         notes.append("the language model's image projector is left out, because no --vision-tower goes before it")
     if config.audio_config is None and config.sound_connector is not None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ...errors import ConversionError
+from ..checkpoints.bitsandbytes_tensors import refuse_other_quantisation
 from ..checkpoints.checkpoint_reader import Checkpoint
 from ..checkpoints.key_rules import Shape
 from ..publishing.licences import licence_metadata
@@ -87,6 +88,7 @@ def taken(
     Raises:
         ConversionError: the checkpoint lacks one, or holds it in another shape.
     """
+    refuse_other_quantisation(checkpoint.tensors, str(checkpoint.folder))
     schemes = [{name: name for name in expected}, {name: (older_names or {}).get(name, name) for name in expected}]
     stored = max((_with_prefix(checkpoint.tensors, scheme) for scheme in schemes), key=_found_in(checkpoint))
     made = {}

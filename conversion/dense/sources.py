@@ -15,6 +15,7 @@ from ...errors import ConversionError, PartError
 from ...hub_access import hub_snapshot
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ..checkpoints.bitsandbytes_tensors import refuse_other_quantisation
 from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.checkpoint_writer import OutputTensor
 from ..checkpoints.meta_model import first_line, meta_model
@@ -134,6 +135,7 @@ def open_source(name: str) -> Source:
     if not config_file.is_file():
         raise ConversionError(f"{folder} has no config.json: give a Hugging Face model folder.")
     checkpoint = Checkpoint(folder)
+    refuse_other_quantisation(checkpoint.tensors, str(folder))
     if read_json(config_file).get("model_type") == UniMoeConfig.model_type:
         return _open_ours(name, checkpoint)
     return _open_foreign(name, checkpoint)

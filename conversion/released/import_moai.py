@@ -1,6 +1,5 @@
 """Checkpoints in MoAI's own layout become folders of ours: one tensor in memory at a time, a receipt for every one."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +26,6 @@ from .moai_tokenizer import END_OF_TURN, read_moai_tokenizer
 from .source_tensors import SourceTensor, SourceTensors
 
 _FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
-# What bitsandbytes puts beside weights that it made smaller.
-_QUANTISED = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format)$")
 _ORIGIN = (
     "Converted from a checkpoint of MoAI's code (arXiv 2403.07508) on InternLM2 with partial LoRA. The terms of its authors "
     "and those of InternLM-XComposer2 and of CLIP hold."
@@ -67,8 +64,8 @@ def plan_moai(checkpoint: str, *, dtype: torch.dtype | None = None) -> ImportPla
         dtype: of the floating point tensors; None takes that of the checkpoint.
 
     Raises:
-        ConversionError: a file is missing or damaged, this is no MoAI, its weights were made 4-bit, or a tensor is unknown,
-            missing or of the wrong shape.
+        ConversionError: a file is missing or damaged, this is no MoAI, its weights were quantised otherwise than by
+            bitsandbytes, or a tensor is unknown, missing or of the wrong shape.
     """
     folder = resolve_folder(checkpoint, _FILES)
     if not (folder / "config.json").is_file():
@@ -131,12 +128,6 @@ def import_moai(
 
 
 def _refuse_others(shapes: Mapping[str, Shape]) -> None:
-    made_smaller = sorted(name for name in shapes if _QUANTISED.search(name))
-    if made_smaller:
-        raise ConversionError(
-            f"The weights were saved in 4 or 8 bits ({made_smaller[0]} and {len(made_smaller) - 1} more): what bitsandbytes "
-            "took from them cannot be brought back. Give the checkpoint in float16, bfloat16 or float32, as it was released."
-        )
     if not is_moai(shapes):
         raise ConversionError(
             "This is no checkpoint of MoAI's code: it has no moai_compressor.latents, or no layer has moai_SA_img. For "

@@ -106,7 +106,7 @@ class ImportPlan:
             parameters_active=total.active,
             sources=sources,
             targets=targets,
-            notes=self.notes,
+            notes=[*self.notes, *self.gathered.notes],
             **written.facts,
         )
 

@@ -6,7 +6,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from ..checkpoints.checkpoint_reader import Checkpoint, TensorInfo
+from ..checkpoints.bitsandbytes_tensors import refuse_other_quantisation
+from ..checkpoints.checkpoint_reader import Checkpoint, TensorInfo, quantisation_notes
 from ..checkpoints.key_rules import Shape
 
 
@@ -47,10 +48,12 @@ class SourceTensors:
     Args:
         tensors: every tensor of every file.
         live: original name -> the tensor that the original ends up with.
+        notes: what a reader should know of the files.
     """
 
     tensors: list[SourceTensor] = field(default_factory=list)
     live: dict[str, SourceTensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def files(self) -> list[Path]:
@@ -71,6 +74,9 @@ class SourceTensors:
         self.live[original] = tensor
 
     def add_file(self, label: str, checkpoint: Checkpoint) -> list[SourceTensor]:
+        """Take up the tensors of a file or folder. Raises ConversionError when they were quantised in a way not read here."""
+        refuse_other_quantisation(checkpoint.tensors, f"The {label}")
+        self.notes += quantisation_notes(checkpoint, label)
         labels = {file: f"{label}/{file.name}" for file in checkpoint.files}
         added = [SourceTensor(labels[info.file], name, info, checkpoint) for name, info in checkpoint.tensors.items()]
         self.tensors += added

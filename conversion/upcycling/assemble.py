@@ -15,7 +15,7 @@ import torch
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name
+from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name, quantisation_notes
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.file_digests import file_digests
 from ..checkpoints.finished_folder import finished_folder
@@ -66,8 +66,9 @@ class AssemblyPlan:
 
     def notes(self) -> list[str]:
         """What the reader should know beyond tensors."""
-        notes = []
+        notes = quantisation_notes(self.base.checkpoint, "base")
         for source, _ in self.sources:
+            notes += quantisation_notes(source.checkpoint, source.public_name)
             dtypes = {source.checkpoint.tensors[name].dtype for name in source.tensors.values()}
             if other := sorted(dtype_name(dtype) for dtype in dtypes - {self.written_dtype}):
                 written = dtype_name(self.written_dtype)

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..checkpoints.checkpoint_reader import dtype_name
+from ..checkpoints.checkpoint_reader import dtype_name, quantisation_notes
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.parameters import count_parameters, total_and_active
@@ -69,11 +69,12 @@ class UpcyclePlan:
             )
 
     def recipe(self) -> list[str]:
-        """How experts and routers start, and where that was published."""
+        """How experts and routers start, and where that was published; first what the source had lost."""
         sparsity, text = self.sparsity, self.config.text_config
         parts = sparsity.granularity
         lines = [
-            f"{text.num_experts} experts of width {text.moe_intermediate_size}, {text.num_experts_per_tok} per token"
+            *quantisation_notes(self.source.checkpoint, "source"),
+            f"{text.num_experts} experts of width {text.moe_intermediate_size}, {text.num_experts_per_tok} per token",
         ]
         if parts == 1:
             lines.append("experts: copies of the dense FFN (arXiv 2212.05055)")

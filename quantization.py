@@ -63,7 +63,7 @@ def _bitsandbytes(kind: str, towers: bool) -> "BitsAndBytesConfig":
     import torch
     from transformers import BitsAndBytesConfig
 
-    linear = f"{_LINEAR}|{_TOWERS}" if towers else _LINEAR
+    linear = "|".join([_LINEAR, f"{_EXPERTS}\\.\\d+", *([_TOWERS] if towers else [])])
     everything_else = [f"(?!({linear})$).*"]  # one pattern: it is matched from a name's start
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=everything_else)

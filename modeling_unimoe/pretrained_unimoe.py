@@ -10,6 +10,7 @@ from transformers.utils import is_torchao_available, is_torchvision_available
 from .checkpoint_layouts_unimoe import FusedCheckpointMixin
 from .configuration_unimoe import AUTO_MAP, UniMoeConfig
 from .connectors_unimoe import init_connector_weights
+from .linear_experts_unimoe import use_linear_experts, wants_linear_experts
 from .modeling_unimoe_moai import init_moai_weights
 
 
@@ -65,6 +66,13 @@ class UniMoePreTrainedModel(FusedCheckpointMixin, PreTrainedModel):
             return super().save_pretrained(*args, **kwargs)
         finally:
             cls._auto_class = before
+
+    def post_init(self) -> None:
+        """As in transformers, once the experts are as bitsandbytes wants them, where it is asked for."""
+        decoder = getattr(self, "language_model", None)
+        if decoder is not None and wants_linear_experts(self.config):
+            use_linear_experts(decoder)
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -17,14 +17,22 @@ from .inspect import router_load_lines
 
 if TYPE_CHECKING:
     from ..serving.answering import Reply
+    from ..serving.media_needs import Needs
 
-_EPILOG = """\
-while chatting:
-  /image FILE, /audio FILE, /video FILE   attach to the next message (again for several)
-  /video-with-sound FILE                  attach a video whose sound track is heard too
+_COMMANDS = """\
+  /image FILE, /audio FILE, /video FILE   attach to the next message (again for several); a video's sound track is heard
+  /speech FILE, /sound FILE               audio for one branch alone: what is said, or what sounds; half the tokens
+  /silent-video FILE                      a video without its sound track
+  /video-with-sound FILE                  a video that must have one
   /experts                                which experts the last answer used, by modality
   /reset                                  forget the conversation
-  /quit                                   leave (so does the end of the input)
+  /help                                   these lines
+  /quit                                   leave (so does the end of the input)"""
+_EPILOG = f"""\
+while chatting:
+{_COMMANDS}
+
+Of recordings and videos over 30 s it is said beforehand how many tokens and how much memory the answer will take.
 
 examples:
   unimoe chat quickstart-out/model
@@ -36,11 +44,23 @@ examples:
 _MEDIA: dict[str, dict[str, Any]] = {
     "image": {"type": "image"},
     "audio": {"type": "audio"},
+    "speech": {"type": "audio", "encoder": "speech"},
+    "sound": {"type": "audio", "encoder": "sound"},
     "video": {"type": "video"},
+    "silent-video": {"type": "video", "sound_track": False},
     "video-with-sound": {"type": "video", "sound_track": True},
+}
+_OPTIONS = {
+    "speech": "audio for the speech branch alone",
+    "sound": "audio for the sound branch alone",
+    "video": "video for the first message, with its sound track if it has one",
+    "silent-video": "video without its sound track",
+    "video-with-sound": "video that must have a sound track",
 }
 # Answers a conversation; hands over the text piece by piece while it appears.
 Answer = Callable[[list[dict[str, Any]], Callable[[str], None]], "Reply"]
+# Says what the answer to a conversation will take.
+Plan = Callable[[list[dict[str, Any]]], "Needs"]
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -58,7 +78,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             metavar="FILE",
             action="append",
             default=[],
-            help=f"{kind.replace('-', ' ')} for the first message (again for several)",
+            help=_OPTIONS.get(kind, f"{kind.replace('-', ' ')} for the first message (again for several)"),
         )
     parser.add_argument("--once", metavar="TEXT", help="answer this one message and stop")
     parser.add_argument("--json", action="store_true", help="print every answer as a JSON object, with its experts")
@@ -83,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
 
     set_seed(args.seed)
     system = None if args.system is None else _plain_text(args.system)
-    conversation = Conversation(load_answerer(args.model, args.device, options, args.quantize), system, args.json)
+    answerer = load_answerer(args.model, args.device, options, args.quantize)
+    conversation = Conversation(answerer, system, args.json, answerer.needs)
     for kind in _MEDIA:
         for file in getattr(args, kind.replace("-", "_")):
             conversation.attach(kind, file)
@@ -124,10 +145,13 @@ class Conversation:
     Args:
         system: a message that every conversation begins with.
         as_json: answers are printed as JSON objects, whole.
+        plan: what it says of long media is shown before the answer is begun.
     """
 
-    def __init__(self, answer: Answer, system: str | None = None, as_json: bool = False) -> None:
-        self._answer, self._as_json = answer, as_json
+    def __init__(
+        self, answer: Answer, system: str | None = None, as_json: bool = False, plan: Plan | None = None
+    ) -> None:
+        self._answer, self._as_json, self._plan = answer, as_json, plan
         self._start = [] if system is None else [_message("system", [], system)]
         self.last: Reply | None = None
         self.reset()
@@ -144,13 +168,23 @@ class Conversation:
         """Print the answer to a message as it comes. After an error or Ctrl-C the message counts as not said."""
         question = _message("user", self.waiting, text)
         media, self.waiting = self.waiting, []
+        self._announce([*self.messages, question])
         reply = self._answer([*self.messages, question], _keep_silent if self._as_json else _show)
         if self._as_json:
             facts = {"question": text, "media": media, **asdict(reply), "text": reply.text.strip()}
             print(json.dumps(facts, ensure_ascii=False), end="")
+        elif not reply.text.strip():
+            print("(empty answer)", end="")
         print(flush=True)
         self.messages += [question, _message("assistant", [], reply.text.strip())]
         self.last = reply
+
+    def _announce(self, messages: list[dict[str, Any]]) -> None:
+        """On the standard error, so that answers stay alone on the standard output."""
+        needs = None if self._plan is None or not messages[-1]["content"][:-1] else self._plan(messages)
+        if needs is not None and needs.is_worth_a_line:
+            needs.require_room()
+            print(needs, file=sys.stderr, flush=True)
 
     def experts(self) -> str:
         """Which experts the last answer used."""
@@ -165,7 +199,7 @@ def talk(conversation: Conversation) -> None:
     """A person at the keyboard: mistakes are reported and the conversation goes on; Ctrl-C stops an answer."""
     with suppress(ImportError):
         import readline  # noqa: F401 (gives input() its line editing)
-    print(f"Type a message; {', '.join(f'/{kind} FILE' for kind in _MEDIA)} attach; /experts, /reset, /quit.")
+    print("Type a message; /image FILE, /audio FILE and /video FILE attach; /help shows all commands, /quit leaves.")
     going_on = True
     while going_on:
         try:
@@ -192,6 +226,8 @@ def handle_line(conversation: Conversation, line: str) -> bool:
         return False
     if command == "/reset":
         conversation.reset()
+    elif command == "/help":
+        print(_COMMANDS)
     elif command == "/experts":
         print(conversation.experts())
     elif command.removeprefix("/") in _MEDIA and command.startswith("/"):
@@ -202,7 +238,7 @@ def handle_line(conversation: Conversation, line: str) -> bool:
         conversation.attach(command.removeprefix("/"), argument.strip())
     elif command.startswith("/"):
         raise UniMoeError(
-            f"{command} is no command; there are {', '.join(f'/{kind}' for kind in _MEDIA)}, /experts, /reset "
+            f"{command} is no command; there are {', '.join(f'/{kind}' for kind in _MEDIA)}, /experts, /reset, /help "
             "and /quit."
         )
     elif line:

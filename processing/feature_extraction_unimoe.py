@@ -155,16 +155,16 @@ class UniMoeFeatureExtractor(SequenceFeatureExtractor):
         """[n, feature_size, window_samples // hop_length] float32, as Whisper computes it (arXiv 2212.04356, 2.2)."""
         filters = _whisper_filters(self.n_fft, self.sampling_rate, self.feature_size)
         hann = np.hanning(self.n_fft + 1)[:-1]
-        features = []
-        for window in windows:
+        # Filled in place: many small pieces joined at the end would stay with the process for long.
+        features = np.empty((len(windows), self.feature_size, self.window_samples // self.hop_length), np.float32)
+        for index, window in enumerate(windows):
             samples = np.pad(window.astype(np.float64), (0, self.window_samples - len(window)))
             samples = np.pad(samples, self.n_fft // 2, mode="reflect")
             frames = np.lib.stride_tricks.sliding_window_view(samples, self.n_fft)[:: self.hop_length][:-1]
             power = np.abs(np.fft.rfft(frames * hann)) ** 2
             log_mel = np.log10(np.maximum(power @ filters, 1e-10)).T
-            log_mel = (np.maximum(log_mel, log_mel.max() - 8.0) + 4.0) / 4.0
-            features.append(log_mel.astype(np.float32))
-        return np.stack(features)
+            features[index] = (np.maximum(log_mel, log_mel.max() - 8.0) + 4.0) / 4.0
+        return features
 
     def _fbank(self, windows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """BEATs features [n, frames, sound_mel_bins] float32 and the mask [n, window_samples], True on padding."""

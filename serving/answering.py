@@ -13,8 +13,10 @@ from transformers import TextStreamer
 from ..conversion.checkpoints.description import RouterLoad
 from ..model_opener import open_model
 from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
+from ..processing.sound_tracks_unimoe import with_sound_tracks
 from ..trainers.telemetry.routing_figures import ExpertLoad
 from ..trainers.telemetry.routing_statistics import RoutingCounts, RoutingRecorder
+from .media_needs import MediaPlanner, Needs
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,28 @@ class Answerer:
 
     def __init__(self, model: Any, processor: Any, options: dict[str, Any]) -> None:
         self.model, self.processor, self.options = model, processor, options
+        self._planner = MediaPlanner(processor, model)
+
+    def needs(self, messages: list[dict[str, Any]]) -> Needs:
+        """What the answer to a conversation will take; raises as `MediaPlanner.needs` does."""
+        return self._planner.needs(self._heard(messages), self.options.get("max_new_tokens") or 0)
+
+    def _heard(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """With the sound tracks of videos, as far as they have some and the model hears, unless an item says no."""
+        if getattr(self.processor, "feature_extractor", None) is None:
+            return messages
+        return with_sound_tracks(messages, self.processor.media_policy)
 
     def __call__(self, messages: list[dict[str, Any]], show: Callable[[str], None]) -> Reply:
-        """The answer to a conversation; its text is handed to `show` piece by piece while it appears."""
+        """The answer to a conversation; its text is handed to `show` piece by piece while it appears.
+
+        Raises:
+            RequestError, UniMoeError: the conversation is longer than the model or the memory has room for.
+        """
         started = time.perf_counter()
+        self.needs(messages).require_room()
         inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            self._heard(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
         with RoutingRecorder(self.model) as recorder:
             output = self.model.generate(**inputs, **self.options, streamer=_Pieces(self.processor.tokenizer, show))

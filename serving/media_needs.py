@@ -16,8 +16,10 @@ from ..processing.chat_unimoe import MediaItem, read_messages
 from .media_lengths import Length, audio_length, video_length
 from .tracked_memory import peak_bytes
 
-# Recordings up to so long are not worth a line.
+# Recordings up to so long are not worth a line, nor going through the towers for.
 _SHORT_SECONDS = 30.0
+# On a CPU operators have room of their own and the allocator keeps some: measured by benchmarks/long_media.py.
+_CPU_OVERHEAD = 1.4
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,7 @@ class Needs:
 
     def __str__(self) -> str:
         clips = "; ".join(map(str, self.clips))
-        total = f"; {self.tokens:,} tokens with the text" if self.clips else f"{self.tokens:,} tokens"
-        return f"{clips}{total}, about {_size(self.memory)} of memory"
+        return f"{clips}; {self.tokens:,} tokens with the text, about {_size(self.memory)} of memory"
 
     def require_room(self) -> None:
         """Refuse what the model or the machine has no room for.
@@ -71,10 +72,14 @@ class Needs:
             UniMoeError: more memory is needed than is free.
         """
         if self.tokens >= self.context:
-            raise RequestError(
-                f"{self}: the model takes fewer than {self.context:,} tokens. Give less at once: a shorter part, fewer "
-                "media, or audio through one branch alone (encoder 'speech' or 'sound'; /speech and /sound in chat)."
+            what = str(self) if self.clips else f"The conversation has {self.tokens:,} tokens, media included"
+            less = (
+                "Give a shorter part, fewer media, or audio through one branch alone (encoder 'speech' or 'sound'; in "
+                "chat /speech and /sound)."
+                if self.clips
+                else "Shorten it."
             )
+            raise RequestError(f"{what}; the model takes fewer than {self.context:,}. {less}")
         for memory, device in ((self.memory, self.device), (self.decoding_memory, torch.device("cpu"))):
             free = free_memory(device)
             if memory > free:
@@ -98,12 +103,12 @@ class MediaPlanner:
             MediaError, ConversationError: as the processor does.
         """
         policy = self.processor.media_policy
-        _, media = read_messages(messages, policy.limits)
+        plain, media = read_messages(messages, policy.limits)
         lengths = [self._length(item) for item in media]
         clips = [self._clip(item, length) for item, length in zip(media, lengths, strict=True)]
         images = sum(item.kind == "image" for item in media)
-        written = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        text = len(self.processor.tokenizer(written, add_special_tokens=False)["input_ids"]) - len(media)
+        written = self.processor._encoder(None).encode(plain, add_generation_prompt=True)
+        text = len(written.input_ids) - len(media)
         tokens = text + images * self.processor.image_tokens + sum(clip.tokens for clip in clips if clip is not None)
         windows = {
             branch: sum(
@@ -116,12 +121,14 @@ class MediaPlanner:
         videos = sum(item.kind == "video" for item in media)
         decoding = max((length.decoding_bytes for length in lengths if length is not None), default=0)
         kept = sum(length.kept_bytes for length in lengths if length is not None)
-        features, towers = self._encoding_memory(windows, images, videos)
+        is_long = any(clip is not None and clip.seconds > _SHORT_SECONDS for clip in clips)
+        features, towers = self._encoding_memory(windows, images, videos) if is_long else (0, 0)
         text_config = self.model.config.get_text_config()
         decoder = _decoder_memory(text_config, tokens, max_new_tokens, self.model.dtype.itemsize)
-        preparing = kept + max(decoding, 2 * features)
-        computing = features + max(towers, decoder)
+        preparing = kept + max(decoding, features)
         on_cpu = self.model.device.type == "cpu"
+        # What a CPU's towers gave back is still the process's when the decoder begins.
+        computing = features + (round(_CPU_OVERHEAD * (towers + decoder)) if on_cpu else max(towers, decoder))
         return Needs(
             [clip for clip in clips if clip is not None],
             tokens,

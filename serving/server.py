@@ -12,15 +12,22 @@ from typing import Any
 
 import torch
 from transformers.cli.serve import Serve
+from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
 from ..errors import MissingPackageError, RequestError, UniMoeError
 from ..processing.media_policy_unimoe import MediaLimits, MediaPolicy
+from ..processing.sound_tracks_unimoe import with_sound_tracks
 from ..quantization import quantization_config
 from .chat_handler import SEED, ChatHandler
 from .continuous import TextBatching, require_batchable
+from .media_needs import MediaPlanner
 from .request_guard import CHAT, RequestGuard, error_body
 
+logger = logging.get_logger(__name__)
+
+# What transformers lets a request have that says nothing.
+_NEW_TOKENS = 1024
 # Texts of the model's greatest length that the cache of continuous batching holds, unless told otherwise.
 _CACHED_TEXTS = 4
 
@@ -48,7 +55,7 @@ class ServerSettings:
     longest_body: int = 64 << 20
     continuous_batching: bool = False
     cache_tokens: int | None = None
-    limits: MediaLimits = field(default_factory=lambda: MediaLimits(max_audio_seconds=600.0, max_video_seconds=600.0))
+    limits: MediaLimits = field(default_factory=MediaLimits)
     quantize: str | None = None
 
 
@@ -74,7 +81,7 @@ class ModelServer(Serve):
         loaded = self._load()
         context = loaded.model.config.get_text_config().max_position_embeddings
         loaded.processor.media_policy = MediaPolicy(allow_paths=False, limits=settings.limits)
-        _limit_prompts(loaded.processor, context)
+        _limit_prompts(loaded.processor, loaded.model)
         _give_tokenizer(loaded.model, loaded.processor.tokenizer)
         if settings.continuous_batching:
             self._generation_state = _batching(loaded.model, context, settings.cache_tokens)
@@ -136,8 +143,7 @@ class ModelServer(Serve):
 
 def _batching(model: Any, context: int, cache_tokens: int | None) -> TextBatching:
     require_batchable(model)
-    # transformers lets a request that says nothing have 1024 new tokens.
-    needed = context + max(context, 1024)
+    needed = context + max(context, _NEW_TOKENS)
     if cache_tokens is not None and cache_tokens < needed:
         raise UniMoeError(
             f"--cache-tokens is {cache_tokens}; one conversation of this model and its answer may take {needed}: give at "
@@ -163,18 +169,29 @@ def _give_tokenizer(model: Any, tokenizer: Any) -> None:
     model.generate = with_tokenizer
 
 
-def _limit_prompts(processor: Any, context: int) -> None:
-    """Refuse prompts that the model has no positions for; transformers would generate behind its last one."""
+def _limit_prompts(processor: Any, model: Any) -> None:
+    """Refuse prompts that the model has no positions for, or the machine no memory, before media are decoded.
+
+    transformers would generate behind the last position.
+    """
     make_inputs = processor.apply_chat_template
+    context = model.config.get_text_config().max_position_embeddings
+    planner = MediaPlanner(processor, model)
 
     @functools.wraps(make_inputs)
-    def within_context(*args: Any, **kwargs: Any) -> Any:
-        inputs = make_inputs(*args, **kwargs)
+    def within_context(messages: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("load_audio_from_video") and getattr(processor, "feature_extractor", None) is not None:
+            messages = with_sound_tracks(messages, processor.media_policy)
+        needs = planner.needs(messages, _NEW_TOKENS)
+        needs.require_room()
+        if needs.is_worth_a_line:
+            logger.warning(str(needs))
+        inputs = make_inputs(messages, *args, **kwargs)
         length = len(inputs["input_ids"][0])
         if length >= context:
             raise RequestError(
-                f"The conversation has {length} tokens, media included; the model takes fewer than {context}: "
-                "shorten it."
+                f"The conversation has {length:,} tokens, media included; the model takes fewer than {context:,}. "
+                "Shorten it."
             )
         if kwargs.get("return_tensors") is None:  # continuous batching takes the ids of one text
             inputs["input_ids"] = inputs["input_ids"][0]

@@ -166,7 +166,7 @@ def test_the_served_model_is_listed(client: Any, folder: Path) -> None:
         ([{"type": "image_url", "image_url": {"url": f"file://{__file__}"}}], "refused"),
         ([{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}], "network access is off"),
         ([{"type": "audio_url", "audio_url": {"url": data_url(b"RIFF", "audio/wav")}}], "audio"),
-        ("word " * 300, "takes fewer than 256: shorten it"),
+        ("word " * 300, "takes fewer than 256. Shorten it"),
     ],
 )
 def test_media_and_prompts_that_cannot_be_used(client: Any, folder: Path, content: Any, reason: str) -> None:

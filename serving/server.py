@@ -16,9 +16,11 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..errors import MissingPackageError, RequestError, UniMoeError
 from ..processing.media_policy_unimoe import MediaLimits, MediaPolicy
+from ..processing.perception.choice import PerceiverChoice
 from .chat_handler import SEED, ChatHandler
 from .continuous import TextBatching, require_batchable
 from .request_guard import CHAT, RequestGuard, error_body
+from .sight import let_perceive
 
 # Texts of the model's greatest length that the cache of continuous batching holds, unless told otherwise.
 _CACHED_TEXTS = 4
@@ -36,6 +38,7 @@ class ServerSettings:
         continuous_batching: whether requests of text alone are generated together; see `continuous`.
         cache_tokens: what the cache of these holds; None: four texts of the model's greatest length.
         limits: of the media in a request.
+        perception, no_perception: vision models that look at images for a model with mixers, see `let_perceive`.
     """
 
     model: str
@@ -47,10 +50,12 @@ class ServerSettings:
     continuous_batching: bool = False
     cache_tokens: int | None = None
     limits: MediaLimits = field(default_factory=lambda: MediaLimits(max_audio_seconds=600.0, max_video_seconds=600.0))
+    perception: PerceiverChoice | None = None
+    no_perception: bool = False
 
 
 class ModelServer(Serve):
-    """Loads the model at once; `run()` then serves until it is stopped.
+    """Loads the model at once; `run()` then serves until it is stopped. `note`: what `let_perceive` says.
 
     Raises:
         MissingPackageError: the extra `serve` is not installed.
@@ -76,6 +81,8 @@ class ModelServer(Serve):
         _give_tokenizer(loaded.model, loaded.processor.tokenizer)
         if settings.continuous_batching:
             self._generation_state = _batching(loaded.model, context, settings.cache_tokens)
+        seeing = (settings.perception, settings.no_perception)
+        self.note = let_perceive(settings.model, loaded.model, loaded.processor, *seeing)
         self._add_to_app(self.server.config.app, context)
 
     def start_server(self) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UniMoeError
 from ._argument_types import add_quantize
+from ._perception_options import add_perception_options, models_for_answers
 from .inspect import router_load_lines
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ examples:
   unimoe chat quickstart-out/model
   unimoe chat quickstart-out/model --image cat.png --once "What is in the picture?"
   unimoe chat quickstart-out/model --audio word.ogg --once "What word is spoken?" --json
+  unimoe chat moai --image sign.png --text rapidocr --once "What does the sign say?"    (a model with mixers)
   echo "Hello!" | unimoe chat quickstart-out/model
 """
 # What can be attached, by the name of its option and command, as items of a message's content.
@@ -91,6 +93,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add_quantize(parser)
+    looks = add_perception_options(
+        parser, "what looks at images for a model with mixers (default: what its folder names)"
+    )
+    looks.add_argument("--no-perception", action="store_true", help="nothing: answer from the images alone")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,10 +106,14 @@ def run(args: argparse.Namespace) -> int:
     from transformers import set_seed
 
     from ..serving.answering import load_answerer
+    from ..serving.sight import let_perceive
 
     set_seed(args.seed)
     system = None if args.system is None else _plain_text(args.system)
     answerer = load_answerer(args.model, args.device, options, args.quantize)
+    note = let_perceive(args.model, answerer.model, answerer.processor, models_for_answers(args), args.no_perception)
+    if note is not None:
+        print(f"unimoe: {note}", file=sys.stderr)
     conversation = Conversation(answerer, system, args.json, answerer.needs)
     for kind in _MEDIA:
         for file in getattr(args, kind.replace("-", "_")):

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._argument_types import positive
+from ._perception_options import add_perception_options, chosen_models
 
 if TYPE_CHECKING:
     from ..processing.perception.perceiver import Perceiver
-    from ..processing.perception.verbalize import Verbalization
 
 EXIT_PROBLEMS = 1
 DATA_SUFFIXES = (".json", ".jsonl")
@@ -39,20 +39,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("input", nargs="+", metavar="IMAGE|DATA", help="one image, or data files (.jsonl, .json)")
     parser.add_argument("--show", nargs="?", const="", metavar="FILE", help="draw a picture (default: IMAGE.seen.png)")
     parser.add_argument("--out", metavar="CACHE", help="of data files: the folder that keeps the results")
-    models = parser.add_argument_group("what looks (Hub ids or folders; default: --text rapidocr alone)")
-    models.add_argument(
-        "--segment", nargs="?", const="", metavar="MODEL", help="panoptic segmentation: Mask2Former, ..."
-    )
-    models.add_argument("--detect", nargs="?", const="", metavar="MODEL", help="object detection: OWLv2, DETR, ...")
-    models.add_argument("--names", metavar="FILE", help="what --detect looks for, a name per line (open vocabularies)")
-    models.add_argument("--relate", default="none", metavar="MODEL|rules|none", help="scene graphs: a converted PSGTR")
-    models.add_argument("--text", choices=("rapidocr", "none"), help="lines of text")
+    models = add_perception_options(parser, "what looks (M: Hub id or folder; default: --text rapidocr alone)")
     models.add_argument("--replay", metavar="FILE", help="recorded results in place of all models")
     more = parser.add_argument_group("options")
-    more.add_argument("--original", action="store_true", help="as MoAI did, its faults included; for released models")
-    more.add_argument(
-        "--text-side", type=positive, default=736, metavar="N", help="pixels in which text is looked for"
-    )
     more.add_argument("--device", default="cpu", help="e.g. cuda; text is read on the CPU (default: cpu)")
     more.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     more.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at a time (default: 8)")
@@ -84,7 +73,7 @@ def _run_image(args: argparse.Namespace) -> int:
 
     file = Path(args.input[0])
     image = load_image(str(file), where=str(file))
-    perceiver, rules = chosen_perceiver(args), chosen_rules(args)
+    perceiver, rules = chosen_perceiver(args), chosen_models(args).rules
     (seen,) = perceiver.perceive([image])
     text = verbalize(seen, rules)
     print(json.dumps(seen.to_json(), ensure_ascii=False) if args.json else _printable(text))
@@ -106,6 +95,8 @@ def _run_data(args: argparse.Namespace) -> int:
     samples = data_samples(args.input, args.media_root)
     policy = MediaPolicy(media_root=args.media_root)
     cache = open_cache(args.out, perceiver, policy)
+    if args.replay is None:
+        chosen_models(args).save(cache.folder)  # for models that are trained from it
     plan = plan_perception(samples, cache)
     print(f"{plan.samples:,} samples with {plan.images:,} images, {plan.known:,} of them in {cache.folder} already")
     for task, adapter in perceiver.identity().items():
@@ -122,81 +113,14 @@ def _run_data(args: argparse.Namespace) -> int:
 
 def chosen_perceiver(args: argparse.Namespace) -> "Perceiver":
     """The perceiver that the options ask for; nothing is loaded yet."""
+    if args.replay is None:
+        return chosen_models(args).perceiver(args.device, args.dtype, args.batch_size)
     from ..processing.perception.perceiver import ORIGINAL_SIDE, Perceiver
+    from ..processing.perception.replay import Replay
 
-    stretch = ORIGINAL_SIDE if args.original else None
-    if args.replay is not None:
-        from ..processing.perception.replay import Replay
-
-        replay = Replay(args.replay)
-        adapters: dict[str, Any] = dict.fromkeys(replay.tasks, replay)
-        return Perceiver(**adapters, stretch_to=stretch)
-    nothing_chosen = args.segment is None and args.detect is None and args.relate == "none"
-    text = args.text or ("rapidocr" if nothing_chosen or args.original else "none")
-    return Perceiver(
-        _segmenter(args), _detector(args), _relator(args), _reader(args) if text != "none" else None, stretch
-    )
-
-
-def chosen_rules(args: argparse.Namespace) -> "Verbalization":
-    """How results become text."""
-    from ..processing.perception.verbalize import DEFAULT, ORIGINAL
-
-    return ORIGINAL if args.original else DEFAULT
-
-
-def _segmenter(args: argparse.Namespace) -> Any:
-    if args.segment is None:
-        return None
-    from ..processing.perception.segmentation_transformers import ORIGINAL_MODEL, TransformersSegmenter
-
-    return TransformersSegmenter(args.segment or ORIGINAL_MODEL, **_model_options(args))
-
-
-def _detector(args: argparse.Namespace) -> Any:
-    if args.detect is None:
-        return None
-    from ..processing.perception.detection_transformers import ORIGINAL_MODEL, TransformersDetector
-
-    names = None
-    if args.names is not None:
-        names = [line.strip() for line in _read(args.names).splitlines() if line.strip()]
-    return TransformersDetector(args.detect or ORIGINAL_MODEL, names, **_model_options(args))
-
-
-def _relator(args: argparse.Namespace) -> Any:
-    from ..errors import OptionError
-
-    if args.relate == "none":
-        return None
-    if args.relate == "rules":
-        if args.segment is None and args.detect is None:
-            raise OptionError("--relate rules relates what --segment or --detect find: add one of them.")
-        from ..processing.perception.spatial_relations import SpatialRules
-
-        return SpatialRules()
-    from ..processing.perception.scene_graph_psgtr import PsgtrRelator
-
-    return PsgtrRelator(args.relate, legacy=args.original, **_model_options(args))
-
-
-def _reader(args: argparse.Namespace) -> Any:
-    from ..processing.perception.ocr_rapidocr import RapidOcrReader
-
-    return RapidOcrReader(detection_side=args.text_side, legacy=args.original)
-
-
-def _model_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"device": args.device, "dtype": args.dtype, "batch_size": args.batch_size}
-
-
-def _read(file: str) -> str:
-    from ..errors import DataError
-
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}).") from error
+    replay = Replay(args.replay)
+    adapters: dict[str, Any] = dict.fromkeys(replay.tasks, replay)
+    return Perceiver(**adapters, stretch_to=ORIGINAL_SIDE if args.original else None)
 
 
 def _in_short(adapter: Any) -> str:

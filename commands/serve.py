@@ -1,8 +1,10 @@
 """`unimoe serve`: a model over HTTP, as OpenAI's clients talk to it."""
 
 import argparse
+import sys
 
 from ._argument_types import add_quantize
+from ._perception_options import add_perception_options, models_for_answers
 
 _EPILOG = """\
 examples:
@@ -49,6 +51,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--max-request-mb", type=int, default=64, metavar="N", help="longest request, media included (default: 64)"
     )
+    looks = add_perception_options(
+        parser, "what looks at images for a model with mixers (default: what its folder names)"
+    )
+    looks.add_argument("--no-perception", action="store_true", help="nothing: answer from the images alone")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,8 +81,12 @@ def run(args: argparse.Namespace) -> int:
         continuous_batching=args.continuous_batching,
         cache_tokens=args.cache_tokens,
         quantize=args.quantize,
+        perception=models_for_answers(args),
+        no_perception=args.no_perception,
     )
     server = ModelServer(settings)
+    if server.note is not None:
+        print(f"unimoe: {server.note}", file=sys.stderr)
     print(f"{args.model} at http://{args.host}:{args.port}/v1 (Ctrl-C stops)", flush=True)
     server.run()
     return 0

@@ -78,9 +78,7 @@ class CutIntoExperts(ConversionOps):
 
 register_checkpoint_conversion_mapping(
     UniMoeTextModelOfLinearExperts.__name__,
-    [
-        WeightConverter(rf"experts.{name}$", f"experts.{name}.0.weight", [CutIntoExperts()]) for name in _TENSORS
-    ],
+    [WeightConverter(rf"experts.{name}$", f"experts.{name}.0.weight", [CutIntoExperts()]) for name in _TENSORS],
     overwrite=True,
 )
 

@@ -2,11 +2,12 @@
 
 An image item of a message may carry it: {"type": "image", "image": ..., "aux": {"text": "The image includes ...", "map":
 a picture of its segments}}, or the text alone, "aux": "...". A sample has one aux: the texts of its images one after the
-other, and one map at most.
+other, and one map at most. A processor with a function `perceive` (PIL images -> the same mappings) looks itself at the
+images that carry none.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def aux_inputs(
     Raises:
         ConversationError: aux of a wrong form, or two maps in one conversation.
     """
-    found = [_aux_of(media, policy) for media in conversations]
+    found = [_aux_of(media, policy) for media in _perceived(processor, conversations, policy)]
     if not any(found):
         return {}
     tokenizer = processor.tokenizer
@@ -92,6 +93,27 @@ def spread_rows(inputs: Mapping[str, torch.Tensor], rows: Sequence[int], count: 
         spread[name] = values.new_zeros((count, *values.shape[1:]))
         spread[name][list(rows)] = values
     return spread
+
+
+def _perceived(
+    processor: Any, conversations: Sequence[Sequence[MediaItem]], policy: MediaPolicy
+) -> Sequence[Sequence[MediaItem]]:
+    """The media, with aux on every image; of maps that were perceived, the first of a conversation without one stays."""
+    perceive = getattr(processor, "perceive", None)
+    places = [
+        (row, column)
+        for row, media in enumerate(conversations)
+        for column, item in enumerate(media)
+        if item.kind == "image" and item.aux is None
+    ]
+    if perceive is None or not places:
+        return conversations
+    told = [list(media) for media in conversations]
+    images = [load_image(told[row][column].value, policy, told[row][column].where) for row, column in places]
+    for (row, column), aux in zip(places, perceive(images), strict=True):
+        has_map = any(isinstance(item.aux, Mapping) and item.aux.get("map") is not None for item in told[row])
+        told[row][column] = replace(told[row][column], aux={"text": aux["text"]} if has_map else aux)
+    return told
 
 
 def _aux_of(media: Sequence[MediaItem], policy: MediaPolicy) -> Aux | None:

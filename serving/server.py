@@ -17,12 +17,14 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..errors import MissingPackageError, RequestError, UniMoeError
 from ..processing.media_policy_unimoe import MediaLimits, MediaPolicy
+from ..processing.perception.choice import PerceiverChoice
 from ..processing.sound_tracks_unimoe import with_sound_tracks
 from ..quantization import quantization_config
 from .chat_handler import SEED, ChatHandler
 from .continuous import TextBatching, require_batchable
 from .media_needs import MediaPlanner
 from .request_guard import CHAT, RequestGuard, error_body
+from .sight import let_perceive
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +47,7 @@ class ServerSettings:
         cache_tokens: what the cache of these holds; None: four texts of the model's greatest length.
         limits: of the media in a request.
         quantize: hold the weights in "int8" or "int4".
+        perception, no_perception: vision models that look at images for a model with mixers, see `let_perceive`.
     """
 
     model: str
@@ -57,10 +60,12 @@ class ServerSettings:
     cache_tokens: int | None = None
     limits: MediaLimits = field(default_factory=MediaLimits)
     quantize: str | None = None
+    perception: PerceiverChoice | None = None
+    no_perception: bool = False
 
 
 class ModelServer(Serve):
-    """Loads the model at once; `run()` then serves until it is stopped.
+    """Loads the model at once; `run()` then serves until it is stopped. `note`: what `let_perceive` says.
 
     Raises:
         MissingPackageError: the extra `serve` is not installed.
@@ -85,6 +90,8 @@ class ModelServer(Serve):
         _give_tokenizer(loaded.model, loaded.processor.tokenizer)
         if settings.continuous_batching:
             self._generation_state = _batching(loaded.model, context, settings.cache_tokens)
+        seeing = (settings.perception, settings.no_perception)
+        self.note = let_perceive(settings.model, loaded.model, loaded.processor, *seeing)
         self._add_to_app(self.server.config.app, context)
 
     def _load(self) -> Any:

@@ -31,7 +31,7 @@ from ..errors import RecipeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars
 from .caches.encoder_cache import EncoderCache
-from .caches.perceived import PerceivedCollator
+from .caches.perceived import PerceivedCollator, keep_perception
 from .data.bad_samples import TolerantCollator
 from .data.batching import row_rules
 from .data.collator import Augment, CachedCollator, RawCollator
@@ -350,7 +350,9 @@ class _Curriculum:
             self.model.save_pretrained(written, is_main_process=is_first())  # ranks put their parts together
             if is_first():
                 self.processor.save_pretrained(written)
-                card = model_card(Path(self.recipe.out).name, self.model.config, count_parameters(self.model.config))
+                sections = keep_perception(self.recipe.model, self.recipe.perception, written)
+                name, config = Path(self.recipe.out).name, self.model.config
+                card = model_card(name, config, count_parameters(config), sections=sections)
                 complete_bundle(written, card)
         wait_for_all()
 

@@ -33,6 +33,10 @@ answer = model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shap
 print(processor.decode(answer, skip_special_tokens=True))
 ```"""
 
+_PERCEPTION = """\
+The mixers read what other vision models see in an image, as "aux" of its item: a text, and a picture of the segments. Which
+models is not recorded here; without aux, the model answers from the picture alone."""
+
 
 def modalities_of(config: UniMoeConfig) -> list[str]:
     """What the model takes, in the order image, video, speech, sound, text."""
@@ -65,7 +69,7 @@ def model_card(
         f"A {_kind(config)} that takes {_listed(modalities)} and writes text, made with unimoe.",
         "## Use\n\n" + (use or _example(modalities)),
         "## Parameters\n\n" + parameter_table(parameters),
-        *(f"## {heading}\n\n{text.strip()}" for heading, text in (sections or {}).items()),
+        *(f"## {heading}\n\n{text.strip()}" for heading, text in _sections(config, sections or {}).items()),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -81,6 +85,12 @@ def parameter_table(parameters: Mapping[str, ParameterCount]) -> str:
     rows += [f"| {role} | {count.total:,} | {count.active:,} |" for role, count in parameters.items()]
     everything = total_and_active(dict(parameters))
     return "\n".join([*rows, f"| **all** | **{everything.total:,}** | **{everything.active:,}** |"])
+
+
+def _sections(config: UniMoeConfig, given: Mapping[str, str]) -> Mapping[str, str]:
+    if config.text_config.mixer_config is None:
+        return given
+    return {"Perception": _PERCEPTION, **given}
 
 
 def _metadata(modalities: list[str], license: str | Mapping[str, str] | None, base_models: list[str]) -> str:

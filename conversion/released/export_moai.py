@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ...processing.perception.choice import PerceiverChoice
 from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.finished_folder import finished_folder
@@ -60,6 +61,8 @@ def export_moai(model: Path, out: Path, *, max_shard_bytes: int = DEFAULT_SHARD_
         shards = write_and_read_back(folder, outputs, max_shard_bytes=max_shard_bytes).files
         written = original_moai_config(config, dtype_name(outputs[0].dtype))
         (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if (chosen := PerceiverChoice.of_folder(model)) is not None:
+            chosen.save(folder)
         lines = [f"moai: {len(outputs)} tensors in {len(shards)} file(s)"]
         lines += [line.replace("base: ", "tokenizer: ", 1) for line in give_back_tokenizer(model, folder, None)]
     return [*lines, *_other_sizes(config)]

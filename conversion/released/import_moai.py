@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.chat_unimoe import IMAGE_TOKEN
+from ...processing.perception.choice import PerceiverChoice, original_models
 from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.checkpoint_writer import OutputTensor
 from ..checkpoints.key_rules import KeyMap, Shape
@@ -34,6 +35,8 @@ _NOTES = (
     "gates are computed in float32 and padding of aux is masked; the original has float16 and reads it (gate_precision, "
     "compress_aux_padding in text_config.mixer_config)",
     "pictures of segments are fed as the original feeds them (aux_maps 'released' in processor_config.json)",
+    "perception.json names the vision models of the original that are on the Hub; for scene graphs, convert PSGTR (`unimoe "
+    'convert psgtr`) and name its folder there under "relate"',
 )
 
 
@@ -105,6 +108,7 @@ def plan_moai(checkpoint: str, *, dtype: torch.dtype | None = None) -> ImportPla
         origin=_ORIGIN,
         notes=notes,
         tokenizer=None if tokenizer is None else folder,
+        perception=PerceiverChoice.of_folder(folder) or original_models(),
     )
 
 

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
+from ...processing.perception.choice import PerceiverChoice
 from ...processing.processing_unimoe import UniMoeProcessor
 from ..checkpoints.checkpoint_reader import dtype_name
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
@@ -51,6 +52,7 @@ class ImportPlan:
         processor: of a language model alone its tokenizer, as it is; None where the original has no tokenizer.
         origin: where the model is from, for the card.
         tokenizer: the folder whose tokenizer files travel along for the export, or None.
+        perception: the vision models whose results the model reads, or None.
     """
 
     variant: Any
@@ -64,6 +66,7 @@ class ImportPlan:
     origin: str
     notes: list[str] = field(default_factory=list)
     tokenizer: Path | None = None
+    perception: PerceiverChoice | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -147,6 +150,8 @@ def write_import(
         plan.generation.save_pretrained(folder)
         save_config(plan.config, folder)
         receipt.save(folder / RECEIPT_FILE)
+        if plan.perception is not None:
+            plan.perception.save(folder)
         complete_bundle(folder, _card(plan, out.name, receipt))
     return receipt
 
@@ -210,6 +215,8 @@ def _misfit(target: Target, gathered: SourceTensors, expected: Mapping[str, Shap
 
 def _card(plan: ImportPlan, name: str, receipt: ImportReceipt) -> str:
     sections = {"Origin": plan.origin, "Conversion receipt": receipt_section(receipt.lines())}
+    if plan.perception is not None:
+        sections = {"Perception": plan.perception.card_text(), **sections}
     if plan.generation.do_sample:
         sections = {"Generation": _SAMPLES.format(plan.generation.temperature), **sections}
     if receipt.adapter is not None:

@@ -1,11 +1,14 @@
 """Checkpoints of MoAI's code: there and back, positions of another size, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import moai_shapes
+import PIL.Image
 import pytest
+import tiny_training
 import torch
 from moai_shapes import TINY_CONFIG
 from safetensors.torch import load_file
@@ -13,9 +16,13 @@ from safetensors.torch import load_file
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion.released.export_moai import export_moai
 from unimoe.conversion.released.import_moai import import_moai, plan_moai
-from unimoe.conversion.released.moai_keys import EMBEDDING, POSITIONS
-from unimoe.conversion.released.moai_processor import resized_positions
+from unimoe.conversion.released.moai_keys import EMBEDDING, HEAD, POSITIONS
+from unimoe.conversion.released.moai_processor import moai_image_processor, resized_positions
 from unimoe.errors import ConversionError
+from unimoe.processing.perception.choice import PerceiverChoice, original_models
+from unimoe.trainers.curriculum import run_curriculum
+from unimoe.trainers.data.conversations import ConversationDataset
+from unimoe.trainers.recipe.recipe import Recipe, StageConfig
 
 
 def checkpoint(folder: Path, **changes: Any) -> Path:
@@ -46,6 +53,42 @@ def test_a_checkpoint_survives_the_way_there_and_back(tmp_path: Path, dtype: tor
     one, two = stored(tmp_path / "out"), stored(tmp_path / "again")
     assert all(torch.equal(one[name], two[name]) for name in one | two)
     assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "again" / "config.json").read_text()
+
+
+def test_a_model_trained_in_both_steps_goes_back_and_loads_again(tmp_path: Path) -> None:
+    processor = tiny_training.processor()
+    processor.image_processor = moai_image_processor(28)
+    rows = len(processor.tokenizer)
+    tables = {EMBEDDING: torch.randn(rows + 1, 32), HEAD: torch.randn(rows, 32)}
+    original = checkpoint(tmp_path / "original", **tables)
+    import_moai(str(original), tmp_path / "ours")
+    assert PerceiverChoice.of_folder(tmp_path / "ours") == original_models()
+    grey = {
+        "type": "image",
+        "image": PIL.Image.new("RGB", (28, 28)),
+        "aux": "The image includes text descriptions: red.",
+    }
+    data = ConversationDataset.from_samples([tiny_training.sample("image", i, grey, "What?", "red") for i in range(4)])
+    model = UniMoeForCausalLM.from_pretrained(tmp_path / "ours")
+    model.config.image_token_id = processor.image_token_id
+    roles = ["compressor", "mixers"]
+    stages = [
+        StageConfig("alone", train=roles, mixer_choice="random", steps=2, batch_size=2, learning_rate=1e-2),
+        StageConfig("gates", train=[*roles, "mixer_gates"], steps=2, batch_size=2, learning_rate=1e-2),
+    ]
+    recipe = Recipe(str(tmp_path / "ours"), ["unused"], str(tmp_path / "out"), stages)
+    run_curriculum(recipe, model, processor, data, progress_bar=False)
+    trained = tmp_path / "out" / "gates" / "model"
+    replace(original_models(), detect="some/detector").save(trained)
+    export_moai(trained, tmp_path / "back")
+    before, after = stored(original), stored(tmp_path / "back")
+    changed = {name for name in before if name != EMBEDDING and not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "moai_" in name}
+    import_moai(str(tmp_path / "back"), tmp_path / "again")
+    one, two = stored(trained), stored(tmp_path / "again")
+    assert all(torch.equal(one[name], two[name]) for name in one | two)
+    assert PerceiverChoice.of_folder(tmp_path / "again") == replace(original_models(), detect="some/detector")
+    assert "- objects: some/detector" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_queries_keys_and_values_alternate_per_key_value_head(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import unimoe
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import ConversationError, RecipeError
+from unimoe.processing.perception.choice import PerceiverChoice
 from unimoe.processing.perception.results import Perception, Segment, Segmentation
 from unimoe.trainers.caches.encoder_cache import EncoderCache
 from unimoe.trainers.caches.perceived import PerceivedCollator
@@ -116,6 +117,8 @@ def test_both_steps_train_nothing_but_the_mixers(processor: Any, dataset: Conver
         mixers=MIXERS,
         stages=[stage("alone", mixer_choice="random"), stage("gates", steps=8)],
     )
+    (tmp_path / "start").mkdir()
+    PerceiverChoice(text=True).save(tmp_path / "start")
     seen: list[set[str]] = []
     reports = run_curriculum(
         recipe,
@@ -129,6 +132,8 @@ def test_both_steps_train_nothing_but_the_mixers(processor: Any, dataset: Conver
     after_1 = UniMoeForCausalLM.from_pretrained(tmp_path / "out" / "alone" / "model")
     after_2 = UniMoeForCausalLM.from_pretrained(tmp_path / "out" / "gates" / "model")
     assert after_1.config.text_config.mixer_config.expert_choice == "gates"
+    assert PerceiverChoice.of_folder(tmp_path / "out" / "gates" / "model") == PerceiverChoice(text=True)
+    assert "- text: rapidocr" in (tmp_path / "out" / "gates" / "model" / "README.md").read_text()
     one, two = after_1.state_dict(), after_2.state_dict()
     assert all(torch.equal(two[name], value) for name, value in before.items())
     changed = {name for name in one if not torch.equal(one[name], two[name])}

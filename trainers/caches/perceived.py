@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...processing.perception.choice import PerceiverChoice
 from ...processing.perception.verbalize import DEFAULT, ORIGINAL
 from ..data.conversations import ConversationDataset, Sample
-from .perception_cache import PerceptionCache
+from .perception_cache import PerceptionCache, perceiver_folder
 
 
 class PerceivedCollator:
@@ -32,4 +33,20 @@ class PerceivedCollator:
         return self.collator([self.cache.with_aux(sample, self.rules) for sample in samples])
 
 
-__all__ = ["PerceivedCollator"]
+def keep_perception(model: str | Path, cache: str | Path | None, folder: Path) -> dict[str, str]:
+    """Leave in a trained model's folder which vision models it was told of; returns the section of its card, if any.
+
+    Args:
+        model: that training started from, whose own choice holds where there is no cache.
+        cache: of `unimoe perceive`, as in the recipe.
+    """
+    chosen = (
+        PerceiverChoice.of_folder(model) if cache is None else PerceiverChoice.of_folder(perceiver_folder(Path(cache)))
+    )
+    if chosen is None:
+        return {}
+    chosen.save(folder)
+    return {"Perception": chosen.card_text()}
+
+
+__all__ = ["PerceivedCollator", "keep_perception"]

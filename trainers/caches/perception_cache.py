@@ -47,7 +47,7 @@ class PerceptionCache:
     """
 
     def __init__(self, folder: str | Path, perceiver: str | None = None, policy: MediaPolicy = DEFAULT_POLICY) -> None:
-        self.folder = _own_folder(Path(folder), perceiver)
+        self.folder = perceiver_folder(Path(folder), perceiver)
         self.policy = policy
         self._places: dict[str, tuple[Path, int, int]] = {}
         self._digests: dict[str, str] = {}
@@ -174,7 +174,8 @@ def images_of(samples: Iterable[Sample]) -> list[Any]:
     return list(found.values())
 
 
-def _own_folder(folder: Path, perceiver: str | None) -> Path:
+def perceiver_folder(folder: Path, perceiver: str | None = None) -> Path:
+    """The sub-folder of a cache with one perceiver's results; arguments and errors as of `PerceptionCache`."""
     known = sorted(path.parent.name for path in folder.glob(f"*/{IDENTITY_FILE}"))
     if perceiver is None and len(known) == 1:
         return folder / known[0]

@@ -65,6 +65,16 @@ def save_model(folder: Path, case: str) -> None:
     model.save_pretrained(folder / case)
 
 
+def without_dropout(model: torch.nn.Module) -> None:
+    """A batch cut in two draws other random numbers, and so does ZeRO-3, under which more towers run on zeros."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
 def run(
     folder: Path,
     case: str,
@@ -81,9 +91,7 @@ def run(
     processor = tiny_training.processor()
     model = load_spread(folder / case, parallel)
     set_trainable(model, ROLES)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # a batch cut in two draws other numbers
+    without_dropout(model)
     found: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         # Ranks with a batch of their own get texts of different lengths.

@@ -1,19 +1,14 @@
 """One recipe, one process or two: the same losses; a run whose rank dies ends soon, with a reason, and goes on."""
 
 import json
-import os
-import re
-import signal
-import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_training
 import torch
+from rank_launch import kill_rank_after_a_checkpoint, losses, train_command
 from safetensors.torch import load_file
 
 from unimoe.trainers.curriculum import run_curriculum
@@ -44,19 +39,6 @@ def recipe(start: Path, out: Path, parallel: Parallel, steps: int = 3) -> Recipe
     )
 
 
-def launch(file: Path, parallel: Parallel) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(parallel.ranks)]
-    return [*launcher, "--master_port", str(port), "-m", "unimoe", "train", str(file)]
-
-
-def losses(out: Path, stage: str) -> list[float]:
-    lines = (out / stage / "losses.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start")
@@ -72,26 +54,13 @@ def test_two_ranks_run_the_recipe_of_one(start: Path, tmp_path: Path) -> None:
     spread = Parallel(**SPREAD)
     made = recipe(start, tmp_path / "two", spread, steps=20)
     save_recipe(made, tmp_path / "two.yaml")
-    command = launch(tmp_path / "two.yaml", spread)
-    with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
-        try:
-            checkpoints = tmp_path / "two" / "mixture" / "checkpoints"
-            _wait_for(lambda: any(checkpoints.glob("checkpoint-*/COMPLETE")), run, tmp_path / "log")
-            os.kill(_rank_process(run.pid, 1), signal.SIGKILL)
-            died = time.monotonic()
-            assert run.wait(timeout=60) != 0
-            assert time.monotonic() - died < 60
-        finally:
-            if run.poll() is None:
-                os.killpg(run.pid, signal.SIGKILL)
-    assert re.search(r"rank\s*:\s*1 ", (tmp_path / "log").read_text(encoding="utf-8"))
-
+    command = train_command(tmp_path / "two.yaml", spread)
+    kill_rank_after_a_checkpoint(command, tmp_path / "two" / "mixture" / "checkpoints", tmp_path / "log")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     run_curriculum(recipe(start, tmp_path / "one", Parallel(), steps=20), progress_bar=False)
     for stage in ("experts/media", "experts/text", "mixture"):
-        found, expected = losses(tmp_path / "two", stage), losses(tmp_path / "one", stage)
+        found, expected = losses(tmp_path / "two" / stage), losses(tmp_path / "one" / stage)
         assert found[0] == pytest.approx(expected[0], rel=1e-5), stage
         # AdamW makes whole steps of gradients that are rounding only.
         assert found == pytest.approx(expected, rel=1e-2), stage
@@ -99,21 +68,6 @@ def test_two_ranks_run_the_recipe_of_one(start: Path, tmp_path: Path) -> None:
     assert [saved[name].shape[0] for name in saved if name.endswith(".mlp.experts.gate_up_proj")] == [2, 2]
     config = json.loads((tmp_path / "two" / "mixture" / "model" / "config.json").read_text(encoding="utf-8"))
     assert "distributed_config" not in config
-
-
-def _rank_process(launcher: int, rank: int) -> int:
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
-    raise AssertionError(f"no process of rank {rank}")
-
-
-def _wait_for(there: Any, run: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 300
-    while not there():
-        assert run.poll() is None, log.read_text(encoding="utf-8")[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_launcher_that_starts_one_process_is_refused(start: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -26,6 +27,8 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 ROLES = ("system", "user", "assistant", "tool")
 _MAX_TEMPLATE_CHARACTERS = 200_000
 _TURN_MARK = re.compile(r"\[UNUSED_TOKEN_\d+\]")
+# What goes wrong in a template, or in Python because of one.
+_TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, RecursionError)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKS = [chr(c) for c in range(0xF0000, 0xF0100)]  # private-use characters; one that no text contains is taken
 
@@ -196,6 +199,18 @@ def _after(item: Mapping[str, Any], where: str) -> dict[str, str]:
     return {"after": item["after"]}
 
 
+def _text_alone(content: str | list[dict[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    media = [item["type"] for item in content if item["type"] != "text"]
+    if media:
+        raise ConversationError(
+            f"The chat template shows text alone, and the conversation has a medium ({media[0]}): give the processor a "
+            "chat_template that goes through lists of content items."
+        )
+    return "".join(item["text"] for item in content)
+
+
 def choose_template(own: str | dict[str, str], wanted: str | None) -> str:
     """The Jinja source to use: `wanted` is the name of one of a processor's own templates, or source, or None.
 
@@ -242,18 +257,34 @@ class ChatEncoder:
         """The prompt as text, and the character spans of assistant answers in it.
 
         Raises:
-            ConversationError: the template fails on these messages.
+            ConversationError: the template fails on these messages, or shows text alone and they hold media.
         """
         options = {**self.tokenizer.special_tokens_map, **options}
         track = self.marks_answers and not options.get("continue_final_message")
+        if not self._takes_items:
+            messages = [{**message, "content": _text_alone(message["content"])} for message in messages]
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[messages], chat_template=self.template, return_assistant_tokens_mask=track, **options
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
+            prompts, spans = self._rendered(messages, return_assistant_tokens_mask=track, **options)
+        except _TEMPLATE_FAILURES as error:
             raise ConversationError(f"The chat template cannot show this conversation: {str(error)[:300]}") from None
-        prompts, spans = rendered
         return prompts[0], [(first, last) for first, last in spans[0]] if track else []
+
+    @cached_property
+    def _takes_items(self) -> bool:
+        """Whether the template goes through lists of content items; those of many language models know strings only."""
+
+        def shows(content: Any) -> bool:
+            probe = [{"role": "user", "content": content}]
+            try:
+                [prompt], _ = self._rendered(probe, **self.tokenizer.special_tokens_map)
+            except _TEMPLATE_FAILURES:
+                return False
+            return "probe" in prompt and "'type'" not in prompt  # else it shows the list as Python writes it
+
+        return shows([{"type": "text", "text": "probe"}]) or not shows("probe")
+
+    def _rendered(self, messages: list[dict[str, Any]], **options: Any) -> tuple[list[str], list[Any]]:
+        return render_jinja_template(conversations=[messages], chat_template=self.template, **options)
 
     def encode(self, messages: list[dict[str, Any]], **options: Any) -> EncodedChat:
         """Render and encode; texts of the messages (and `tools`, `documents`) become plain text whatever they hold."""

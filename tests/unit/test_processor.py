@@ -281,6 +281,17 @@ def test_counts_must_agree(processor: UniMoeProcessor, text: str, count: int, me
         processor(images=[tiny_media.picture()] * count, text=text)
 
 
+# A template of a language model: SmolLM2's joins strings and fails on lists; others print the list as it is.
+@pytest.mark.parametrize("shown", ["'' + m['content'] + ''", "m['content']"])
+def test_a_template_that_knows_strings_gets_strings(shown: str) -> None:
+    text_alone = tiny_media.processor(chat_template="{% for m in messages %}[{{ " + shown + " }}]{% endfor %}")
+    message = user({"type": "text", "text": "What "}, {"type": "text", "text": "is it?"})
+    assert text_alone.apply_chat_template([message]) == "[What is it?]"
+    assert text_alone.apply_chat_template([{**message, "content": "What?"}]) == "[What?]"
+    with pytest.raises(ConversationError, match=r"shows text alone, and the conversation has a medium \(image\)"):
+        text_alone.apply_chat_template([user(an_image(), {"type": "text", "text": "What?"})])
+
+
 def test_a_template_that_drops_media_is_an_error() -> None:
     forgetful = tiny_media.processor(chat_template="{% for m in messages %}a{% endfor %}")
     with pytest.raises(PlaceholderError, match=r"conversation 0: media without a placeholder .* {'image': 1}"):

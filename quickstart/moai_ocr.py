@@ -38,6 +38,7 @@ from ..trainers.saving.checkpoints import write_durably
 from ..trainers.stages.mixer_stage import add_mixers
 from ..trainers.stages.stage import RunSettings, run_training
 from .compare_routing import positive, require_same_comparison
+from .copying_start import start_as_copies
 from .evaluate import answer_samples
 from .photographs import PhotographReading, fetch_photographs, photographed_words, read_photographs
 from .reading_table import Reading, print_table, reading_of
@@ -56,7 +57,6 @@ SEEDS = 3
 RESULT_FILE = "result.json"
 # Text that fills much of a small picture is read so as well as at rapidocr's own side, four times as fast.
 _DETECTION_SIDE = 320
-_RANK = 128
 _NUM_LATENTS = 8
 _DEPTH = 1
 _BATCH_SIZE = 32
@@ -184,6 +184,7 @@ class _Bench:
         started = time.monotonic()
         model = load_start_model(self.recipe.model, self.recipe)
         add_mixers(model, mixers_of(model), seed)
+        start_as_copies(model)
         settings = RunSettings(
             self.processor, lambda _: self.collator, seed=seed, precision=self.recipe.precision, progress_bar=False
         )
@@ -211,9 +212,10 @@ class _Bench:
 
 
 def mixers_of(model: UniMoeForCausalLM) -> UniMoeMixerConfig:
-    """A mixer in every layer but the last: a quickstart's decoder has as many layers as MoAI has mixers."""
-    layers = list(range(max(1, model.config.text_config.num_hidden_layers - 1)))
-    return UniMoeMixerConfig(layers=layers, rank=_RANK, num_latents=_NUM_LATENTS, compressor_depth=_DEPTH)
+    """A mixer in every layer: a quickstart's decoder has as many as MoAI has mixers. They are as wide as the decoder."""
+    text = model.config.text_config
+    layers, rank = list(range(text.num_hidden_layers)), text.hidden_size
+    return UniMoeMixerConfig(layers=layers, rank=rank, num_latents=_NUM_LATENTS, compressor_depth=_DEPTH)
 
 
 def mixer_steps(steps: int) -> list[StageConfig]:

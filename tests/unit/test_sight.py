@@ -116,7 +116,9 @@ def test_a_choice_is_kept_in_a_folder(tmp_path: Path) -> None:
     assert PerceiverChoice().perceiver() == Perceiver()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"text": "yes"}', '{"segment": 1}', '{"eyes": "a/b"}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"text": "yes"}', '{"segment": 1}', '{"eyes": "a/b"}', '{"segment": "\\u001b[2J"}']
+)
 def test_a_damaged_choice_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / PERCEPTION_FILE).write_text(content)
     with pytest.raises(DataError, match=f"{PERCEPTION_FILE} is damaged"):

@@ -210,6 +210,14 @@ def test_a_server_looks_at_images(folder: Path, looked_at: Widths) -> None:
     assert looked_at.images == 1
 
 
+def test_evaluation_looks_at_images(folder: Path, looked_at: Widths) -> None:
+    from unimoe.evaluation.running.answerers import load_answerer
+
+    answerer = load_answerer(str(folder), "cpu")
+    inputs(answerer.processor, question({"type": "image", "image": picture(20)}))
+    assert looked_at.images == 1
+
+
 def test_the_card_names_them(folder: Path) -> None:
     from unimoe.conversion.checkpoints.parameters import count_parameters
     from unimoe.conversion.publishing.model_card import model_card

@@ -6,6 +6,7 @@ the quickstart's model after a lesson in spelling; `runs/moai_ocr.sh` runs it al
 
 OUT/signs/                     pictures and data files
 OUT/seen/                      what OCR read
+OUT/photographs/               photographs, from packages, and words cut out of them
 OUT/work/                      the model after its lesson, the vision tower's states of the pictures
 OUT/runs/<model>-<seed>/       losses of both steps, and result.json when the run is done: the same command goes on after a stop
 OUT/moai_ocr.json              the table's figures, and what they are of
@@ -37,7 +38,9 @@ from ..trainers.saving.checkpoints import write_durably
 from ..trainers.stages.mixer_stage import add_mixers
 from ..trainers.stages.stage import RunSettings, run_training
 from .compare_routing import positive, require_same_comparison
+from .copying_start import start_as_copies
 from .evaluate import answer_samples
+from .photographs import PhotographReading, fetch_photographs, photographed_words, read_photographs
 from .reading_table import Reading, print_table, reading_of
 from .run import Quickstart
 from .schedule import Budget
@@ -54,7 +57,6 @@ SEEDS = 3
 RESULT_FILE = "result.json"
 # Text that fills much of a small picture is read so as well as at rapidocr's own side, four times as fast.
 _DETECTION_SIDE = 320
-_RANK = 128
 _NUM_LATENTS = 8
 _DEPTH = 1
 _BATCH_SIZE = 32
@@ -72,6 +74,7 @@ class OcrComparison:
         start: output folder of a finished quickstart, whose model after stage 1 is taken.
         steps: of a run, over both of MoAI's steps.
         spelling_steps: of the lesson before, which all runs share.
+        photographs: also read photographs, which are fetched, and ask about words that are cut out of them.
     """
 
     out: Path
@@ -81,6 +84,7 @@ class OcrComparison:
     spelling_steps: int = SPELLING_STEPS
     counts: SignCounts = field(default_factory=SignCounts)
     options: SignOptions = field(default_factory=lambda: SignOptions(size=192))
+    photographs: bool = False
 
 
 def compare_reading(comparison: OcrComparison, reader: Reader | None = None) -> dict[str, Any]:
@@ -92,6 +96,7 @@ def compare_reading(comparison: OcrComparison, reader: Reader | None = None) -> 
     Raises:
         RecipeError: `out` holds a comparison of other settings, or `start` no finished quickstart.
         MissingPackageError: rapidocr or matplotlib is not installed.
+        PartError: photographs are wanted and cannot be had.
     """
     run = Quickstart(comparison.out, seed=0, budget=Budget())
     dense = comparison.start / "work" / "stages" / "stage1" / "model"
@@ -99,6 +104,7 @@ def compare_reading(comparison: OcrComparison, reader: Reader | None = None) -> 
         raise RecipeError(f"--start {comparison.start} holds no model after stage 1 ({dense}): run the quickstart.")
     with run.attempt():
         require_same_comparison(comparison.out, _settings(comparison))
+        photographs = _photographs(run, reader or RapidOcrReader()) if comparison.photographs else []
         bench = _Bench(run, comparison, dense, reader or RapidOcrReader(detection_side=_DETECTION_SIDE))
         results = [bench.result(name, seed) for seed in range(comparison.seeds) for name in MODELS]
         summary = {
@@ -107,10 +113,16 @@ def compare_reading(comparison: OcrComparison, reader: Reader | None = None) -> 
             "torch": torch.__version__,
             "perceiver": bench.signs.cache.identity,
             "read_exactly": bench.read_exactly(),
+            "photographs": [asdict(reading) for reading in photographs],
             "results": results,
         }
         write_durably(comparison.out / "moai_ocr.json", json.dumps(summary, indent=1))
     return summary
+
+
+def _photographs(run: Quickstart, reader: Reader) -> list[PhotographReading]:
+    run.say("OCR reads photographs")
+    return read_photographs(fetch_photographs(run.out / "photographs"), reader)
 
 
 class _Bench:
@@ -122,8 +134,9 @@ class _Bench:
         run.say("Signs are drawn")
         draw_signs(run.out / "signs", self.processor.tokenizer, comparison.counts, comparison.options)
         run.say("OCR reads them")
+        more = self._photographed() if comparison.photographs else {}
         self.signs = sign_test(
-            run.out / "signs", run.out / "seen", self.processor.tokenizer, comparison.counts, reader
+            run.out / "signs", run.out / "seen", self.processor.tokenizer, comparison.counts, reader, more
         )
         run.say("The language model learns to spell")
         self.recipe = Recipe(
@@ -138,6 +151,10 @@ class _Bench:
         self.cache = EncoderCache(run.work / "tower_states", model, self.processor, dtype="float16", batch_size=32)
         self.cache.build([*self.signs.train, *(s for test in self.signs.tests.values() for s in test)], progress=False)
         self.collator = CachedCollator(self.processor, self.cache, self.recipe.pad_to_multiple_of)
+
+    def _photographed(self) -> dict[str, list[Sample]]:
+        folder = self.run.out / "photographs"
+        return {"photographed words": photographed_words(folder, folder / "words", self.comparison.options.size)}
 
     def _spelling_model(self, dense: Path) -> Path:
         """Taught once for all runs; of the words to be tested with none is in the lesson."""
@@ -167,6 +184,7 @@ class _Bench:
         started = time.monotonic()
         model = load_start_model(self.recipe.model, self.recipe)
         add_mixers(model, mixers_of(model), seed)
+        start_as_copies(model)
         settings = RunSettings(
             self.processor, lambda _: self.collator, seed=seed, precision=self.recipe.precision, progress_bar=False
         )
@@ -194,9 +212,10 @@ class _Bench:
 
 
 def mixers_of(model: UniMoeForCausalLM) -> UniMoeMixerConfig:
-    """A mixer in every layer but the last: a quickstart's decoder has as many layers as MoAI has mixers."""
-    layers = list(range(max(1, model.config.text_config.num_hidden_layers - 1)))
-    return UniMoeMixerConfig(layers=layers, rank=_RANK, num_latents=_NUM_LATENTS, compressor_depth=_DEPTH)
+    """A mixer in every layer: a quickstart's decoder has as many as MoAI has mixers. They are as wide as the decoder."""
+    text = model.config.text_config
+    layers, rank = list(range(text.num_hidden_layers)), text.hidden_size
+    return UniMoeMixerConfig(layers=layers, rank=rank, num_latents=_NUM_LATENTS, compressor_depth=_DEPTH)
 
 
 def mixer_steps(steps: int) -> list[StageConfig]:
@@ -243,9 +262,15 @@ def main(arguments: list[str] | None = None) -> int:
     counts = SignCounts()
     parser.add_argument("--train", type=positive, default=counts.train, metavar="N", help="pictures to learn from")
     parser.add_argument("--unseen", type=positive, default=counts.unseen, metavar="N", help="pictures of other words")
+    parser.add_argument(
+        "--no-photographs", action="store_true", help="leave out photographs, which are fetched (15 MB)"
+    )
     given = parser.parse_args(arguments)
     counts = replace(counts, train=given.train, unseen=given.unseen)
-    comparison = OcrComparison(given.out, given.start, given.steps, given.seeds, counts=counts)
+    photographs = not given.no_photographs
+    comparison = OcrComparison(
+        given.out, given.start, given.steps, given.seeds, counts=counts, photographs=photographs
+    )
     try:
         with transformers_bars(shown=False):
             summary = compare_reading(comparison)

@@ -8,6 +8,7 @@ from typing import Any
 from ..evaluation.metrics.edit_distance import edit_distance
 from .comparison_table import spread_of
 from .evaluate import Answer
+from .photographs import PhotographReading, reading_lines
 
 Results = Sequence[dict[str, Any]]
 
@@ -64,3 +65,5 @@ def print_table(summary: dict[str, Any]) -> None:
         f"each;\npictures: {counts}. OCR itself read {read}.\nBoth models train the same "
         f"{first['trained_parameters']:,} parameters. {summary['seconds'] / 60:.1f} minutes in all."
     )
+    if summary.get("photographs"):
+        print("\n" + "\n".join(reading_lines([PhotographReading(**one) for one in summary["photographs"]])))

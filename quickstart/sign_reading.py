@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,18 +72,32 @@ def draw_signs(folder: Path, tokenizer: Any, counts: SignCounts, options: SignOp
         build_signs(folder, replace(options, words=words, cases=("lower",)))
 
 
-def sign_test(folder: Path, seen: Path, tokenizer: Any, counts: SignCounts, reader: Reader) -> SignTest:
-    """The samples that were drawn, with what a reader reads in their pictures; read once per cache `seen`."""
+def sign_test(
+    folder: Path,
+    seen: Path,
+    tokenizer: Any,
+    counts: SignCounts,
+    reader: Reader,
+    more: Mapping[str, Sequence[Sample]] | None = None,
+) -> SignTest:
+    """The samples that were drawn, with what a reader reads in their pictures; read once per cache `seen`.
+
+    Args:
+        more: tests with other pictures, by name.
+    """
     drawn = {split: list(read_samples(folder / f"{split}.jsonl")) for split in ("train", "heldout")}
+    drawn |= {name: list(samples) for name, samples in (more or {}).items()}
     perceiver = Perceiver(reader=reader)
     cache = open_cache(seen, perceiver)
-    carry_out(plan_perception([*drawn["train"], *drawn["heldout"]], cache), perceiver, cache, progress=False)
+    everything = [sample for samples in drawn.values() for sample in samples]
+    carry_out(plan_perception(everything, cache), perceiver, cache, progress=False)
     told = {split: [cache.with_aux(sample, with_map=False) for sample in samples] for split, samples in drawn.items()}
     one = [is_one_token(tokenizer, sample["source"]["word"]) for sample in told["heldout"]]
     tests = {
         "trained words": told["train"][counts.train :],
         "unseen words of one token": [s for s, single in zip(told["heldout"], one, strict=True) if single],
         "unseen words of several": [s for s, single in zip(told["heldout"], one, strict=True) if not single],
+        **{name: told[name] for name in more or {}},
     }
     return SignTest(told["train"][: counts.train], {name: some for name, some in tests.items() if some}, cache)
 

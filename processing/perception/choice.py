@@ -94,7 +94,10 @@ class PerceiverChoice:
         if not isinstance(said, dict):
             raise TypeError("no mapping")
         for field, value in said.items():
-            if not isinstance(value, kinds.get(field, str | None)):
+            texts = value if isinstance(value, list) else [value]
+            if not isinstance(value, kinds.get(field, str | None)) or not all(
+                str(text).isprintable() for text in texts
+            ):
                 raise TypeError(f"{field} is {value!r}")
         names = said.get("names")
         return cls(**{**said, "names": None if names is None else tuple(map(str, names))})

@@ -14,7 +14,7 @@ from unimoe.conversion.released.moai_processor import moai_image_processor
 from unimoe.errors import OptionError
 from unimoe.processing.media_inputs_unimoe import stretched
 from unimoe.processing.processing_unimoe import UniMoeProcessor
-from unimoe.trainers.encoder_cache import EncoderCache
+from unimoe.trainers.caches.encoder_cache import EncoderCache
 
 SHAPES = [(7, 20), (61, 33), (16, 16), (40, 5)]
 

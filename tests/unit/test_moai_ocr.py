@@ -105,7 +105,9 @@ def test_options_reach_the_comparison(monkeypatch: pytest.MonkeyPatch, capsys: p
     options = {"--out": "o", "--start": "s", "--steps": "7", "--seeds": "2", "--train": "9", "--unseen": "5"}
     assert main([word for option in options.items() for word in option]) == 2
     counts = SignCounts(train=9, unseen=5)
-    assert asked == [OcrComparison(Path("o"), Path("s"), steps=7, seeds=2, counts=counts)]
+    assert asked == [OcrComparison(Path("o"), Path("s"), steps=7, seeds=2, counts=counts, photographs=True)]
+    assert main(["--no-photographs"]) == 2
+    assert not asked[1].photographs
     assert "not today" in capsys.readouterr().out
 
 

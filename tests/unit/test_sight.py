@@ -116,7 +116,9 @@ def test_a_choice_is_kept_in_a_folder(tmp_path: Path) -> None:
     assert PerceiverChoice().perceiver() == Perceiver()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"text": "yes"}', '{"segment": 1}', '{"eyes": "a/b"}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"text": "yes"}', '{"segment": 1}', '{"eyes": "a/b"}', '{"segment": "\\u001b[2J"}']
+)
 def test_a_damaged_choice_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / PERCEPTION_FILE).write_text(content)
     with pytest.raises(DataError, match=f"{PERCEPTION_FILE} is damaged"):
@@ -205,6 +207,14 @@ def test_a_server_looks_at_images(folder: Path, looked_at: Widths) -> None:
     assert "text: rapidocr" in str(server.note)
     [loaded] = server._model_manager.loaded_models.values()
     inputs(loaded.processor, question({"type": "image", "image": picture(20)}))
+    assert looked_at.images == 1
+
+
+def test_evaluation_looks_at_images(folder: Path, looked_at: Widths) -> None:
+    from unimoe.evaluation.running.answerers import load_answerer
+
+    answerer = load_answerer(str(folder), "cpu")
+    inputs(answerer.processor, question({"type": "image", "image": picture(20)}))
     assert looked_at.images == 1
 
 

@@ -18,7 +18,7 @@ examples:
       {"type": "text", "text": "What is in the picture?"}]}])
 
 Pictures, video (video_url) and audio (audio_url, input_audio) come inside the request, as data: URLs; the server opens no
-files and no addresses for its clients. It answers on this machine only unless --host says otherwise, and it knows no
+files and, but for --media-host, no addresses for its clients. It answers on this machine only unless --host says otherwise, and it knows no
 passwords: put a proxy in front of it before you open it to a network.
 """
 
@@ -47,6 +47,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=int,
         metavar="N",
         help="of all texts in the running batch (default: four of the model's greatest length)",
+    )
+    parser.add_argument(
+        "--media-host",
+        metavar="HOST",
+        action="append",
+        default=[],
+        help="fetch media from https://HOST/... for clients (again for several; default: from nowhere)",
     )
     parser.add_argument(
         "--max-request-mb", type=int, default=64, metavar="N", help="longest request, media included (default: 64)"
@@ -83,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         quantize=args.quantize,
         perception=models_for_answers(args),
         no_perception=args.no_perception,
+        media_hosts=frozenset(args.media_host),
     )
     server = ModelServer(settings)
     if server.note is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..conversion.checkpoints.description import describe_model
+from ..conversion.checkpoints.expert_names import numbered
 from ..conversion.dense.sources import read_our_config, resolve_model_folder
 from ..errors import ConfigurationError, UniMoeError
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
@@ -73,7 +74,7 @@ def look_inside(request: Request, out: str | Path) -> tuple[dict[str, Any], Path
         "model": request.model,
         "data": list(request.data),
         "layers": sorted(config.sparse_layers),
-        "experts": _expert_names(config, load.experts if load else []),
+        "experts": numbered(config.num_experts, load.experts if load else []),
         **weight_findings(expert_distances(folder, config)),
     }
     usage = None
@@ -128,14 +129,6 @@ def _use(request: Request, name: str, dataset: ConversationDataset) -> tuple[Usa
 def _bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
     with tqdm(total=total, desc=title, disable=not shown) as bar:
         yield bar.update
-
-
-def _expert_names(config: UniMoeTextConfig, known: list[str]) -> list[str]:
-    """Numbers, with what the model's folder calls them."""
-    names = [str(index) for index in range(config.num_experts)]
-    if len(known) != len(names) or known == names:
-        return names
-    return [f"{name} {word}" for name, word in zip(names, known, strict=True)]
 
 
 def _make_folder(out: Path) -> None:

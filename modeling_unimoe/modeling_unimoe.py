@@ -124,8 +124,12 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
             from_ids = self.modality_ids(input_ids)
             require_agreeing_types(mm_token_type_ids, from_ids)
             mm_token_type_ids, inputs_embeds = from_ids, self._embed(input_ids, from_ids)
-            # Continuous batching (its paged cache) goes on with texts, which `generate_batch` has looked through.
-            needed = () if kwargs.get("cache") is not None else self._needed_media(input_ids, past_key_values)
+            if kwargs.get("cache") is None:
+                needed = self._needed_media(input_ids, past_key_values)
+            else:
+                # Continuous batching goes on with texts, which `generate_batch` has looked through. Its `is_causal` says
+                # what the mask says, and transformers would write it into the configuration, for all threads to see.
+                kwargs.pop("is_causal", None)
         inputs_embeds = place_features(inputs_embeds, mm_token_type_ids, features, needed)
         aux = (aux_input_ids, aux_pixel_values, aux_encoder_states, aux_features)
         aux_inputs = dict(zip(AUX_INPUTS, (*aux, aux_attention_mask, prompt_mask, expert_choice), strict=True))
@@ -351,11 +355,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             )
 
     def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """As in transformers: continuous batching of texts.
-
-        Raises:
-            ModalityError: a text has placeholders of media, which continuous batching cannot carry.
-        """
+        """transformers' continuous batching, of texts; raises ModalityError where one has placeholders of media."""
         require_texts(inputs, self.config)
         return super().generate_batch(inputs, *args, **kwargs)
 

@@ -43,7 +43,11 @@ def fetch(url: str, policy: MediaPolicy, kind: str, where: str = "") -> bytes:
     if url[:5].lower() == "data:":
         return _decode_data_url(url, policy, kind, where)
     if not policy.allow_network:
-        reason = "URLs are refused because network access is off; download it yourself or set a MediaPolicy(allow_network=True, allowed_hosts=...)"
+        reason = (
+            "URLs are refused because network access is off: give the medium itself, as a file, bytes or a data: URL. "
+            "Whoever runs the program can allow hosts: MediaPolicy(allow_network=True, allowed_hosts=...), or "
+            "`unimoe serve --media-host HOST`"
+        )
         raise MediaError(kind, reason, where)
     match = _URL.fullmatch(url) if len(url) <= _MAX_URL_CHARACTERS else None
     if match is None:
@@ -52,7 +56,9 @@ def fetch(url: str, policy: MediaPolicy, kind: str, where: str = "") -> bytes:
     if scheme == "http" and not policy.allow_plain_http:
         raise MediaError(kind, "plain http is not allowed; use https", where)
     if host not in policy.allowed_hosts:
-        raise MediaError(kind, "the URL's host is not in MediaPolicy.allowed_hosts", where)
+        raise MediaError(
+            kind, "the URL's host is not among the allowed hosts (MediaPolicy.allowed_hosts; --media-host)", where
+        )
     port = int(match["port"] or {"http": 80, "https": 443}[scheme])
     if port not in (80, 443):
         raise MediaError(kind, f"port {port} is not allowed; only 80 and 443 are", where)

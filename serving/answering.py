@@ -11,6 +11,9 @@ from typing import Any
 from transformers import TextStreamer
 
 from ..conversion.checkpoints.description import RouterLoad
+from ..conversion.checkpoints.expert_names import expert_names, numbered
+from ..conversion.dense.sources import resolve_folder
+from ..hub_access import MODEL_FILES
 from ..model_opener import open_model
 from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..processing.sound_tracks_unimoe import with_sound_tracks
@@ -40,10 +43,14 @@ class Answerer:
 
     Args:
         options: of `generate`.
+        expert_names: what a reply's load calls the experts; None: their numbers.
     """
 
-    def __init__(self, model: Any, processor: Any, options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, processor: Any, options: dict[str, Any], expert_names: list[str] | None = None
+    ) -> None:
         self.model, self.processor, self.options = model, processor, options
+        self._expert_names = expert_names or numbered(model.config.text_config.num_experts, [])
         self._planner = MediaPlanner(processor, model)
 
     def needs(self, messages: list[dict[str, Any]]) -> Needs:
@@ -75,7 +82,7 @@ class Answerer:
             length,
             output.shape[1] - length,
             time.perf_counter() - started,
-            _router_load(self.model.config.text_config, recorder.counts.read()),
+            _router_load(self.model.config.text_config, recorder.counts.read(), self._expert_names),
         )
 
 
@@ -90,14 +97,14 @@ class _Pieces(TextStreamer):
         self.show(text)
 
 
-def _router_load(config: Any, counts: RoutingCounts) -> RouterLoad | None:
+def _router_load(config: Any, counts: RoutingCounts, names: list[str]) -> RouterLoad | None:
     if not config.sparse_layers:
         return None
     load = ExpertLoad.of(config, counts.tokens_NM[0], counts.chosen_NLMX[0])
     shares_LME = load.shares
     return RouterLoad(
         load.layers,
-        [str(expert) for expert in range(config.num_experts)],
+        names,
         {MODALITIES[modality]: shares_LME[:, modality].tolist() for modality in load.modalities},
     )
 
@@ -105,4 +112,5 @@ def _router_load(config: Any, counts: RoutingCounts) -> RouterLoad | None:
 def load_answerer(name: str, device: str | None, options: dict[str, Any], quantize: str | None = None) -> Answerer:
     """What `open_model` opens, generating with the given options."""
     processor, model = open_model(name, device, quantize)
-    return Answerer(model, processor, options)
+    names = expert_names(resolve_folder(name, MODEL_FILES), model.config.text_config)
+    return Answerer(model, processor, options, names)

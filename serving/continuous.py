@@ -51,7 +51,12 @@ class TextBatching(GenerationState):
         pages = math.ceil(cache_tokens / PAGE)
         super().__init__(
             continuous_batching=True,
-            cb_config=ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_batch_tokens=STEP),
+            cb_config=ContinuousBatchingConfig(
+                page_size=PAGE,
+                num_blocks=pages,
+                max_batch_tokens=STEP,
+                use_cuda_graph=False,  # while one is recorded, no other request could use the device
+            ),
         )
 
     def use_continuous_batching(self, model: Any, modality: Any) -> bool:

@@ -46,6 +46,7 @@ class ServerSettings:
         continuous_batching: whether requests of text alone are generated together; see `continuous`.
         cache_tokens: what the cache of these holds; None: four texts of the model's greatest length.
         limits: of the media in a request.
+        media_hosts: from which the server fetches media for its clients, over https; usually none.
         quantize: hold the weights in "int8" or "int4".
         perception, no_perception: vision models that look at images for a model with mixers, see `let_perceive`.
     """
@@ -59,6 +60,7 @@ class ServerSettings:
     continuous_batching: bool = False
     cache_tokens: int | None = None
     limits: MediaLimits = field(default_factory=MediaLimits)
+    media_hosts: frozenset[str] = frozenset()
     quantize: str | None = None
     perception: PerceiverChoice | None = None
     no_perception: bool = False
@@ -85,7 +87,10 @@ class ModelServer(Serve):
         self.settings = settings
         loaded = self._load()
         context = loaded.model.config.get_text_config().max_position_embeddings
-        loaded.processor.media_policy = MediaPolicy(allow_paths=False, limits=settings.limits)
+        hosts = settings.media_hosts
+        loaded.processor.media_policy = MediaPolicy(
+            allow_paths=False, allow_network=bool(hosts), allowed_hosts=hosts, limits=settings.limits
+        )
         _limit_prompts(loaded.processor, loaded.model)
         _give_tokenizer(loaded.model, loaded.processor.tokenizer)
         if settings.continuous_batching:

@@ -92,7 +92,7 @@ def describe_model(name: str) -> ModelDescription:
         parameters=parameters,
         total=total_and_active(parameters),
         weights=_weights(folder, config),
-        router_load=_router_load(folder / ROUTER_LOAD_FILE, config),
+        router_load=recorded_load(folder, text.num_experts),
         receipt=saved_summary(folder),
     )
 
@@ -173,17 +173,22 @@ def _weights(folder: Path, config: UniMoeConfig) -> Weights | None:
     return Weights(len(checkpoint.files), sum(f.stat().st_size for f in checkpoint.files), dtypes, problems)
 
 
-def _router_load(path: Path, config: UniMoeConfig) -> RouterLoad | None:
-    """The recorded load. A file that does not fit the model is an error: its numbers would be read as this model's."""
+def recorded_load(folder: Path, num_experts: int) -> RouterLoad | None:
+    """The load that a model's folder records, if any.
+
+    Raises:
+        ConversionError: the record does not fit the model: its numbers would be read as this model's.
+    """
+    path = folder / ROUTER_LOAD_FILE
     if not path.is_file():
         return None
     record = read_json(path)
     layers, modalities = record.get("layers"), record.get("modalities")
-    experts = record.get("experts", [str(i) for i in range(config.text_config.num_experts)])
-    fits = isinstance(modalities, dict) and isinstance(layers, list) and len(experts) == config.text_config.num_experts
+    experts = record.get("experts", [str(i) for i in range(num_experts)])
+    fits = isinstance(modalities, dict) and isinstance(layers, list) and len(experts) == num_experts
     if not fits or not all(_is_table(table, len(layers), len(experts)) for table in modalities.values()):
         raise ConversionError(
-            f"{path} is no table of {config.text_config.num_experts} experts per layer and modality. Remove it, or "
+            f"{path} is no table of {num_experts} experts per layer and modality. Remove it, or "
             'write {"layers": [...], "modalities": {name: [[share per expert] per layer]}}.'
         )
     known = [name for name in MODALITIES if name in modalities]

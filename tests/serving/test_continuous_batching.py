@@ -53,6 +53,17 @@ def test_answers_are_those_of_ordinary_generation(text: dict[str, Any]) -> None:
     assert len(set(map(tuple, alone))) == len(LENGTHS)
 
 
+def test_other_threads_may_use_the_model_meanwhile() -> None:
+    model = tiny.model()
+    config = model.config.text_config
+    seen: list[bool] = []
+    model.model.language_model.layers[1].register_forward_pre_hook(
+        lambda *_: seen.append(hasattr(config, "is_causal"))
+    )
+    model.generate_batch(texts(), generation_config=SETTINGS, continuous_batching_config=SMALL)
+    assert set(seen) == {False}  # else a forward without a mask would not be causal, in this moment or for good
+
+
 def without_end(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(2)] if 2 in tokens else tokens
 

@@ -13,7 +13,9 @@ import tiny_training
 import torch
 from transformers import AutoModelForCausalLM
 
+from unimoe import cli
 from unimoe.errors import CheckpointError, ConfigurationError, MissingPackageError
+from unimoe.evaluation.running.runner import check_settings, settings_of
 from unimoe.model_opener import open_model
 from unimoe.modeling_unimoe.quantized_experts_unimoe import is_quantized
 from unimoe.quantization import KINDS, quantization_config
@@ -163,6 +165,11 @@ def test_the_opener_quantises_and_opens_what_was_saved_so(kind: str, tmp_path: P
     weight = again.get_parameter(name)
     assert is_quantized(weight)
     assert torch.equal(weight.dequantize(), model.get_parameter(name).dequantize())
+    from unimoe.serving.server import ModelServer, ServerSettings
+
+    server = ModelServer(ServerSettings(str(tmp_path / "full"), device="cpu", quantize=kind))
+    [served] = server._model_manager.loaded_models.values()
+    assert torch.equal(served.model.get_parameter(name).dequantize(), weight.dequantize())
     with pytest.raises(CheckpointError, match=f"saved with quantised weights: leave out --quantize {kind}"):
         open_model(str(tmp_path / "small"), "cpu", kind)
 
@@ -193,6 +200,18 @@ def test_without_the_package_it_loads_as_remote_code(folder: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     for kind in KINDS:
         assert torch.equal(torch.load(tmp_path / f"{kind}.logits"), expected[kind])
+
+
+def test_commands_quantise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    processor = tiny_training.processor()
+    for part in (tiny_training.model(processor, sparse=True), processor):
+        part.save_pretrained(tmp_path)
+    options = ["--once", "Hi", "--max-new-tokens", "3", "--device", "cpu", "--json"]
+    assert cli.main(["chat", str(tmp_path), *options, "--quantize", "int4"]) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] <= 3
+    settings_of("m", [], "unimoe", quantize="int8").save(tmp_path)
+    with pytest.raises(CheckpointError, match="quantize was 'int8' and is None"):
+        check_settings(settings_of("m", [], "unimoe"), tmp_path, resume=True)
 
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

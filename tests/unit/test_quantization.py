@@ -177,29 +177,38 @@ def test_the_opener_quantises_and_opens_what_was_saved_so(kind: str, tmp_path: P
 REMOTE = """
 import sys, torch
 sys.meta_path.insert(0, __import__("hub_checks").HideUnimoe())
-from transformers import AutoModelForCausalLM
-inputs = torch.load(sys.argv[1])
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+def logits(folder, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+    return model(**torch.load("inputs")).logits
+
+PackedInt4Config = get_class_from_dynamic_module("packed_int4_unimoe.PackedInt4Config", sys.argv[1])
+names = r"re:model\.language_model\.layers\.\d+\.(self_attn\..*_proj\.weight|mlp\.\w+_proj\.weight|mlp\..*experts\..*)"
 with torch.no_grad():
-    for folder in sys.argv[2:]:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        torch.save(model(**inputs).logits, folder + ".logits")
+    for kind, how in (("int8", Int8WeightOnlyConfig()), ("int4", PackedInt4Config())):
+        torch.save(logits(kind), kind + ".saved")
+        torch.save(logits(sys.argv[1], quantization_config=TorchAoConfig(FqnToConfig({names: how}))), kind + ".loaded")
 """
 
 
-def test_without_the_package_it_loads_as_remote_code(folder: Path, tmp_path: Path) -> None:
+def test_without_the_package_it_loads_and_is_quantised_as_remote_code(folder: Path, tmp_path: Path) -> None:
     torch.save(INPUTS, tmp_path / "inputs")
     expected = {}
     for kind in KINDS:
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config(kind)).eval()
         model.save_pretrained(tmp_path / kind)
         expected[kind] = logits(model)
-    command = [sys.executable, "-c", REMOTE, str(tmp_path / "inputs"), *(str(tmp_path / kind) for kind in KINDS)]
+    command = [sys.executable, "-c", REMOTE, str(folder)]
     paths = os.pathsep.join([str(Path(tiny.__file__).parent), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for kind in KINDS:
-        assert torch.equal(torch.load(tmp_path / f"{kind}.logits"), expected[kind])
+        assert torch.equal(torch.load(tmp_path / f"{kind}.saved"), expected[kind])
+        assert torch.equal(torch.load(tmp_path / f"{kind}.loaded"), expected[kind])
 
 
 def test_commands_quantise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from ...errors import ConversionError
 ReadStored = Callable[[str, int, int], torch.Tensor]
 
 _STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>nf4|fp4)")
+_TORCHAO = re.compile(r"(.+)\._(\w+)_qdata")
 _NESTED = ("nested_absmax", "nested_quant_map")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ROW_FORMAT = 0  # of 8-bit weights; the other layouts were for kernels that are gone
@@ -142,6 +143,11 @@ def refuse_other_quantisation(names: Iterable[str], where: str) -> None:
                 f"{where} was quantised by {_OTHERS[last]} ({name}), which is not read here: give the weights in float32, "
                 "float16 or bfloat16, or in 4 or 8 bits as bitsandbytes saves them."
             )
+
+
+def held_by_torchao(names: Iterable[str]) -> set[str]:
+    """The weights whose quantised values torchao put into a file, as `X._weight_qdata` for `X.weight`."""
+    return {f"{match[1]}.{match[2]}" for name in names if (match := _TORCHAO.fullmatch(name))}
 
 
 def _blocks4(name: str, kind: str, infos: Mapping[str, Any], stored: ReadStored) -> Blocks4:

@@ -14,8 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from unimoe import cli
-from unimoe.errors import CheckpointError, ConfigurationError, MissingPackageError
+from unimoe.conversion.checkpoints.description import describe_model
+from unimoe.errors import CheckpointError, ConfigurationError, ConversionError, MissingPackageError
 from unimoe.evaluation.running.runner import check_settings, settings_of
+from unimoe.inspection.expert_weights import expert_distances
 from unimoe.model_opener import open_model
 from unimoe.modeling_unimoe.quantized_experts_unimoe import is_quantized
 from unimoe.quantization import KINDS, quantization_config
@@ -165,6 +167,10 @@ def test_the_opener_quantises_and_opens_what_was_saved_so(kind: str, tmp_path: P
     weight = again.get_parameter(name)
     assert is_quantized(weight)
     assert torch.equal(weight.dequantize(), model.get_parameter(name).dequantize())
+    assert describe_model(str(tmp_path / "small")).weights.problems == []
+    with pytest.raises(ConversionError, match=r"saved with quantised weights.*folder that it was made of"):
+        expert_distances(tmp_path / "small", model.config.text_config)
+
     from unimoe.serving.server import ModelServer, ServerSettings
 
     server = ModelServer(ServerSettings(str(tmp_path / "full"), device="cpu", quantize=kind))
@@ -174,11 +180,11 @@ def test_the_opener_quantises_and_opens_what_was_saved_so(kind: str, tmp_path: P
         open_model(str(tmp_path / "small"), "cpu", kind)
 
 
-REMOTE = """
+REMOTE = r"""
 import sys, torch
 sys.meta_path.insert(0, __import__("hub_checks").HideUnimoe())
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 def logits(folder, **options):
@@ -191,6 +197,8 @@ with torch.no_grad():
     for kind, how in (("int8", Int8WeightOnlyConfig()), ("int4", PackedInt4Config())):
         torch.save(logits(kind), kind + ".saved")
         torch.save(logits(sys.argv[1], quantization_config=TorchAoConfig(FqnToConfig({names: how}))), kind + ".loaded")
+    how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[sys.argv[2]])
+    torch.save(logits(sys.argv[1], quantization_config=how), "bitsandbytes.loaded")
 """
 
 
@@ -201,7 +209,8 @@ def test_without_the_package_it_loads_and_is_quantised_as_remote_code(folder: Pa
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config(kind)).eval()
         model.save_pretrained(tmp_path / kind)
         expected[kind] = logits(model)
-    command = [sys.executable, "-c", REMOTE, str(folder)]
+    by_bitsandbytes = quantization_config("int8", library="bitsandbytes")
+    command = [sys.executable, "-c", REMOTE, str(folder), *by_bitsandbytes.llm_int8_skip_modules]
     paths = os.pathsep.join([str(Path(tiny.__file__).parent), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -209,6 +218,8 @@ def test_without_the_package_it_loads_and_is_quantised_as_remote_code(folder: Pa
     for kind in KINDS:
         assert torch.equal(torch.load(tmp_path / f"{kind}.saved"), expected[kind])
         assert torch.equal(torch.load(tmp_path / f"{kind}.loaded"), expected[kind])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=by_bitsandbytes).eval()
+    assert torch.equal(torch.load(tmp_path / "bitsandbytes.loaded"), logits(model))
 
 
 def test_commands_quantise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """`unimoe <command>`: finds the commands in `commands/`, parses, runs, and turns errors into one line and an exit code."""
 
 import argparse
+import logging
 import os
 import pkgutil
 import signal
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors outside the UniMoeError family are bugs and keep their traceback, as every error does with --debug.
     """
     args = build_parser().parse_args(argv)
+    # Wherever torchao is installed transformers imports it, and it tells everybody which kernels it has no use for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with _cleanup_when_stopped():
             return args.run(args) or 0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ..conversion.checkpoints.bitsandbytes_tensors import held_by_torchao
 from ..conversion.checkpoints.checkpoint_reader import Checkpoint
 from ..errors import ConversionError
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
@@ -21,7 +22,7 @@ def expert_distances(folder: Path, config: UniMoeTextConfig) -> list[list[list[f
     0 for equal weights, about 1.4 for unrelated ones. Weights are read piece by piece.
 
     Raises:
-        ConversionError: the folder's weights are damaged, or lack an expert tensor.
+        ConversionError: the folder's weights are damaged or quantised, or lack an expert tensor.
     """
     checkpoint = Checkpoint(folder)
     return [_distances(checkpoint, layer, config.num_experts).tolist() for layer in sorted(config.sparse_layers)]
@@ -38,6 +39,11 @@ def _distances(checkpoint: Checkpoint, layer: int, num_experts: int) -> torch.Te
     sizes_E = torch.zeros(num_experts, dtype=torch.float64)
     for part in _TENSORS:
         name = f"model.language_model.layers.{layer}.mlp.experts.{part}"
+        if checkpoint.in_few_bits or held_by_torchao(checkpoint.tensors):
+            raise ConversionError(
+                f"{checkpoint.folder} was saved with quantised weights, between which no distances are measured: look into "
+                "the folder that it was made of, with --quantize."
+            )
         if name not in checkpoint.tensors:
             raise ConversionError(f"{checkpoint.folder} lacks {name}: fetch or convert the model again.")
         count = checkpoint.tensors[name].shape[1] * checkpoint.tensors[name].shape[2]

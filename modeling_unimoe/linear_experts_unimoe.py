@@ -21,6 +21,9 @@ _TENSORS = ("gate_up_proj", "down_proj")
 class UniMoeLinearExperts(nn.Module):
     """What `UniMoeExperts` computes, from `gate_up_proj.{e}.weight` [2I, H] and `down_proj.{e}.weight` [H, I]."""
 
+    gate_up_proj: nn.ModuleList
+    down_proj: nn.ModuleList
+
     def __init__(self, fused: UniMoeExperts) -> None:
         super().__init__()
         self.num_experts, self.act_fn = fused.num_experts, fused.act_fn

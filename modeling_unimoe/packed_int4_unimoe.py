@@ -28,7 +28,7 @@ class PackedInt4Tensor(TorchAOBaseTensor):
     """A weight [..., N, K] as `low + scale * q` with q from 0 to 15, in groups along K.
 
     Args:
-        qdata: uint8 [..., N, K / 2]; the even columns are the low halves of the bytes.
+        qdata: uint8 [..., N, K / 2]; a group's first half is in the low halves of its bytes.
         scale: [..., N, K / group_size], in the dtype that the weight had.
         zero_point: what q = 0 stands for, of shape and dtype of `scale`.
     """
@@ -58,14 +58,14 @@ class PackedInt4Tensor(TorchAOBaseTensor):
         low = low.to(weight.dtype)
         scale = ((high - low.float()) / _STEPS).to(weight.dtype)
         steps = (groups - low.float()) / torch.where(scale == 0, 1.0, scale.float())
-        q = steps.round_().clamp_(0, _STEPS).to(torch.uint8).flatten(-2)
-        return cls(q[..., 0::2] | (q[..., 1::2] << 4), scale.squeeze(-1), low.squeeze(-1))
+        first, second = steps.round_().clamp_(0, _STEPS).to(torch.uint8).chunk(2, dim=-1)
+        return cls((first | (second << 4)).flatten(-2), scale.squeeze(-1), low.squeeze(-1))
 
     def dequantize(self) -> torch.Tensor:
         """The weight [..., N, K] in the dtype that it had."""
-        q = torch.stack((self.qdata & 0xF, self.qdata >> 4), dim=-1).flatten(-2).to(self.dtype)
-        groups = q.unflatten(-1, (self.scale.shape[-1], -1))
-        return torch.addcmul(self.zero_point.unsqueeze(-1), groups, self.scale.unsqueeze(-1)).flatten(-2)
+        halves = self.qdata.unflatten(-1, (self.scale.shape[-1], -1))
+        q = torch.cat((halves & 0xF, halves >> 4), dim=-1).to(self.dtype)
+        return q.mul_(self.scale.unsqueeze(-1)).add_(self.zero_point.unsqueeze(-1)).flatten(-2)
 
 
 @PackedInt4Tensor.implements(torch.ops.aten.linear.default)

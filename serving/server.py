@@ -101,7 +101,7 @@ class ModelServer(Serve):
 
     def _load(self) -> Any:
         """transformers loads; it knows bitsandbytes only, so what it quantises with is set before."""
-        manager = self._model_manager
+        manager: Any = self._model_manager
         if self.settings.quantize is not None:
             chosen = quantization_config(self.settings.quantize)
             manager.get_quantization_config = lambda: chosen

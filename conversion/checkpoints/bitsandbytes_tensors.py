@@ -22,8 +22,11 @@ from ...errors import ConversionError
 ReadStored = Callable[[str, int, int], torch.Tensor]
 
 _STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>nf4|fp4)")
+_TORCHAO = re.compile(r"(.+)\._(\w+)_qdata")
 _NESTED = ("nested_absmax", "nested_quant_map")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_CHUNK = 1 << 22  # values
+_LONGEST_STATE = 1 << 16  # bytes
 _ROW_FORMAT = 0  # of 8-bit weights; the other layouts were for kernels that are gone
 # Last part of a tensor's name -> who made weights smaller in a way that is not read here.
 _OTHERS = {
@@ -59,8 +62,7 @@ class Blocks4:
         last = ("absmax", "quant_map", f"quant_state.bitsandbytes__{self.kind}", *nested)
         return tuple(f"{self.name}.{part}" for part in last)
 
-    def read(self, start: int, count: int, stored: ReadStored) -> torch.Tensor:
-        """`count` values from the `start`-th on, flat, in the dtype that the weight had."""
+    def values(self, start: int, count: int, stored: ReadStored) -> torch.Tensor:
         first, end = start // (2 * self.item_size), math.ceil((start + count) / (2 * self.item_size))
         halves = stored(self.name, first, end - first).view(torch.uint8)
         index = torch.stack((halves >> 4, halves & 0xF), dim=1).flatten()
@@ -70,7 +72,7 @@ class Blocks4:
         block = start // self.block_size
         absmax = self._absmax(block, math.ceil((start + count) / self.block_size) - block, stored)
         of_value = torch.arange(start, start + count).div_(self.block_size, rounding_mode="floor") - block
-        return levels[index].mul_(absmax[of_value]).to(self.dtype)
+        return levels[index].mul_(absmax[of_value])
 
     def _absmax(self, block: int, count: int, stored: ReadStored) -> torch.Tensor:
         held = stored(f"{self.name}.absmax", block, count)
@@ -98,16 +100,24 @@ class Rows8:
         module = self.name.removesuffix(".weight")
         return (f"{module}.SCB", *([f"{module}.weight_format"] if self.has_format else []))
 
-    def read(self, start: int, count: int, stored: ReadStored) -> torch.Tensor:
-        """`count` values from the `start`-th on, flat."""
+    def values(self, start: int, count: int, stored: ReadStored) -> torch.Tensor:
         width = self.shape[1]
         first = start // width
         scale = stored(self.companions[0], first, math.ceil((start + count) / width) - first).float() / 127
         of_value = torch.arange(start, start + count).div_(width, rounding_mode="floor") - first
-        return stored(self.name, start, count).float().mul_(scale[of_value]).to(self.dtype)
+        return stored(self.name, start, count).float().mul_(scale[of_value])
 
 
 Held = Blocks4 | Rows8
+
+
+def read_held(held: Held, start: int, count: int, stored: ReadStored) -> torch.Tensor:
+    """`count` values of a weight from the `start`-th on, flat, in the dtype that it had; made piece by piece."""
+    flat = torch.empty(count, dtype=held.dtype)
+    for first in range(0, count, _CHUNK):
+        size = min(_CHUNK, count - first)
+        flat[first : first + size] = held.values(start + first, size, stored)
+    return flat
 
 
 def held_in_few_bits(infos: Mapping[str, Any], stored: ReadStored) -> dict[str, Held]:
@@ -144,11 +154,18 @@ def refuse_other_quantisation(names: Iterable[str], where: str) -> None:
             )
 
 
+def held_by_torchao(names: Iterable[str]) -> set[str]:
+    """The weights whose quantised values torchao put into a file, as `X._weight_qdata` for `X.weight`."""
+    return {f"{match[1]}.{match[2]}" for name in names if (match := _TORCHAO.fullmatch(name))}
+
+
 def _blocks4(name: str, kind: str, infos: Mapping[str, Any], stored: ReadStored) -> Blocks4:
     state_name = f"{name}.quant_state.bitsandbytes__{kind}"
     try:
-        text = bytes(stored(state_name, 0, math.prod(infos[state_name].shape)).view(torch.uint8).tolist())
-        state = json.loads(text)
+        length = math.prod(infos[state_name].shape)
+        if length > _LONGEST_STATE:
+            raise ValueError(f"its quant_state has {length} bytes")
+        state = json.loads(bytes(stored(state_name, 0, length).view(torch.uint8).tolist()))
         held = Blocks4(
             name,
             kind,
@@ -168,7 +185,7 @@ def _blocks4(name: str, kind: str, infos: Mapping[str, Any], stored: ReadStored)
         if held.nested_size:
             wanted |= {f"{name}.nested_absmax": math.ceil(blocks / held.nested_size), f"{name}.nested_quant_map": 256}
         _require_sizes(wanted, infos)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConversionError(
             f"{name} was saved in 4 bits, but what belongs to it is damaged or missing ({error!r}): fetch the file again."
         ) from error
@@ -180,7 +197,7 @@ def _rows8(name: str, dtype: torch.dtype, infos: Mapping[str, Any], stored: Read
     info = infos[name]
     held = Rows8(name, info.shape, dtype, f"{module}.weight_format" in infos)
     try:
-        if info.dtype != torch.int8 or len(info.shape) != 2:
+        if info.dtype != torch.int8 or len(info.shape) != 2 or 0 in info.shape:
             raise ValueError(f"{info.dtype} of shape {list(info.shape)}, not int8 of two dimensions")
         _require_sizes({held.companions[0]: info.shape[0]}, infos)
         if held.has_format and int(stored(held.companions[1], 0, 1)) != _ROW_FORMAT:

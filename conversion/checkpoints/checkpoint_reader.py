@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...errors import ConversionError
-from .bitsandbytes_tensors import held_in_few_bits
+from .bitsandbytes_tensors import held_in_few_bits, read_held
 from .pickle_files import load_pickle, refuse_truncated
 
 DTYPES = {
@@ -103,7 +103,7 @@ class Checkpoint:
     def read_flat(self, name: str, start: int, count: int) -> torch.Tensor:
         """`count` values of a tensor from the `start`-th on, in row-major order."""
         if name in self.in_few_bits:
-            return self.in_few_bits[name].read(start, count, self._read_stored)
+            return read_held(self.in_few_bits[name], start, count, self._read_stored)
         return self._read_stored(name, start, count)
 
     def _read_stored(self, name: str, start: int, count: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from ...modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..dense.sources import expected_tensors, read_our_config, resolve_folder
 from ..publishing.model_card import modalities_of
 from ..publishing.saved_receipt import saved_summary
+from .bitsandbytes_tensors import held_by_torchao
 from .checkpoint_reader import Checkpoint, read_json
 from .parameters import ParameterCount, count_parameters, total_and_active
 
@@ -167,7 +168,7 @@ def _weights(folder: Path, config: UniMoeConfig) -> Weights | None:
         name = str(info.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + math.prod(info.shape)
     expected = {key: tuple(tensor.shape) for key, tensor in expected_tensors(config).items()}
-    missing = sorted(set(expected) - set(checkpoint.tensors))
+    missing = sorted(set(expected) - set(checkpoint.tensors) - held_by_torchao(checkpoint.tensors))
     differing = sorted(key for key, info in checkpoint.tensors.items() if expected.get(key, info.shape) != info.shape)
     problems = [f"{key} is missing" for key in missing] + [f"{key} has another shape" for key in differing]
     return Weights(len(checkpoint.files), sum(f.stat().st_size for f in checkpoint.files), dtypes, problems)

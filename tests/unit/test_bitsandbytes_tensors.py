@@ -10,6 +10,7 @@ import torch
 from moai_shapes import TINY_CONFIG
 from safetensors.torch import load_file, save_file
 
+from unimoe.conversion.checkpoints import bitsandbytes_tensors
 from unimoe.conversion.checkpoints.checkpoint_reader import Checkpoint
 from unimoe.conversion.dense.sources import open_source
 from unimoe.conversion.released.import_moai import import_moai, plan_moai
@@ -66,7 +67,11 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_four_bits_stand_for_levels_times_the_blocks_largest(tmp_path: Path, nested: bool) -> None:
+@pytest.mark.parametrize("chunk", [1 << 22, 37])
+def test_four_bits_stand_for_levels_times_the_blocks_largest(
+    tmp_path: Path, nested: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bitsandbytes_tensors, "_CHUNK", chunk)
     tensors, expected = in_4_bits("x.weight", (12, 50), nested)
     checkpoint = Checkpoint(write(tmp_path, tensors | {"x.bias": torch.ones(12)}))
     assert checkpoint.shapes == {"x.weight": (12, 50), "x.bias": (12,)}
@@ -181,6 +186,8 @@ STATE = "x.weight.quant_state.bitsandbytes__nf4"
     ("changes", "message"),
     [
         ({STATE: torch.tensor([1, 2, 3], dtype=torch.uint8)}, "damaged or missing"),
+        ({STATE: torch.tensor(list(b"[" * 60000), dtype=torch.uint8)}, "damaged or missing"),
+        ({STATE: torch.zeros(70000, dtype=torch.uint8)}, "70000 bytes"),
         ({STATE: state((12, 51))}, "holds 300 values, not 306"),
         ({STATE: state((12, 50), block=0)}, "not all positive"),
         ({STATE: state((12, 50), block=2.5)}, "not all positive"),  # type: ignore[arg-type]
@@ -204,6 +211,7 @@ def test_eight_bits_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for changes in (
         {"x.SCB": torch.ones(5)},
         {"x.weight": torch.ones(6, 10)},
+        {"x.weight": torch.ones(6, 0, dtype=torch.int8)},
         {"x.weight_format": torch.tensor(2, dtype=torch.uint8)},
     ):
         with pytest.raises(ConversionError, match="saved in 8 bits, but what belongs to it does not fit"):

@@ -13,7 +13,11 @@ import tiny_training
 import torch
 from transformers import AutoModelForCausalLM
 
-from unimoe.errors import CheckpointError, ConfigurationError, MissingPackageError
+from unimoe import cli
+from unimoe.conversion.checkpoints.description import describe_model
+from unimoe.errors import CheckpointError, ConfigurationError, ConversionError, MissingPackageError
+from unimoe.evaluation.running.runner import check_settings, settings_of
+from unimoe.inspection.expert_weights import expert_distances
 from unimoe.model_opener import open_model
 from unimoe.modeling_unimoe.quantized_experts_unimoe import is_quantized
 from unimoe.quantization import KINDS, quantization_config
@@ -163,36 +167,71 @@ def test_the_opener_quantises_and_opens_what_was_saved_so(kind: str, tmp_path: P
     weight = again.get_parameter(name)
     assert is_quantized(weight)
     assert torch.equal(weight.dequantize(), model.get_parameter(name).dequantize())
+    assert describe_model(str(tmp_path / "small")).weights.problems == []
+    with pytest.raises(ConversionError, match=r"saved with quantised weights.*folder that it was made of"):
+        expert_distances(tmp_path / "small", model.config.text_config)
+
+    from unimoe.serving.server import ModelServer, ServerSettings
+
+    server = ModelServer(ServerSettings(str(tmp_path / "full"), device="cpu", quantize=kind))
+    [served] = server._model_manager.loaded_models.values()
+    assert torch.equal(served.model.get_parameter(name).dequantize(), weight.dequantize())
     with pytest.raises(CheckpointError, match=f"saved with quantised weights: leave out --quantize {kind}"):
         open_model(str(tmp_path / "small"), "cpu", kind)
 
 
-REMOTE = """
+REMOTE = r"""
 import sys, torch
 sys.meta_path.insert(0, __import__("hub_checks").HideUnimoe())
-from transformers import AutoModelForCausalLM
-inputs = torch.load(sys.argv[1])
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+def logits(folder, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+    return model(**torch.load("inputs")).logits
+
+PackedInt4Config = get_class_from_dynamic_module("packed_int4_unimoe.PackedInt4Config", sys.argv[1])
+names = r"re:model\.language_model\.layers\.\d+\.(self_attn\..*_proj\.weight|mlp\.\w+_proj\.weight|mlp\..*experts\..*)"
 with torch.no_grad():
-    for folder in sys.argv[2:]:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        torch.save(model(**inputs).logits, folder + ".logits")
+    for kind, how in (("int8", Int8WeightOnlyConfig()), ("int4", PackedInt4Config())):
+        torch.save(logits(kind), kind + ".saved")
+        torch.save(logits(sys.argv[1], quantization_config=TorchAoConfig(FqnToConfig({names: how}))), kind + ".loaded")
+    how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[sys.argv[2]])
+    torch.save(logits(sys.argv[1], quantization_config=how), "bitsandbytes.loaded")
 """
 
 
-def test_without_the_package_it_loads_as_remote_code(folder: Path, tmp_path: Path) -> None:
+def test_without_the_package_it_loads_and_is_quantised_as_remote_code(folder: Path, tmp_path: Path) -> None:
     torch.save(INPUTS, tmp_path / "inputs")
     expected = {}
     for kind in KINDS:
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config(kind)).eval()
         model.save_pretrained(tmp_path / kind)
         expected[kind] = logits(model)
-    command = [sys.executable, "-c", REMOTE, str(tmp_path / "inputs"), *(str(tmp_path / kind) for kind in KINDS)]
+    by_bitsandbytes = quantization_config("int8", library="bitsandbytes")
+    command = [sys.executable, "-c", REMOTE, str(folder), *by_bitsandbytes.llm_int8_skip_modules]
     paths = os.pathsep.join([str(Path(tiny.__file__).parent), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for kind in KINDS:
-        assert torch.equal(torch.load(tmp_path / f"{kind}.logits"), expected[kind])
+        assert torch.equal(torch.load(tmp_path / f"{kind}.saved"), expected[kind])
+        assert torch.equal(torch.load(tmp_path / f"{kind}.loaded"), expected[kind])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=by_bitsandbytes).eval()
+    assert torch.equal(torch.load(tmp_path / "bitsandbytes.loaded"), logits(model))
+
+
+def test_commands_quantise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    processor = tiny_training.processor()
+    for part in (tiny_training.model(processor, sparse=True), processor):
+        part.save_pretrained(tmp_path)
+    options = ["--once", "Hi", "--max-new-tokens", "3", "--device", "cpu", "--json"]
+    assert cli.main(["chat", str(tmp_path), *options, "--quantize", "int4"]) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] <= 3
+    settings_of("m", [], "unimoe", quantize="int8").save(tmp_path)
+    with pytest.raises(CheckpointError, match="quantize was 'int8' and is None"):
+        check_settings(settings_of("m", [], "unimoe"), tmp_path, resume=True)
 
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

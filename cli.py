@@ -25,7 +25,7 @@ _DESCRIPTION = "Makes a multimodal Mixture of Experts of a dense language model 
 _EXAMPLES = """\
 examples:
   unimoe quickstart                     a small model from parts, in minutes
-  unimoe chat quickstart-out/model      talk to it; unimoe COMMAND --help says more
+  unimoe chat quickstart-out/model      talk to it; COMMAND --help says more
 """
 
 

@@ -45,9 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--max-users", type=positive, default=16, metavar="N", help="answered or waiting at once (default: 16)"
     )
-    parser.add_argument(
-        "--max-upload-mb", type=positive, default=64, metavar="N", help="largest upload (default: 64)"
-    )
+    parser.add_argument("--max-upload-mb", type=positive, default=64, metavar="N", help="largest upload (default: 64)")
     parser.add_argument(
         "--max-media-seconds", type=positive, default=600, metavar="N", help="longest audio or video (default: 600)"
     )

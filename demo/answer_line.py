@@ -22,6 +22,8 @@ _SIGN_OF_LIFE = 1.0
 class AnswerLine:
     """Answers one conversation after the other, in the order in which they were asked.
 
+    Attributes: turns, who is answered (the first) and who waits.
+
     Args:
         answerer: the model; used by one thread at a time.
         longest: people who are answered or wait at once.
@@ -31,7 +33,7 @@ class AnswerLine:
     def __init__(self, answerer: Answerer, longest: int, context: int) -> None:
         self.answerer, self.longest, self.context = answerer, longest, context
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
-        self._line: list[Turn] = []
+        self.turns: list[Turn] = []
 
     def ask(self, messages: list[dict[str, Any]]) -> "Turn":
         """Take a place in the line; to be called in an event loop.
@@ -39,27 +41,27 @@ class AnswerLine:
         Raises:
             RequestError: the line is full.
         """
-        if len(self._line) >= self.longest:
+        if len(self.turns) >= self.longest:
             raise RequestError(
                 f"{self.longest} people are being answered or wait already, and no more are let in: try again soon."
             )
         turn = Turn(self, asyncio.get_running_loop())
-        self._line.append(turn)
+        self.turns.append(turn)
         turn.begin(self._worker.submit(self._answer, turn, messages))
         return turn
 
     def ahead_of(self, turn: "Turn") -> int:
         """How many others come first."""
-        return self._line.index(turn) if turn in self._line else 0
+        return self.turns.index(turn) if turn in self.turns else 0
 
     def leave(self, turn: "Turn") -> None:
         """Called in the event loop when a turn is over."""
-        self._line.remove(turn)
+        self.turns.remove(turn)
 
     def close(self) -> None:
         """End what is being answered and let nobody in any more."""
         self.longest = 0
-        for turn in list(self._line):
+        for turn in list(self.turns):
             turn.stop()
         self._worker.shutdown(wait=True, cancel_futures=True)
 

@@ -1,5 +1,6 @@
 """What was said: as the model reads it, and as the page shows it."""
 
+import html
 import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def answer(text: str) -> Message:
 
 
 def kind_of(file: str) -> str | None:
-    """"image", "audio" or "video" by the file's name; None for others."""
+    """ "image", "audio" or "video" by the file's name; None for others."""
     suffix = Path(file).suffix.lower()
     kind = _SUFFIXES.get(suffix) or (mimetypes.guess_type(f"file{suffix}")[0] or "").partition("/")[0]
     return kind if kind in _KINDS else None
@@ -45,7 +46,10 @@ def kind_of(file: str) -> str | None:
 def shown(messages: Sequence[Message]) -> list[Message]:
     """A conversation for Gradio's chat: one bubble per medium and text."""
     return [
-        {"role": message["role"], "content": item["text"] if item["type"] == "text" else {"path": item["path"]}}
+        {
+            "role": message["role"],
+            "content": _verbatim(item["text"]) if item["type"] == "text" else {"path": item["path"]},
+        }
         for message in messages
         for item in message["content"]
         if item["type"] != "text" or item["text"]
@@ -53,8 +57,13 @@ def shown(messages: Sequence[Message]) -> list[Message]:
 
 
 def bubble(text: str) -> Message:
-    """What the page says by itself, in the model's place."""
-    return {"role": "assistant", "content": text}
+    """What the page says by itself, or so far, in the model's place."""
+    return {"role": "assistant", "content": _verbatim(text)}
+
+
+def _verbatim(text: str) -> str:
+    """Gradio's chat reads HTML, also with Markdown off; here it is text."""
+    return html.escape(text, quote=False)
 
 
 def plainly(error: Exception) -> str:

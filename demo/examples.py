@@ -35,4 +35,5 @@ def examples_for(modalities: Sequence[str], folder: Path) -> list[Example]:
 def _example(title: str, sample: Sample, folder: Path) -> Example:
     items = sample["messages"][0]["content"]
     text = " ".join(item["text"] for item in items if item["type"] == "text")
-    return Example(title, text, [shutil.copy(item["path"], folder) for item in items if item["type"] != "text"])
+    files = [Path(item["path"]) for item in items if item["type"] != "text"]
+    return Example(title, text, [str(shutil.copy(file, folder / file.name)) for file in files])

@@ -24,11 +24,16 @@ _API = "/gradio_api"
 _FILE = f"{_API}/file="
 _UPLOAD = f"{_API}/upload"
 _READ = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
-_READ |= {f"{_API}/{name}" for name in ("queue/data", "info", "upload_progress", "startup-events", "app_id", "theme.css")}
+_READ |= {
+    f"{_API}/{name}" for name in ("queue/data", "info", "upload_progress", "startup-events", "app_id", "theme.css")
+}
 _READ_BELOW = ("/assets/", "/static/", "/svelte/", f"{_API}/heartbeat/")
 _WRITE = {_UPLOAD, f"{_API}/queue/join"}
 # Of a message: its text, and names of uploads.
 _LONGEST_MESSAGE = 1 << 20
+
+# What is still being sent is not read.
+_CLOSE = (("connection", "close"),)
 
 _PAGE_HEADERS = {
     # Scripts and styles of Gradio are partly inline. Nothing may be fetched from, or sent to, another server.
@@ -91,7 +96,7 @@ class PageGuard:
         """Let an upload through while it is short enough."""
         claimed = int(header(scope, b"content-length") or 0)
         if claimed > self.longest_upload:
-            await answer(send, 413, self._too_long())
+            await self._refuse(send)
             return
         await asyncio.to_thread(self.uploads.make_room, claimed or self.longest_upload)
         length, too_long = 0, False
@@ -113,10 +118,10 @@ class PageGuard:
             if not too_long:
                 raise
         if too_long:
-            await answer(send, 413, self._too_long())
+            await self._refuse(send)
 
-    def _too_long(self) -> str:
-        return f"The upload is larger than {self.longest_upload / (1 << 20):g} MB."
+    async def _refuse(self, send: Send) -> None:
+        await answer(send, 413, f"The upload is larger than {self.longest_upload / (1 << 20):g} MB.", headers=_CLOSE)
 
     async def _message(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a message through that is short enough and names no other files than uploads."""
@@ -125,7 +130,7 @@ class PageGuard:
             message = await receive()
             body += message.get("body", b"")
             if len(body) > _LONGEST_MESSAGE:
-                await answer(send, 413, f"The message is longer than {_LONGEST_MESSAGE:,} bytes.")
+                await answer(send, 413, f"The message is longer than {_LONGEST_MESSAGE:,} bytes.", headers=_CLOSE)
                 return
             more = message.get("more_body", False)
         try:
@@ -149,7 +154,9 @@ class PageGuard:
             value = left.pop()
             if isinstance(value, dict):
                 if "path" in value and not (isinstance(value["path"], str) and self.uploads.holds(value["path"])):
-                    raise RequestError("The message names a file that is no upload, or is there no more: add it again.")
+                    raise RequestError(
+                        "The message names a file that is no upload, or is there no more: add it again."
+                    )
                 left += value.values()
             elif isinstance(value, list):
                 left += value

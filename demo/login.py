@@ -55,7 +55,9 @@ class Login:
     async def _log_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         address = (scope.get("client") or ("",))[0]
         now = time.monotonic()
-        self._failures = {a: recent for a, old in self._failures.items() if (recent := [t for t in old if t > now - _SECONDS])}
+        self._failures = {
+            a: recent for a, old in self._failures.items() if (recent := [t for t in old if t > now - _SECONDS])
+        }
         failures = self._failures.get(address, [])
         if len(failures) >= _TRIES or len(self._failures) >= _MOST_ADDRESSES:
             await _ask(send, 429, "Too many wrong passwords: wait a minute.")

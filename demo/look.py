@@ -14,6 +14,7 @@ CSS = """
 #chat .minimal-audio-player{height:3.4rem;overflow:hidden}
 #chat button[aria-label=Share]{display:none}
 #chat .user .message img,#chat .user .message video{max-height:12rem;width:auto;border-radius:.4rem}
+#chat .message-content .md{white-space:pre-wrap;overflow-wrap:anywhere}
 #below{align-items:center;gap:.8rem}
 #anew{max-width:11rem;margin-left:auto}
 #experts h2{font-size:1.05rem;line-height:1.4;margin:0 0 .2rem}

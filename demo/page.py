@@ -173,8 +173,8 @@ def _chat(exhibit: Exhibit) -> gradio.Chatbot:
         show_label=False,
         height="66vh",
         examples=examples,
-        buttons=["copy"],
-        # Answers are shown as they are: neither marks nor HTML in them mean anything to the page.
+        buttons=[],
+        # Answers are shown as they are; see `shown` for HTML.
         render_markdown=False,
         latex_delimiters=[],
         layout="bubble",

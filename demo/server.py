@@ -33,9 +33,7 @@ class DemoServer:
         self._folder = TemporaryDirectory(prefix="unimoe-demo-")
         uploads = Path(self._folder.name).resolve()
         # Read by Gradio when it is imported and when parts of a page are made.
-        os.environ.update(
-            GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=str(uploads)
-        )
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=str(uploads))
         answerer.processor.media_policy = MediaPolicy(media_root=str(uploads), limits=settings.media_limits)
         context = answerer.model.config.text_config.max_position_embeddings
         limit_prompts(answerer.processor, context)
@@ -61,7 +59,7 @@ class DemoServer:
         uploads.keep_what_is_there()
         app: Any = PageGuard(page, uploads, settings.max_upload_bytes)
         if settings.password is not None:
-            app = Login(app, settings.password, settings.root_path or "/")
+            app = Login(app, settings.password, settings.root_path + "/")
         self.server = uvicorn.Server(
             uvicorn.Config(
                 app,

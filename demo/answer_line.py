@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..errors import RequestError, UniMoeError
 from ..serving.answering import Answerer, Reply
+from ..serving.media_needs import MediaPlanner
 
 logger = logging.get_logger(__name__)
 
@@ -27,11 +28,11 @@ class AnswerLine:
     Args:
         answerer: the model; used by one thread at a time.
         longest: people who are answered or wait at once.
-        context: tokens that the model has positions for; an answer ends there.
     """
 
-    def __init__(self, answerer: Answerer, longest: int, context: int) -> None:
-        self.answerer, self.longest, self.context = answerer, longest, context
+    def __init__(self, answerer: Answerer, longest: int) -> None:
+        self.answerer, self.longest = answerer, longest
+        self._planner = MediaPlanner(answerer.processor, answerer.model)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
         self.turns: list[Turn] = []
 
@@ -68,9 +69,21 @@ class AnswerLine:
     def _answer(self, turn: "Turn", messages: list[dict[str, Any]]) -> Reply | None:
         if turn.stopped.is_set():
             return None
-        until = StoppingCriteriaList([_StopWhenAsked(turn.stopped, self.context)])
+        context = self._require_room(messages)
+        until = StoppingCriteriaList([_StopWhenAsked(turn.stopped, context)])
         options = {**self.answerer.options, "stopping_criteria": until}
         return Answerer(self.answerer.model, self.answerer.processor, options)(messages, turn.show)
+
+    def _require_room(self, messages: list[dict[str, Any]]) -> int:
+        """Refuse, before any medium is decoded, what has no room in the model or the machine; the model's context."""
+        needs = self._planner.needs(messages, self.answerer.options["max_new_tokens"])
+        if needs.tokens >= needs.context:
+            raise RequestError(
+                f"The conversation has {needs.tokens:,} tokens, media included; the model takes fewer than "
+                f"{needs.context:,}: begin a new one, or give less at once."
+            )
+        needs.require_room()
+        return needs.context
 
 
 class Turn:
@@ -106,7 +119,7 @@ class Turn:
         """More text; called by the thread that generates."""
         self._loop.call_soon_threadsafe(self._append, piece)
 
-    async def progress(self) -> AsyncIterator[None]:
+    async def progress(self) -> AsyncGenerator[None, None]:
         """Yields whenever there is something new to show, and every second; leaving it early stops the answer.
 
         Raises:

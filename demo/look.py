@@ -41,7 +41,7 @@ footer{display:none!important}
 """
 
 
-def theme() -> themes.Default:
+def theme() -> themes.Base:
     """Gradio's plain theme in our colours."""
     made = themes.Default(
         primary_hue="blue", secondary_hue="blue", neutral_hue="slate", font=_SANS, font_mono=_MONO, radius_size="lg"

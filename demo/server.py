@@ -9,8 +9,7 @@ from typing import Any
 from ..conversion.publishing.model_card import modalities_of
 from ..errors import MissingPackageError
 from ..processing.media_policy_unimoe import MediaPolicy
-from ..serving.answering import load_answerer
-from ..serving.prompt_limit import limit_prompts
+from ..serving.answering import Answerer, load_answerer
 from .settings import DemoSettings
 
 # Seconds that open pages have to finish when the server stops.
@@ -35,11 +34,9 @@ class DemoServer:
         # Read by Gradio when it is imported and when parts of a page are made.
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=str(uploads))
         answerer.processor.media_policy = MediaPolicy(media_root=str(uploads), limits=settings.media_limits)
-        context = answerer.model.config.text_config.max_position_embeddings
-        limit_prompts(answerer.processor, context)
-        self._serve(answerer, context, uploads)
+        self._prepare(answerer, uploads)
 
-    def _serve(self, answerer: Any, context: int, folder: Path) -> None:
+    def _prepare(self, answerer: Answerer, folder: Path) -> None:
         # Gradio reads the environment when it is imported.
         import uvicorn
 
@@ -53,7 +50,7 @@ class DemoServer:
         settings = self.settings
         modalities = modalities_of(answerer.model.config)
         exhibit = Exhibit(_title(settings.model), modalities, examples_for(modalities, folder))
-        self.line = AnswerLine(answerer, settings.max_users, context)
+        self.line = AnswerLine(answerer, settings.max_users)
         page = mounted(build_page(exhibit, self.line), settings)
         uploads = UploadFolder(folder, settings.max_kept_bytes)
         uploads.keep_what_is_there()

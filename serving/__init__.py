@@ -6,5 +6,4 @@ chat_handler.py     what it does differently for a single request, and
 continuous.py       texts of many requests in one running batch; behind
 request_guard.py    which reads a request's body within a limit, before anything else sees it, and
 request_checks.py   which knows what a request may say
-prompt_limit.py     refuses conversations that are longer than the model's context
 """

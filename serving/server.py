@@ -14,11 +14,10 @@ import torch
 from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
-from ..errors import MissingPackageError, UniMoeError
+from ..errors import MissingPackageError, RequestError, UniMoeError
 from ..processing.media_policy_unimoe import MediaLimits, MediaPolicy
 from .chat_handler import SEED, ChatHandler
 from .continuous import TextBatching, require_batchable
-from .prompt_limit import limit_prompts
 from .request_guard import CHAT, RequestGuard, error_body
 
 # Texts of the model's greatest length that the cache of continuous batching holds, unless told otherwise.
@@ -73,7 +72,7 @@ class ModelServer(Serve):
         [loaded] = self._model_manager.loaded_models.values()
         context = loaded.model.config.get_text_config().max_position_embeddings
         loaded.processor.media_policy = MediaPolicy(allow_paths=False, limits=settings.limits)
-        limit_prompts(loaded.processor, context)
+        _limit_prompts(loaded.processor, context)
         _give_tokenizer(loaded.model, loaded.processor.tokenizer)
         if settings.continuous_batching:
             self._generation_state = _batching(loaded.model, context, settings.cache_tokens)
@@ -149,3 +148,23 @@ def _give_tokenizer(model: Any, tokenizer: Any) -> None:
         return generate(*args, generation_config=generation_config, **{**kwargs, "tokenizer": tokenizer})
 
     model.generate = with_tokenizer
+
+
+def _limit_prompts(processor: Any, context: int) -> None:
+    """Refuse prompts that the model has no positions for; transformers would generate behind its last one."""
+    make_inputs = processor.apply_chat_template
+
+    @functools.wraps(make_inputs)
+    def within_context(*args: Any, **kwargs: Any) -> Any:
+        inputs = make_inputs(*args, **kwargs)
+        length = len(inputs["input_ids"][0])
+        if length >= context:
+            raise RequestError(
+                f"The conversation has {length} tokens, media included; the model takes fewer than {context}: "
+                "shorten it."
+            )
+        if kwargs.get("return_tensors") is None:  # continuous batching takes the ids of one text
+            inputs["input_ids"] = inputs["input_ids"][0]
+        return inputs
+
+    processor.apply_chat_template = within_context

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise UniMoeError(f"--port is {args.port}; it must be from 1 to 65535.")
     if args.root_path and (not args.root_path.startswith("/") or args.root_path.endswith("/")):
         raise UniMoeError(f"--root-path is {args.root_path!r}; it must begin with / and not end with one, like /demo.")
-    password = _password(args)
+    password = given_password(args)
     from ..demo.server import DemoServer
     from ..demo.settings import DemoSettings
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _password(args: argparse.Namespace) -> str | None:
+def given_password(args: argparse.Namespace) -> str | None:
     """The password from a prompt, a file or the environment; None where none is set."""
     if args.password:
         password, source = getpass.getpass("Password of the page: "), "What was typed"

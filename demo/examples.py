@@ -9,9 +9,9 @@ from ..starter_corpus.corpus import Sample, load_samples
 
 # An item of the corpus, what the model must take for it, and how the page calls it.
 _ITEMS = (
-    ("image-cat-openmoji-0", "image", "A picture"),
-    ("speech-dog_flite-slt", "speech", "A spoken word"),
-    ("sound-bass-drum-sonic-pi-bd-gas", "sound", "A sound"),
+    ("image-rocket-openmoji-0", "image", "A picture"),
+    ("speech-penguin_flite-awb", "speech", "A spoken word"),
+    ("sound-piano-fluid-p200-piano-a-7", "sound", "A sound"),
     ("video_direction-heldout000_cat_left", "video", "A video"),
     ("text-horse-0", "text", "Only text"),
 )

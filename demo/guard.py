@@ -7,6 +7,7 @@ routes pass that the page needs, and only files pass that were uploaded.
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -60,6 +61,7 @@ class PageGuard:
 
     def __init__(self, app: App, uploads: UploadFolder, longest_upload: int) -> None:
         self.app, self.uploads, self.longest_upload = app, uploads, longest_upload
+        self._uploading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -112,11 +114,15 @@ class PageGuard:
             if not too_long:
                 await send(message)
 
+        self._uploading += 1
+        # Gradio leaves what it has of an upload whose sender is gone, or seems so.
         try:
-            await self.app(scope, counted, unless_too_long)
-        except ClientDisconnect:
-            if not too_long:
-                raise
+            with suppress(ClientDisconnect):
+                await self.app(scope, counted, unless_too_long)
+        finally:
+            self._uploading -= 1
+            if not self._uploading:
+                self.uploads.remove_halves()
         if too_long:
             await self._refuse(send)
 

@@ -12,7 +12,7 @@ CSS = """
 #title h1{font-size:1.4rem;line-height:1.25;margin:0;overflow-wrap:anywhere}
 #title p{color:var(--body-text-color-subdued);margin:.1rem 0 0}
 #chat .minimal-audio-player{height:3.4rem;overflow:hidden}
-#chat button[aria-label=Share]{display:none}
+#chat .message-buttons{display:none}
 #chat .user .message img,#chat .user .message video{max-height:12rem;width:auto;border-radius:.4rem}
 #chat .message-content .md{white-space:pre-wrap;overflow-wrap:anywhere}
 #below{align-items:center;gap:.8rem}
@@ -32,9 +32,11 @@ CSS = """
 #experts thead th{text-align:center;padding:.1rem}
 #experts .strong{color:#fff}
 .dark #experts .strong{color:#0b1220}
+#experts .wide+.note{margin-top:.5rem}
 footer{display:none!important}
+@media(min-width:64rem){#experts{max-height:calc(100vh - 7rem);overflow-y:auto}}
 @media(max-width:40rem){
-  .gradio-container>main{padding:.7rem .6rem!important}
+  .gradio-container .main.app{padding:.7rem .6rem!important}
   #chat{height:58vh!important}
   #chat .example{padding:.5rem .7rem!important}
 }

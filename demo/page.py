@@ -28,6 +28,8 @@ _SUFFIXES = {
 # What each modality comes in.
 _FILES = {"image": "image", "video": "video", "speech": "audio", "sound": "audio"}
 _SAME = gradio.skip()
+# For events that wait for nothing.
+_PLACES = 40
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def build_page(exhibit: Exhibit, line: AnswerLine) -> gradio.Blocks:
                 box = _box(exhibit)
                 with gradio.Row(elem_id="below"):
                     hear = gradio.Checkbox(
-                        label="Hear videos, too",
+                        label="Videos with sound",
                         visible={"video", "audio"} <= set(exhibit.media),
                         container=False,
                         min_width=180,
@@ -71,7 +73,9 @@ def build_page(exhibit: Exhibit, line: AnswerLine) -> gradio.Blocks:
         box.stop(talk.stop, None, None, **settings)
         for begins_anew in (anew.click, chat.clear):
             begins_anew(talk.begin_anew, None, outputs, **settings)
-    return page
+    # Whoever waits takes one of Gradio's places; others' buttons need some too.
+    page.max_threads = line.longest + _PLACES
+    return page.queue()
 
 
 class _Talk:
@@ -96,13 +100,13 @@ class _Talk:
         async for change in self._answer(example.text, example.files, False, messages, request.session_hash):
             yield change
 
-    def stop(self, request: gradio.Request) -> None:
+    async def stop(self, request: gradio.Request) -> None:
         """End the answer; what was written so far stays."""
         turn = self._turns.get(request.session_hash)
         if turn is not None:
             turn.stop()
 
-    def begin_anew(self, request: gradio.Request) -> tuple:
+    async def begin_anew(self, request: gradio.Request) -> tuple:
         """Forget what was said."""
         turn = self._turns.pop(request.session_hash, None)
         if turn is not None:
@@ -177,6 +181,7 @@ def _chat(exhibit: Exhibit) -> gradio.Chatbot:
         # Answers are shown as they are; see `shown` for HTML.
         render_markdown=False,
         latex_delimiters=[],
+        allow_file_downloads=False,
         layout="bubble",
     )
 

@@ -40,3 +40,9 @@ class UploadFolder:
                 return
             path.unlink(missing_ok=True)
             total -= max(stat.st_size, _LEAST_BYTES)
+
+    def remove_halves(self) -> None:
+        """Remove what is left of broken uploads; to be called while none is on its way."""
+        for path in self.folder.glob("tmp*"):
+            if path.is_file() and path not in self._kept:
+                path.unlink(missing_ok=True)

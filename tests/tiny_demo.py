@@ -17,7 +17,8 @@ from unimoe.processing.processing_unimoe import UniMoeProcessor
 from unimoe.starter_corpus.corpus import load_samples
 from unimoe.trainers.data.collator import RawCollator
 
-ICON, WORD = "image-cat-openmoji-0", "speech-dog_flite-slt"
+ICON, WORD = "image-rocket-openmoji-0", "speech-penguin_flite-awb"
+ICON_ANSWER, WORD_ANSWER = "rocket", "penguin"
 SONG, MARKUP = "Sing!", "Mark it up!"
 MARKED_UP = "<b>x</b><img src=x onerror=document.title='hacked'>"
 END, CONTEXT = "<|im_end|>", 4096

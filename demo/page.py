@@ -222,5 +222,6 @@ def mounted(page: gradio.Blocks, settings: DemoSettings) -> FastAPI:
         pwa=False,
         enable_monitoring=False,
         theme=theme(),
-        css=CSS,
+        # As `css` Gradio would put selectors of its own before ours.
+        head=f"<style>{CSS}</style>",
     )

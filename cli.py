@@ -20,14 +20,13 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 # The order on the help screen; commands that are not listed follow in alphabetical order.
-_ORDER = ("quickstart", "train", "check_data", "convert", "chat", "perceive", "inspect")
+_ORDER = ("quickstart", "train", "check_data", "convert", "chat", "demo", "perceive", "inspect")
 
 _DESCRIPTION = "Makes a multimodal Mixture of Experts of a dense language model and encoders."
 _EXAMPLES = """\
 examples:
   unimoe quickstart                     a small model from parts, in minutes
-  unimoe chat quickstart-out/model      talk to it; --image F shows it one
-  unimoe COMMAND --help                 the options of one command
+  unimoe chat quickstart-out/model      talk to it; COMMAND --help says more
 """
 
 

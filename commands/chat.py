@@ -101,7 +101,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Answer one message, the lines of a pipe, or a person."""
-    options = _generation_options(args)
+    options = generation_options(args)
     _accept_any_bytes()
     from transformers import set_seed
 
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.max_new_tokens < 1:
         raise UniMoeError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1.")
     if not (math.isfinite(args.temperature) and args.temperature >= 0):

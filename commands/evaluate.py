@@ -94,11 +94,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     batch_size = _check(args)
     tasks = find_tasks(filter(None, args.tasks.split(",")))
     data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
-    planned = runner.plan_run(tasks, data, out, args.prompts, args.limit)
-    settings = runner.settings_of(
-        args.model, planned, args.prompts, args.limit, args.max_new_tokens, args.likeliest_letter, args.quantize
+    options = runner.Options(
+        args.model, args.prompts, args.limit, args.max_new_tokens, args.likeliest_letter, args.quantize
     )
-    settings = runner.check_settings(settings, out, args.resume)
+    planned = runner.plan_run(tasks, data, out, options)
+    settings = runner.check_settings(runner.settings_of(planned, options), out, args.resume)
     processes = runner.Processes(args.device)
     is_main = processes.rank == 0
     if is_main:
@@ -109,22 +109,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     if is_main:
         settings.save(out)
     with _Bar(sum(len(plan.waiting) for plan in planned), processes.count, is_main) as bar:
-        runner.answer_all(
-            planned,
-            args.model,
-            out,
-            processes,
-            args.prompts,
-            batch_size,
-            args.max_new_tokens,
-            args.likeliest_letter,
-            args.quantize,
-            bar,
-        )
+        runner.answer_all(planned, options, out, processes, batch_size, bar)
     if is_main:
         results = score_run(planned, out, ask)
         pages = write_report(results, args.model, out)
         _print_results(results, pages)
+        _print_failures(planned, out)
     return 0
 
 
@@ -184,6 +174,22 @@ def _print_results(results: list[Any], pages: list[Path]) -> None:
     if bias is not None:
         print(f"\n{bias_sentence(bias)}")
     print(f"\nReport: {pages[1]}")
+
+
+def _print_failures(planned: "list[PlannedTask]", out: Path) -> None:
+    """Of each task the first item that could not be answered, beside those that lack media, which the plan named."""
+    from ..evaluation.running.predictions import PredictionStore
+    from ..evaluation.running.runner import PREDICTIONS
+
+    for plan in planned:
+        answers = PredictionStore(out / PREDICTIONS, plan.task.name).read()
+        failed = {
+            request.id: answers[request.id]["error"]
+            for request in plan.requests
+            if not request.missing and "error" in answers.get(request.id, {})
+        }
+        for key, error in list(failed.items())[:1]:
+            print(f"{plan.task.name}: {len(failed)} items could not be answered, e.g. {key}: {error}")
 
 
 def _compare(first: Path, second: Path) -> int:

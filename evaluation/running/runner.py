@@ -21,17 +21,32 @@ PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What makes the predictions of a run; `--resume` goes on only with the same."""
+class Options:
+    """Who is asked, and how.
+
+    Args:
+        model: folder or Hub id.
+        prompts: whose wording and answer lengths: "unimoe", "moiie" or "moai".
+        limit: about so many items of each task, evenly spread.
+        max_new_tokens: longest answer, in place of each task's.
+        likeliest_letter: where there are options, do not generate, see `BatchAnswerer`.
+        quantize: hold the weights in "int8" or "int4".
+    """
 
     model: str
-    model_fingerprint: str
-    prompts: str
-    limit: int | None
-    max_new_tokens: int | None  # None: each task's own
-    likeliest_letter: bool
-    items: dict[str, str]  # task -> digest of its prompts
+    prompts: str = "unimoe"
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    likeliest_letter: bool = False
     quantize: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Options):
+    """What makes the predictions of a run; `--resume` goes on only with the same."""
+
+    model_fingerprint: str
+    items: dict[str, str]  # task -> digest of its prompts
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,9 +73,7 @@ class PlannedTask:
         return [request for request in self.requests if request.id not in self.done]
 
 
-def plan_run(
-    tasks: Sequence[Task], data: Path, out: Path, system: str = "unimoe", limit: int | None = None
-) -> list[PlannedTask]:
+def plan_run(tasks: Sequence[Task], data: Path, out: Path, options: Options) -> list[PlannedTask]:
     """Read the official files and earlier predictions; no model is loaded.
 
     Raises:
@@ -68,10 +81,10 @@ def plan_run(
     """
     planned = []
     for task in tasks:
-        items = spread(task.items(data), limit)
+        items = spread(task.items(data), options.limit)
         if len({item.id for item in items}) != len(items):
             raise DataError(f"{task.name}: several questions have the same id; check the official files.")
-        requests = make_requests(task, items, data, system)
+        requests = make_requests(task, items, data, options.prompts)
         if not items or all(request.missing for request in requests):
             example = next((request.missing[0] for request in requests if request.missing), "nothing")
             where = f"{data / task.name / 'images'} or {data / 'images'}"
@@ -88,15 +101,7 @@ def plan_run(
     return planned
 
 
-def settings_of(
-    model: str,
-    planned: Sequence[PlannedTask],
-    system: str,
-    limit: int | None = None,
-    max_new_tokens: int | None = None,
-    likeliest_letter: bool = False,
-    quantize: str | None = None,
-) -> Settings:
+def settings_of(planned: Sequence[PlannedTask], options: Options) -> Settings:
     """The settings of a planned run."""
     digests = {}
     for plan in planned:
@@ -104,7 +109,7 @@ def settings_of(
         for request in plan.requests:
             digest.update(json.dumps([request.id, request.text], ensure_ascii=False).encode("utf-8", "surrogatepass"))
         digests[plan.task.name] = digest.hexdigest()[:16]
-    return Settings(model, fingerprint(model), system, limit, max_new_tokens, likeliest_letter, digests, quantize)
+    return Settings(**asdict(options), model_fingerprint=fingerprint(options.model), items=digests)
 
 
 def check_settings(settings: Settings, out: Path, resume: bool) -> Settings:
@@ -161,22 +166,16 @@ class Processes:
 
 def answer_all(
     planned: Sequence[PlannedTask],
-    model: str,
+    options: Options,
     out: Path,
     processes: Processes,
-    system: str = "unimoe",
     batch_size: int | None = None,
-    max_new_tokens: int | None = None,
-    likeliest_letter: bool = False,
-    quantize: str | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Ask everything that is not answered yet, each process its share.
 
     Args:
-        likeliest_letter: where there are options, do not generate, see `BatchAnswerer`.
-        max_new_tokens: longest answer, in place of each task's.
-        quantize: hold the weights in "int8" or "int4".
+        batch_size: items at a time; None finds it.
         progress: called with the number of items that have just been answered by this process.
 
     Raises:
@@ -185,10 +184,10 @@ def answer_all(
     """
     processes.wait()  # all have planned before the first of them writes, so that all share out the same items
     if any(plan.waiting for plan in planned):
-        answerer = load_answerer(model, processes.device, quantize)
+        answerer = load_answerer(options.model, processes.device, options.quantize)
         for plan in planned:
             require_kinds(answerer, plan.task.name, plan.waiting)
-        batches = BatchAnswerer(answerer, batch_size, "cuda" in str(processes.device), likeliest_letter)
+        batches = BatchAnswerer(answerer, batch_size, "cuda" in str(processes.device), options.likeliest_letter)
         for plan in planned:
             store = PredictionStore(out / PREDICTIONS, plan.task.name)
 
@@ -197,5 +196,5 @@ def answer_all(
                 progress(len(predictions))
 
             share = sorted(plan.waiting, key=lambda request: len(request.text))[processes.rank :: processes.count]
-            batches.run(share, max_new_tokens or plan.task.longest_answer(system), keep)
+            batches.run(share, options.max_new_tokens or plan.task.longest_answer(options.prompts), keep)
     processes.wait()

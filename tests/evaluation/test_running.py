@@ -90,6 +90,7 @@ def test_a_run_writes_everything(multimodal: Path, short_answers: list[int], tmp
     assert evaluate(multimodal, "mmbench,starter_text", data, out, "--limit", "6") == 0
     screen = capsys.readouterr().out
     assert "mmbench: 1 items lack media, e.g. missing4.png. Pictures: MMBench's" in screen
+    assert "mmbench: 1 items could not be answered, e.g. m1: " in screen
     result, text = read_results(out)
     assert (result["n"], result["failed"], result["clusters"]) == (4, 2, 3)
     assert (text["n"], text["modality"]) == (6, "text")
@@ -162,7 +163,7 @@ def test_answers_are_those_of_the_quickstarts_own_table(
     multimodal: Path, short_answers: list[int], tmp_path: Path
 ) -> None:
     tasks = find_tasks(["starter_image", "starter_speech", "starter_text"])
-    planned = runner.plan_run(tasks, tmp_path, tmp_path / "out", limit=2)
+    planned = runner.plan_run(tasks, tmp_path, tmp_path / "out", runner.Options("m", limit=2))
     samples = [item.record for plan in planned for item in plan.items]
     model, processor = (
         loaded_once(str(multimodal), torch.device("cpu")).model,
@@ -196,10 +197,11 @@ def test_two_processes_share_the_items(multimodal: Path, short_answers: list[int
     data = tiny_evaluation.write_mmbench(tmp_path / "data", items=5)
     texts = []
     for out, ranks in ((tmp_path / "one", [OneOfTwo(0)]), (tmp_path / "two", [OneOfTwo(0), OneOfTwo(1)])):
-        planned = runner.plan_run(find_tasks(["mmbench"]), data, out)
+        options = runner.Options(str(multimodal))
+        planned = runner.plan_run(find_tasks(["mmbench"]), data, out, options)
         for processes in ranks:
             processes.count = len(ranks)
-            runner.answer_all(planned, str(multimodal), out, processes)  # type: ignore[arg-type]
+            runner.answer_all(planned, options, out, processes)  # type: ignore[arg-type]
         parts = sorted((out / "predictions").glob("*.part-*"))
         assert [len(lines(part)) for part in parts] == ([5] if len(ranks) == 1 else [3, 2])
         joined = PredictionStore(out / "predictions", "mmbench").join([item.id for item in planned[0].items])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from unimoe import cli
 from unimoe.conversion.checkpoints.description import describe_model
 from unimoe.errors import CheckpointError, ConfigurationError, ConversionError, MissingPackageError
-from unimoe.evaluation.running.runner import check_settings, settings_of
+from unimoe.evaluation.running.runner import Options, check_settings, settings_of
 from unimoe.inspection.expert_weights import expert_distances
 from unimoe.model_opener import open_model
 from unimoe.modeling_unimoe.quantized_experts_unimoe import is_quantized
@@ -229,9 +229,9 @@ def test_commands_quantise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     options = ["--once", "Hi", "--max-new-tokens", "3", "--device", "cpu", "--json"]
     assert cli.main(["chat", str(tmp_path), *options, "--quantize", "int4"]) == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] <= 3
-    settings_of("m", [], "unimoe", quantize="int8").save(tmp_path)
+    settings_of([], Options("m", quantize="int8")).save(tmp_path)
     with pytest.raises(CheckpointError, match="quantize was 'int8' and is None"):
-        check_settings(settings_of("m", [], "unimoe"), tmp_path, resume=True)
+        check_settings(settings_of([], Options("m")), tmp_path, resume=True)
 
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,9 @@ def _torchao(kind: str, towers: bool, group_size: int) -> "TorchAoConfig":
 
     from .modeling_unimoe.packed_int4_unimoe import PackedInt4Config
 
-    how: AOBaseConfig = Int8WeightOnlyConfig() if kind == "int8" else PackedInt4Config(group_size)
+    how: AOBaseConfig = (
+        Int8WeightOnlyConfig(set_inductor_config=False) if kind == "int8" else PackedInt4Config(group_size)
+    )
     # Names of parameters, since for a module's name transformers has its bias quantised too.
     linear = f"re:({_LINEAR}|{_TOWERS})\\.weight" if towers else f"re:{_LINEAR}\\.weight"
     return TorchAoConfig(FqnToConfig({linear: how, f"re:{_EXPERTS}": how}))

@@ -28,6 +28,7 @@ class PageHost(uvicorn.Server):
         )
         super().__init__(config)
         self._line = line
+        self._gradio: Any
         [self._gradio] = [route.app for route in page.routes if isinstance(route, Mount)]
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

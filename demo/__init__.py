@@ -10,5 +10,6 @@ look.py          its colours and sizes
 uploads.py       the folder of uploads: what lies in it, and how much it may hold
 guard.py         stands before everything: which requests are let through, how long they may be
 login.py         the password, where one is asked for
+hosting.py       stops in order while pages are open
 server.py        puts them together and serves them
 """

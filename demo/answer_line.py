@@ -59,11 +59,14 @@ class AnswerLine:
         """Called in the event loop when a turn is over."""
         self.turns.remove(turn)
 
-    def close(self) -> None:
-        """End what is being answered and let nobody in any more."""
+    def stop(self) -> None:
+        """End every answer and let nobody in any more."""
         self.longest = 0
         for turn in list(self.turns):
             turn.stop()
+
+    def close(self) -> None:
+        """Wait for the end of what is being answered."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _answer(self, turn: "Turn", messages: list[dict[str, Any]]) -> Reply | None:

@@ -12,9 +12,6 @@ from ..processing.media_policy_unimoe import MediaPolicy
 from ..serving.answering import Answerer, load_answerer
 from .settings import DemoSettings
 
-# Seconds that open pages have to finish when the server stops.
-_FAREWELL = 2
-
 
 class DemoServer:
     """Loads the model at once; `run()` then serves until it is stopped. Uploads are deleted by `close()`.
@@ -38,11 +35,10 @@ class DemoServer:
 
     def _prepare(self, answerer: Answerer, folder: Path) -> None:
         # Gradio reads the environment when it is imported.
-        import uvicorn
-
         from .answer_line import AnswerLine
         from .examples import examples_for
         from .guard import PageGuard
+        from .hosting import PageHost
         from .login import Login
         from .page import Exhibit, build_page, mounted
         from .uploads import UploadFolder
@@ -57,15 +53,7 @@ class DemoServer:
         app: Any = PageGuard(page, uploads, settings.max_upload_bytes)
         if settings.password is not None:
             app = Login(app, settings.password, settings.root_path + "/")
-        self.server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                settings.host,
-                settings.port,
-                log_level="warning",
-                timeout_graceful_shutdown=_FAREWELL,
-            )
-        )
+        self.server = PageHost(app, page, self.line, settings)
 
     def run(self) -> None:
         """Serve until the process is interrupted, or `stop` is called from another thread."""

@@ -1,5 +1,6 @@
 """A tiny model that has learned a held-out icon, a spoken word, a song without end and some HTML, for tests of the demo."""
 
+import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import tiny_training
 import torch
 
@@ -52,7 +54,8 @@ def save_model(folder: Path, steps: int = 40) -> Path:
 def _learn(model: UniMoeForCausalLM, processor: UniMoeProcessor, steps: int) -> None:
     icon, word, song, markup = learned_samples()
     # Apart, or the many tokens of the texts would outweigh the other answers' ends.
-    batches = [_inputs(processor, [icon, word]), _inputs(processor, [song, markup])]
+    both = {**icon, "id": "both", "messages": icon["messages"] + word["messages"]}
+    batches = [_inputs(processor, [icon, word, both]), _inputs(processor, [song, markup])]
     song_labels = batches[1]["labels"][0]
     song_labels[song_labels == processor.tokenizer.convert_tokens_to_ids(END)] = -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
@@ -71,7 +74,9 @@ def _inputs(processor: UniMoeProcessor, samples: list[dict[str, Any]]) -> dict[s
 
 @contextmanager
 def serving(folder: Path, **settings: Any) -> Iterator[tuple[str, DemoServer]]:
-    """Address and server of a demo in a thread of its own."""
+    """Address and server of a demo in a thread of its own; it must log no error, and stop in order while a page is open."""
+    logged = _Records()
+    logging.getLogger("uvicorn.error").addHandler(logged)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -83,8 +88,25 @@ def serving(folder: Path, **settings: Any) -> Iterator[tuple[str, DemoServer]]:
             thread.join(0.02)
             assert thread.is_alive()
         yield f"http://127.0.0.1:{port}", server
+        with httpx.stream("GET", f"http://127.0.0.1:{port}/gradio_api/heartbeat/page", timeout=30) as page:
+            assert next(page.iter_lines()) == "data: ALIVE"
+            server.stop()
+            thread.join(30)
     finally:
         server.stop()
         thread.join(30)
         server.close()
+        logging.getLogger("uvicorn.error").removeHandler(logged)
     assert not thread.is_alive()
+    assert logged.errors == []
+
+
+class _Records(logging.Handler):
+    """Keeps what is logged as an error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.errors: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.errors.append(record.getMessage())

@@ -17,7 +17,7 @@ import tiny_media
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("gradio")
 
-UPLOAD_LIMIT, USERS = 300_000, 44
+UPLOAD_LIMIT, USERS = 300_000, 16
 MESSAGES, CHAT, PANEL = 0, 1, 3
 PNG = tiny_media.encoded_picture()
 

@@ -5,7 +5,8 @@
 
 The recording is a clip, repeated; the video has it as its sound track. MODEL is a folder, or the name of a tower's shape in
 `SHAPES`: a model with random weights, a small decoder and towers of that shape, in windows of 30 s. Every case runs in a
-process of its own, after a short clip that loads what is needed; measured is the most anonymous memory beyond that. Linux.
+process of its own, after a short clip that loads what is needed; measured is the most anonymous memory beyond that. The C
+library gives back what is freed at once; with --keep it keeps what it likes, as it does by itself. Linux with glibc.
 """
 
 import argparse
@@ -41,7 +42,10 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, required=True, metavar="FILE", help="a clip to repeat")
     parser.add_argument("--minutes", type=float, nargs="+", default=[10.0])
     parser.add_argument("--kinds", nargs="+", choices=("speech", "audio", "video"), default=["speech", "video"])
+    parser.add_argument("--keep", action="store_true", help="let the C library keep what is freed")
     args = parser.parse_args()
+    if not args.keep:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # read by the processes that are started
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         model = args.model if args.model not in SHAPES else save_shape(args.model, Path(folder) / args.model)
@@ -59,8 +63,8 @@ def measure(model: str, kind: str, short: str, file: str) -> dict[str, Any]:
     """What is said of a conversation with a file, and what answering it takes."""
     answer = load_answerer(model, "cpu", {"max_new_tokens": 16, "do_sample": False})
     answer(question(kind, short), lambda piece: None)
-    gc.collect()
     needs = answer.needs(question(kind, file))
+    gc.collect()
     with peak_memory() as peak:
         reply = answer(question(kind, file), lambda piece: None)
     stated, measured = needs.memory / 1e6, peak[0] / 1e6

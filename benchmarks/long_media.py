@@ -5,7 +5,8 @@
 
 The recording is a clip, repeated; the video has it as its sound track. MODEL is a folder, or the name of a tower's shape in
 `SHAPES`: a model with random weights, a small decoder and towers of that shape, in windows of 30 s. Every case runs in a
-process of its own, after a short clip that loads what is needed; measured is the most anonymous memory beyond that. Linux.
+process of its own, after a short clip that loads what is needed; measured is the most anonymous memory beyond that. Freed
+memory is given back at once, as `unimoe chat` and `unimoe serve` have it; with --keep the C library does as it likes. Linux.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import numpy as np  # noqa: E402
 
 from unimoe.processing.media_audio_unimoe import load_audio  # noqa: E402
 from unimoe.serving.answering import load_answerer  # noqa: E402
+from unimoe.serving.freed_memory import give_back_freed_memory  # noqa: E402
 
 RATE = 16_000
 # Width, layers and heads of Whisper's encoders.
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, required=True, metavar="FILE", help="a clip to repeat")
     parser.add_argument("--minutes", type=float, nargs="+", default=[10.0])
     parser.add_argument("--kinds", nargs="+", choices=("speech", "audio", "video"), default=["speech", "video"])
+    parser.add_argument("--keep", action="store_true", help="let the C library keep what is freed")
     args = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -52,15 +55,20 @@ def main() -> None:
                 short = Path(folder) / f"short{file.suffix}"
                 write(short, load_audio(str(args.speech), RATE), 3.0)
                 with spawn.Pool(1) as pool:
-                    print(json.dumps(pool.apply(measure, (str(model), kind, str(short), str(file)))), flush=True)
+                    print(
+                        json.dumps(pool.apply(measure, (str(model), kind, str(short), str(file), args.keep))),
+                        flush=True,
+                    )
 
 
-def measure(model: str, kind: str, short: str, file: str) -> dict[str, Any]:
+def measure(model: str, kind: str, short: str, file: str, keep: bool) -> dict[str, Any]:
     """What is said of a conversation with a file, and what answering it takes."""
+    if not keep:
+        give_back_freed_memory()
     answer = load_answerer(model, "cpu", {"max_new_tokens": 16, "do_sample": False})
     answer(question(kind, short), lambda piece: None)
-    gc.collect()
     needs = answer.needs(question(kind, file))
+    gc.collect()
     with peak_memory() as peak:
         reply = answer(question(kind, file), lambda piece: None)
     stated, measured = needs.memory / 1e6, peak[0] / 1e6

@@ -106,10 +106,12 @@ def run(args: argparse.Namespace) -> int:
     from transformers import set_seed
 
     from ..serving.answering import load_answerer
+    from ..serving.freed_memory import give_back_freed_memory
     from ..serving.sight import let_perceive
 
     set_seed(args.seed)
     system = None if args.system is None else _plain_text(args.system)
+    give_back_freed_memory()
     answerer = load_answerer(args.model, args.device, options, args.quantize)
     note = let_perceive(args.model, answerer.model, answerer.processor, models_for_answers(args), args.no_perception)
     if note is not None:

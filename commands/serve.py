@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from ..conversion.dense.sources import resolve_folder
     from ..errors import UniMoeError
     from ..hub_access import MODEL_FILES
+    from ..serving.freed_memory import give_back_freed_memory
     from ..serving.server import ModelServer, ServerSettings
 
     if not 1 <= args.port <= 65535:
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         no_perception=args.no_perception,
         media_hosts=frozenset(args.media_host),
     )
+    give_back_freed_memory()
     server = ModelServer(settings)
     if server.note is not None:
         print(f"unimoe: {server.note}", file=sys.stderr)

@@ -1,6 +1,10 @@
 """A model for its users: answers in a terminal, and over HTTP.
 
 answering.py        a model that answers conversations and notes which experts it used
+media_needs.py      what long media will take, said beforehand, from
+media_lengths.py    their headers and
+tracked_memory.py   going through the model without computing
+freed_memory.py     gives back what is freed
 server.py           transformers' OpenAI-compatible server for one model, with
 chat_handler.py     what it does differently for a single request, and
 continuous.py       texts of many requests in one running batch; behind

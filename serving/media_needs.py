@@ -18,8 +18,8 @@ from .tracked_memory import peak_bytes
 
 # Recordings up to so long are not worth a line, nor going through the towers for.
 _SHORT_SECONDS = 30.0
-# On a CPU operators have room of their own and the allocator keeps some: measured by benchmarks/long_media.py.
-_CPU_OVERHEAD = 1.4
+# What operators take inside themselves on a CPU, where tensors are not all: measured by benchmarks/long_media.py.
+_CPU_OVERHEAD = 1.1
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ class MediaPlanner:
         decoder = _decoder_memory(text_config, tokens, max_new_tokens, self.model.dtype.itemsize)
         preparing = kept + max(decoding, features)
         on_cpu = self.model.device.type == "cpu"
-        # What a CPU's towers gave back is still the process's when the decoder begins.
-        computing = features + (round(_CPU_OVERHEAD * (towers + decoder)) if on_cpu else max(towers, decoder))
+        computing = features + round((_CPU_OVERHEAD if on_cpu else 1.0) * max(towers, decoder))
         return Needs(
             [clip for clip in clips if clip is not None],
             tokens,

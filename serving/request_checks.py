@@ -1,5 +1,6 @@
 """What a chat request may say, checked before the model sees it: an OpenAI-style body has many ways to be wrong."""
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "audio_url": ("audio_url", "url"),
     "input_audio": ("input_audio", "data"),
 }
+# Texts that end an answer, as in OpenAI's API: transformers makes tables of them whose size grows with both.
+_MOST_STOPS, _LONGEST_STOP = 4, 200
 # What OpenAI's clients send and transformers' server heeds; `generation_config`, which it would take too, is no client's.
 _FIELDS = {
     "model",
@@ -57,13 +60,14 @@ def require_chat_request(body: Any, longest_answer: int) -> None:
     for name, allowed, is_allowed in (
         ("max_tokens", tokens, lambda value: _is_whole(value) and 1 <= value <= longest_answer),
         ("max_completion_tokens", tokens, lambda value: _is_whole(value) and 1 <= value <= longest_answer),
-        ("temperature", "a number from 0 to 2", lambda value: _is_number(value) and 0 <= value <= 2),
+        ("temperature", "0, or a number from 0.01 to 2", lambda v: _is_number(v) and (v == 0 or 0.01 <= v <= 2)),
         ("top_p", "a number above 0 and up to 1", lambda value: _is_number(value) and 0 < value <= 1),
-        ("frequency_penalty", "a number from -2 to 2", lambda value: _is_number(value) and -2 <= value <= 2),
+        # transformers multiplies by 1 + penalty, which must be above 0.
+        ("frequency_penalty", "a number above -1 and up to 2", lambda value: _is_number(value) and -1 < value <= 2),
         ("seed", "a whole number of up to 63 bits", lambda value: _is_whole(value) and 0 <= value < 1 << 63),
         ("stream", "true or false", lambda value: isinstance(value, bool)),
         ("n", "1", lambda value: value == 1 and not isinstance(value, bool)),
-        ("stop", "a text or a list of texts", _is_stop),
+        ("stop", f"1 to {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters", _is_stop),
     ):
         _require_field(body, name, allowed, is_allowed)
 
@@ -72,12 +76,30 @@ def _require_message(message: Any, where: str) -> None:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise RequestError(f"{where} must be an object with a `role`, one of {', '.join(ROLES)}.")
     content = message.get("content")
-    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+    calls = message.get("tool_calls")
+    if calls is not None:
+        _require_tool_calls(calls, f"{where}.tool_calls")
+    if isinstance(content, str) or (content is None and calls):
         return
     if not isinstance(content, list) or not content:
         raise RequestError(f"{where}.content must be a text or a list of parts.")
     for number, part in enumerate(content):
         _require_part(part, f"{where}.content[{number}]")
+
+
+def _require_tool_calls(calls: Any, where: str) -> None:
+    if not isinstance(calls, list):
+        raise RequestError(f"{where} must be a list.")
+    for number, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not all(isinstance(function.get(k), str) for k in ("name", "arguments")):
+            raise RequestError(f"{where}[{number}] needs a function with a name and arguments, both texts.")
+        try:
+            is_object = isinstance(json.loads(function["arguments"]), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise RequestError(f"{where}[{number}].function.arguments must be a JSON object, written as a text.")
 
 
 def _require_part(part: Any, where: str) -> None:
@@ -110,4 +132,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_stop(value: Any) -> bool:
     texts = [value] if isinstance(value, str) else value
-    return isinstance(texts, list) and bool(texts) and all(isinstance(text, str) and text for text in texts)
+    if not isinstance(texts, list) or not 1 <= len(texts) <= _MOST_STOPS:
+        return False
+    return all(isinstance(text, str) and 1 <= len(text) <= _LONGEST_STOP for text in texts)

@@ -4,7 +4,7 @@
 compared), `file_digests`, `finished_folder` (all of it or nothing). Names: `key_rules` (the language of the rules
 that pair another's names with ours), `llava_keys` (what descendants of LLaVA share), `tensor_parts` (fused tensors,
 seen one by one). What a configuration's model holds, without memory: `meta_model` (names and shapes), `parameters`
-(counts). `description` is what the command inspect shows.
+(counts). `description` is what the command inspect shows, `expert_names` what experts are called wherever they are shown.
 
 The same model in other files: `layouts`, `expert_shards` (loading by rank).
 """

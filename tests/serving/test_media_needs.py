@@ -1,5 +1,7 @@
 """What long media will take is said before they are decoded, and is what they take."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,3 +163,30 @@ def test_damaged_files_are_refused_before_anything_else(answer: Answerer, tmp_pa
     for kind, name in (("audio", "bad.wav"), ("video", "bad.mp4"), ("audio", "missing.wav")):
         with pytest.raises(UniMoeError, match=kind):
             answer.needs(question({"type": kind, "path": str(tmp_path / name)}))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from unimoe.serving.freed_memory import give_back_freed_memory
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) // 1024
+
+if sys.argv[1] == "give":
+    give_back_freed_memory()
+del [bytearray(b"x" * (30 << 20))][0]  # from here on glibc keeps blocks of up to this size
+before = anonymous()
+blocks = [bytearray(b"x" * (2 << 20)) for _ in range(64)]
+blocks = blocks[1::2]
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's own")
+def test_freed_blocks_are_given_back() -> None:
+    kept = {
+        choice: int(subprocess.check_output([sys.executable, "-c", SCRIPT, choice], text=True))
+        for choice in ("give", "keep")
+    }
+    assert kept["give"] < 72 < 110 < kept["keep"]

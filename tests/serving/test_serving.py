@@ -191,6 +191,13 @@ def test_bodies_that_are_no_request(address: str, body: bytes, status: int, reas
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
 
 
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www-form-urlencoded", None])
+def test_a_request_is_one_whatever_its_headers_call_it(address: str, kind: str | None) -> None:
+    body = json.dumps({"messages": [MESSAGE], "max_tokens": 2}).encode()
+    headers = {} if kind is None else {"content-type": kind}
+    assert httpx.post(f"{address}/v1/chat/completions", content=body, headers=headers).status_code == 200
+
+
 def test_no_request_loads_or_unloads_models(address: str, client: Any, folder: Path) -> None:
     assert httpx.post(f"{address}/load_model", json={"model": "another"}).status_code == 404
     assert httpx.post(f"{address}/reset").status_code == 404
@@ -199,6 +206,7 @@ def test_no_request_loads_or_unloads_models(address: str, client: Any, folder: P
 
 
 MESSAGE = {"role": "user", "content": "Hi"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 @pytest.mark.parametrize(
@@ -217,14 +225,28 @@ MESSAGE = {"role": "user", "content": "Hi"}
         ({"messages": [MESSAGE], "max_tokens": 0}, "whole number from 1 to 256"),
         ({"messages": [MESSAGE], "max_tokens": True}, "whole number"),
         ({"messages": [MESSAGE], "max_completion_tokens": 1000}, "from 1 to 256"),
-        ({"messages": [MESSAGE], "temperature": float("nan")}, "from 0 to 2"),
+        ({"messages": [MESSAGE], "temperature": float("nan")}, "from 0.01 to 2"),
+        ({"messages": [MESSAGE], "temperature": 1e-300}, "from 0.01 to 2"),
+        ({"messages": [MESSAGE], "frequency_penalty": -1}, "above -1"),
         ({"messages": [MESSAGE], "top_p": 0}, "above 0"),
         ({"messages": [MESSAGE], "n": 2}, "must be 1"),
-        ({"messages": [MESSAGE], "stop": [1]}, "list of texts"),
+        ({"messages": [MESSAGE], "stop": [1]}, "1 to 4 texts"),
+        ({"messages": [MESSAGE], "stop": ["a"] * 5}, "1 to 4 texts"),
+        ({"messages": [MESSAGE], "stop": "a" * 201}, "1 to 200 characters"),
+        ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "must be a list"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"x": 1}]}]}, "a name and arguments"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "[]"}}]}
+                ]
+            },
+            "object",
+        ),
         ({"messages": [MESSAGE], "generation_config": "{}"}, "`generation_config` is not known here"),
         ({"messages": [MESSAGE], "logit_bias": {"x": "y"}}, "`logit_bias` is not known"),
         ({"messages": [MESSAGE], "seed": 10**30}, "63 bits"),
-        ({"messages": [MESSAGE], "temperature": 10**400}, "from 0 to 2"),
+        ({"messages": [MESSAGE], "temperature": 10**400}, "from 0.01 to 2"),
         ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, "must be one of"),
     ],
 )
@@ -235,6 +257,7 @@ def test_fields_that_cannot_be(body: Any, reason: str) -> None:
 
 def test_the_longest_allowed_requests_pass() -> None:
     parts = [QUESTION, IMAGE, AUDIO, VIDEO]
-    body = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A"}, MESSAGE]}
+    called = [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "B"}]
+    body = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A"}, *called, MESSAGE]}
     require_chat_request({**body, "max_tokens": 256, "temperature": 0, "top_p": 1, "stop": "x", "n": 1}, 256)
     assert json.dumps(body)

@@ -5,10 +5,12 @@ quickstart's model learns for minutes: from random values it learns by heart whi
 other word.
 """
 
+from typing import cast
+
 import torch
 
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from ..modeling_unimoe.modeling_unimoe_moai import UniMoeMixer
+from ..modeling_unimoe.modeling_unimoe_moai import UniMoeAttentionExpert, UniMoeMixer, UniMoePerceiverAttention
 
 # GELU halves small values; this about makes up for it, twice in each expert.
 _GAIN = 1.5
@@ -25,14 +27,14 @@ def start_as_copies(model: UniMoeForCausalLM) -> None:
     """
     compressor = model.model.aux_compressor
     compressor.latents.mul_(_LATENTS)
-    for block in compressor.blocks:
-        attention = block.attention
+    for attention in (part for part in compressor.modules() if isinstance(part, UniMoePerceiverAttention)):
         inner = attention.to_out.in_features
         _copy(attention.to_kv.weight[inner:])  # keys come first
         _copy(attention.to_out.weight)
-    for mixer in (module for module in model.modules() if isinstance(module, UniMoeMixer)):
+    for mixer in (part for part in model.modules() if isinstance(part, UniMoeMixer)):
         for experts in (mixer.image_experts, mixer.language_experts):
-            for projection in (experts["aux"].v_proj, experts["aux"].o_proj):
+            expert = cast(UniMoeAttentionExpert, experts["aux"])
+            for projection in (expert.v_proj, expert.o_proj):
                 _copy(projection.down.weight)
                 _copy(projection.up.weight, _GAIN)
 

@@ -52,7 +52,7 @@ from .spelling import teach_spelling
 
 # Name in the table -> whether its aux are what OCR read.
 MODELS = {"told what OCR read": True, "told nothing": False}
-STEPS = 500
+STEPS = 180
 SEEDS = 3
 RESULT_FILE = "result.json"
 # Text that fills much of a small picture is read so as well as at rapidocr's own side, four times as fast.

@@ -284,7 +284,8 @@ class ChatEncoder:
         return shows([{"type": "text", "text": "probe"}]) or not shows("probe")
 
     def _rendered(self, messages: list[dict[str, Any]], **options: Any) -> tuple[list[str], list[Any]]:
-        return render_jinja_template(conversations=[messages], chat_template=self.template, **options)
+        rendered: Any = render_jinja_template(conversations=[messages], chat_template=self.template, **options)
+        return rendered
 
     def encode(self, messages: list[dict[str, Any]], **options: Any) -> EncodedChat:
         """Render and encode; texts of the messages (and `tools`, `documents`) become plain text whatever they hold."""

@@ -26,6 +26,7 @@ from unimoe.trainers.data.conversations import ConversationDataset
 from unimoe.trainers.parallel.parallel_run import RequireEngine, load_spread, whole_again
 from unimoe.trainers.parallel.settings import Parallel, start
 from unimoe.trainers.saving.sharded_tensors import whole_tensor
+from unimoe.trainers.stages.mixer_stage import MIXER_ROLES, add_mixers
 from unimoe.trainers.steps.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
 
@@ -37,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grouped": LOSSES | MOIIE_GROUPS,
     "dynamic": LOSSES
     | {"router_type": "dynamic", "router_top_p": 0.6, "num_null_experts": 1, "num_shared_experts": 1},
+    "mixers": LOSSES,
     "idle": LOSSES
     | {"num_experts_per_tok": 1},  # all tokens go to experts 0 and 1, so that later ranks' experts get nothing
 }
@@ -61,6 +63,8 @@ class _Keep(TrainerCallback):
 def save_model(folder: Path, case: str) -> None:
     """The model that the runs of a case start from; to be called before the ranks start."""
     model = tiny_training.model(tiny_training.processor(), sparse=True, **CASES[case])
+    if case == "mixers":
+        add_mixers(model, {"layers": [0, 1], "rank": 8, "num_heads": 2, "num_latents": 3, "compressor_depth": 1})
     if case == "idle":
         for layer in model.config.text_config.sparse_layers:
             gate = model.model.language_model.layers[layer].mlp.gate
@@ -91,7 +95,8 @@ def run(
         model = load_spread(folder / case, parallel)
         if float64:
             model.double().set_experts_implementation("eager")  # grouped products exist in float32 and below
-        set_trainable(model, ROLES)
+        has_mixers = model.config.text_config.mixer_config is not None
+        set_trainable(model, [*ROLES, *(MIXER_ROLES if has_mixers else ())])
         without_dropout(model)
         found = logits(model, parallel)
         options: dict[str, Any] = {
@@ -145,6 +150,8 @@ def trainer_of(folder: Path, model: torch.nn.Module, options: dict[str, Any], fl
     samples = tiny_training.samples(media, STEP)
     for index, sample in enumerate(samples):
         sample["messages"][0]["content"][-1]["text"] += " Look." * (index % 5)
+        if model.config.text_config.mixer_config and sample["modality"] == "image" and index % 3:
+            sample["messages"][0]["content"][0]["aux"] = "A thing." * (1 + index % 4)
     collator = RawCollator(processor)
     return UniMoeTrainer(
         model,

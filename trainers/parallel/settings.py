@@ -162,11 +162,6 @@ def check_stage(parallel: Parallel, stage: Any, where: str) -> None:
         raise RecipeError(
             f"{where} has LoRA, whose adapters are not shared out: set parallel.zero to 0, expert and tensor to 1."
         )
-    if parallel.shards_models and (new := sorted({"compressor", "mixers", "mixer_gates"} & set(stage.train))):
-        raise RecipeError(
-            f"{where} trains {new}, which may be made only after the model is spread: set parallel.zero to 0 to 2 without "
-            "expert, tensor and engine."
-        )
     if stage.kind == "experts" and parallel.uses_deepspeed:
         raise RecipeError(
             f"{where} trains one expert after the other in the same model, which DeepSpeed does not let go: set "

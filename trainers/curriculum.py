@@ -28,6 +28,7 @@ from ..conversion.checkpoints.parameters import count_parameters
 from ..conversion.publishing.hub import complete_bundle
 from ..conversion.publishing.model_card import model_card
 from ..errors import RecipeError
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..progress_bars import transformers_bars
 from .caches.encoder_cache import EncoderCache
@@ -56,7 +57,7 @@ from .stages.assembly import (
     save_router_means,
     trained_by,
 )
-from .stages.mixer_stage import prepare_mixers
+from .stages.mixer_stage import prepare_mixers, wanted_mixers
 from .stages.moe_fit import require_fitting_moe, sparse_layers
 from .stages.stage import OnProgress, OnStageStart, RunSettings, StageReport, run_training
 from .stages.stage_files import (
@@ -215,10 +216,8 @@ class _Curriculum:
     def _run(self, stage: StageConfig, folder: Path) -> StageReport:
         if self.recipe.parallel.ranks > 1:
             self.model = None  # an engine has wrapped it, or it must be spread
-        if stage.kind == "moe":
-            self._assemble(folder)
+        self._change_model(stage, folder)
         self._enter(self.model_folder)
-        prepare_mixers(self.model, stage.train, self.recipe.mixers, self.recipe.seed, stage.name)
         folder.mkdir(parents=True, exist_ok=True)
         keep_settings(folder, self.settings_of(stage))
         dataset = self._data(stage)
@@ -231,21 +230,31 @@ class _Curriculum:
         report.model = str(self.model_folder)
         return self._finish(report, folder)
 
-    def _assemble(self, folder: Path) -> None:
-        """Make the sparse model the current one; several ranks read it from a folder that one of them writes."""
-        for own in self.expert_folders:
-            verify_results(own)
+    def _change_model(self, stage: StageConfig, folder: Path) -> None:
+        """Give the current model experts and mixers where the stage wants them; several ranks read what one has made."""
+        if stage.kind == "moe":
+            for own in self.expert_folders:
+                verify_results(own)
         start = folder / START_FOLDER
         if self.recipe.parallel.ranks == 1:
             self._enter(self.model_folder)
-            self.model = self._sparse(self.model)
+            self.model = self._changed(self.model, stage)
+            return
+        text = UniMoeConfig.from_pretrained(self.model_folder).text_config
+        if stage.kind != "moe" and wanted_mixers(text, stage.train, self.recipe.mixers, stage.name) is None:
             return
         if is_first() and not start.exists():
-            dense = UniMoeForCausalLM.from_pretrained(self.model_folder, dtype=torch.float32)
+            model = UniMoeForCausalLM.from_pretrained(self.model_folder, dtype=torch.float32)
             with written_aside(start) as written:
-                self._sparse(dense).save_pretrained(written)
+                self._changed(model, stage).save_pretrained(written)
         wait_for_all()
         self._enter(start, load=False)
+
+    def _changed(self, model: UniMoeForCausalLM, stage: StageConfig) -> UniMoeForCausalLM:
+        if stage.kind == "moe":
+            model = self._sparse(model)
+        prepare_mixers(model, stage.train, self.recipe.mixers, self.recipe.seed, stage.name)
+        return model
 
     def _sparse(self, dense: UniMoeForCausalLM) -> UniMoeForCausalLM:
         sparse = assemble(dense, self.recipe.moe, self.expert_folders, self.recipe.seed)

@@ -13,6 +13,7 @@ from ..roles import role_of
 from .data.bad_samples import BadSamples
 from .data.batching import Batching, BatchSampler, make_sampler
 from .data.data_sets import TrainingData
+from .parallel.ranks import of_all, sum_of_all
 from .saving.sharded_checkpoints import ShardedCheckpoints
 from .saving.sharded_tensors import reshard
 from .steps.loss_meter import LossMeter
@@ -132,6 +133,7 @@ class UniMoeTrainer(ShardedCheckpoints):
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
         """The batches of an optimizer step; what the balance losses need to know of all of them is found here."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._note_bad_of_step(batches)
         self._restore_random_numbers_once()
         self.model.train()
         prepared = (_model_inputs(self._prepare_inputs(batch)) for batch in batches)
@@ -149,7 +151,8 @@ class UniMoeTrainer(ShardedCheckpoints):
         """Cross entropy (smoothed) at the labelled tokens plus balance terms; see `objective.training_loss`."""
         raw, labels, inputs = inputs, inputs["labels"], _model_inputs(inputs)
         group = raw.get("group", "")
-        self._note_bad(raw.get("bad_samples", ()), len(raw.get("sample_ids", ())))
+        if not model.training:
+            self._note_bad(*_bad_and_readable(raw))
         base, config = self.base, self.base.config.text_config
         keep = raw.get("logits_to_keep") or columns_to_keep(labels)
         outputs = model(
@@ -178,6 +181,15 @@ class UniMoeTrainer(ShardedCheckpoints):
             self.losses.add(parts, group)
             self.finite_guard.add(raw, inputs, loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _note_bad_of_step(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Count the samples of all ranks, so that all stop together when too many are bad."""
+        found = [_bad_and_readable(batch) for batch in batches]
+        if self.args.process_index % self.get_tp_size():
+            found = []  # the first tensor rank has the same batches
+        bad = [pair for pairs, _ in found for pair in pairs]
+        how_many, readable = sum_of_all([len(bad), sum(count for _, count in found)], self.args.device)
+        self._note_bad(of_all(bad) if how_many else [], readable)
 
     def _note_bad(self, bad: Sequence[tuple[str, str]], readable: int) -> None:
         if self.bad_samples is not None:
@@ -279,6 +291,11 @@ class UniMoeTrainer(ShardedCheckpoints):
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What the model's forward takes of a batch, without labels: their loss is ours."""
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
+
+
+def _bad_and_readable(batch: dict[str, Any]) -> tuple[Sequence[tuple[str, str]], int]:
+    """A batch's unreadable samples, (id, reason) each, and the number of the others."""
+    return batch.get("bad_samples", ()), len(batch.get("sample_ids", ()))
 
 
 def _with_floor(schedule: Callable[[int], float], floor: float, warmup_steps: int) -> Callable[[int], float]:

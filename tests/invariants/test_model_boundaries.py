@@ -11,6 +11,7 @@ from twins import collate
 
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import ModalityError, UniMoeError
+from unimoe.modeling_unimoe.token_types_unimoe import require_agreeing_types, require_known_types
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,16 @@ def test_token_types_that_disagree_with_the_ids_are_refused(model: UniMoeForCaus
     for run in (model, lambda **given: model.generate(**given, max_new_tokens=1)):
         with pytest.raises(ModalityError, match=said):
             run(**inputs, mm_token_type_ids=types)
+
+
+@pytest.mark.parametrize("asked", [require_known_types, lambda types: require_agreeing_types(types, types)])
+def test_token_types_on_a_device_are_checked_there(monkeypatch: pytest.MonkeyPatch, asked: Any) -> None:
+    """Nothing can be read of a tensor without data, as nothing should be of one on a GPU."""
+    said: list[str] = []
+    monkeypatch.setattr(torch, "_assert_async", lambda right, message: said.append(message))
+    asked(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    assert len(said) == 1
+    assert said[0].startswith("mm_token_type_ids ")
 
 
 def test_token_types_that_are_no_modality_are_refused(model: UniMoeForCausalLM) -> None:

@@ -53,6 +53,11 @@ EXPERTS = StageConfig(
 MIXTURE = StageConfig("mixture", "moe", ["router"], lora=LoraSettings(rank=4), packing=True, max_length=100)
 
 
+def test_ranks_that_cannot_share_out_the_model_are_refused(start: Path) -> None:
+    with pytest.raises(RecipeError, match=r"parallel\.tensor is 3.*a divisor of num_attention_heads \(4\)"):
+        plan_run(recipe(start, CONNECTORS, parallel=Parallel(tensor=3)))
+
+
 def test_the_plan_counts_what_the_stages_train(start: Path, tmp_path: Path) -> None:
     plan = plan_run(recipe(start, CONNECTORS, EXPERTS, MIXTURE))
     trained = {stage.model.name: stage.model.sizes.trained for stage in plan.stages}

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ...errors import ConversationError, DataError, MediaError, PlaceholderError
+from ..parallel.ranks import is_first, of_first
 from ..saving.checkpoints import append_line
 from ..steps.objective import IGNORED
 from .conversations import ConversationDataset, Sample, group_of
@@ -72,26 +73,21 @@ class TolerantCollator:
 
 
 class BadSamples:
-    """The list of a run.
+    """The list of a run, alike on all ranks; the first writes it.
 
     Args:
         folder: gets `FILE`; what is listed there already counts.
-        total: samples of the data set (of this rank's share of it).
+        total: samples of the data set.
         limit: share of them that may be bad.
     """
 
     def __init__(self, folder: Path, total: int, limit: float) -> None:
         self.file, self.total, self.limit = folder / FILE, total, limit
-        self.reasons: dict[str, str] = {}
-        self._seen = self._seen_bad = 0  # by this process
-        if self.file.is_file():
-            text = self.file.read_text(encoding="utf-8")
-            text = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
-            self.file.write_text(text, encoding="utf-8")
-            self.reasons = {record["id"]: record["reason"] for record in map(json.loads, text.splitlines())}
+        self.reasons: dict[str, str] = of_first(_listed(self.file) if is_first() else {})
+        self._seen = self._seen_bad = 0  # since this start
 
     def note(self, bad: Iterable[tuple[str, str]], readable: int = 0) -> None:
-        """List samples that were left out. Raises DataError when they have become too many.
+        """List samples that were left out, of all ranks on every rank. Raises DataError when they have become too many.
 
         Args:
             readable: samples that came with them and could be read. Where far more of the samples so far are bad than are
@@ -103,8 +99,9 @@ class BadSamples:
                 continue
             self._seen_bad += 1
             self.reasons[name] = reason
-            logger.warning(f"The sample {name} is left out: {reason}")
-            append_line(self.file, json.dumps({"id": name, "reason": reason}, ensure_ascii=False))
+            if is_first():
+                logger.warning(f"The sample {name} is left out: {reason}")
+                append_line(self.file, json.dumps({"id": name, "reason": reason}, ensure_ascii=False))
         self._seen += readable
         if len(self.reasons) > self.limit * self.total:
             raise self._too_many(f"{len(self.reasons)} of {self.total} samples")
@@ -118,3 +115,13 @@ class BadSamples:
             f"{which} cannot be read, more than max_bad_samples allows ({self.limit:g} of them); they are listed in "
             f"{self.file}. The first: {name}: {reason.rstrip('.')}. Repair or remove them, or raise max_bad_samples."
         )
+
+
+def _listed(file: Path) -> dict[str, str]:
+    """What an earlier start has listed: id -> reason."""
+    if not file.is_file():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    text = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
+    file.write_text(text, encoding="utf-8")
+    return {record["id"]: record["reason"] for record in map(json.loads, text.splitlines())}

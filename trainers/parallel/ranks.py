@@ -45,3 +45,21 @@ def only_first(do: Callable[[], None]) -> None:
     if is_first():
         do()
     wait_for_all()
+
+
+def sum_of_all(numbers: list[int], device: torch.device) -> list[int]:
+    """The sums over all ranks, which must all call it."""
+    if not torch.distributed.is_initialized():
+        return numbers
+    sums = torch.tensor(numbers, device=device)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def of_all(values: list[T]) -> list[T]:
+    """The values of all ranks, one rank's after the other's; all ranks must call it."""
+    if not torch.distributed.is_initialized():
+        return values
+    found: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(found, values)
+    return [value for own in found for value in own]

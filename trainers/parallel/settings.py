@@ -131,10 +131,15 @@ class Parallel:
 
     def training_arguments(self) -> dict[str, Any]:
         """What `TrainingArguments` need to know."""
-        if not self.uses_deepspeed:
-            # Every trained parameter is in the graph of every step: DDP need not look for others.
-            return {"ddp_find_unused_parameters": False}
-        return {"deepspeed": deepspeed_settings(self.zero)}
+        if self.uses_deepspeed:
+            return {"deepspeed": deepspeed_settings(self.zero)}
+        # Every trained parameter is in the graph of every step: DDP need not look for others.
+        options: dict[str, Any] = {"ddp_find_unused_parameters": False}
+        if self.tensor > 1:
+            from .tensor_ranks import TensorRanks
+
+            options["parallelism_config"] = TensorRanks(tp_size=self.tensor, dp_shard_size=self.data)
+        return options
 
 
 def can_spread_experts() -> bool:
@@ -156,11 +161,6 @@ def check_stage(parallel: Parallel, stage: Any, where: str) -> None:
     if stage.lora is not None and (parallel.shards_models or parallel.uses_deepspeed):
         raise RecipeError(
             f"{where} has LoRA, whose adapters are not shared out: set parallel.zero to 0, expert and tensor to 1."
-        )
-    if parallel.shards_models and (new := sorted({"compressor", "mixers", "mixer_gates"} & set(stage.train))):
-        raise RecipeError(
-            f"{where} trains {new}, which may be made only after the model is spread: set parallel.zero to 0 to 2 without "
-            "expert, tensor and engine."
         )
     if stage.kind == "experts" and parallel.uses_deepspeed:
         raise RecipeError(
@@ -196,10 +196,6 @@ def start(parallel: Parallel) -> None:
     require_launched(parallel)
     if parallel.ranks == 1:
         return
-    if parallel.tensor > 1 and device_type() == "cpu":
-        raise RecipeError(
-            f"parallel.tensor is {parallel.tensor}, but accelerate has no tensor ranks on CPUs: set it to 1."
-        )
     if parallel.uses_deepspeed:
         _prepare_deepspeed()
     if not torch.distributed.is_initialized():

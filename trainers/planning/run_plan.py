@@ -77,6 +77,8 @@ def plan_run(
     if brief or recipe.model in missing:
         return RunPlan(rows, missing, {}, [], degrees)
     models = stage_models(recipe, UniMoeConfig.from_pretrained(recipe.model))
+    for model in models:
+        recipe.parallel.for_model(model.config).require_fits(model.config)
     processor = functools.cache(lambda: open_processor(recipe.model))  # a plan without data needs none
     headers: dict[str, DataSetHeader | None] = {}
     stages = []

@@ -209,11 +209,13 @@ class ResumableTrainer(Trainer):
     def _state_of_process(self, checkpoint: str | None) -> dict[str, Any] | None:
         if checkpoint is None:
             return None
-        name = f"{_PROCESS}_{self.args.process_index}"
-        if self.args.process_index > 0 and not has_tree(Path(checkpoint), name):
+        # Tensor ranks share a batch, and draw the same numbers.
+        first = self.args.process_index - self.args.process_index % self.get_tp_size()
+        name = f"{_PROCESS}_{first}"
+        if first > 0 and not has_tree(Path(checkpoint), name):
             logger.warning(
-                f"The checkpoint {checkpoint} was written by fewer processes: process {self.args.process_index} draws random "
-                "numbers of its own from now on."
+                f"The checkpoint {checkpoint} was written by fewer processes: process {first} draws random numbers of its "
+                "own from now on."
             )
             return None
         return load_tree(Path(checkpoint), name)

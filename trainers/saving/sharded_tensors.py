@@ -61,7 +61,9 @@ def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region, bool]:
     mesh, coordinate = boxed.device_mesh, boxed.device_mesh.get_coordinate()
     region = _region(tuple(tensor.shape), boxed.placements, mesh, coordinate)
     copies = [place for place, p in zip(coordinate, boxed.placements, strict=True) if p.is_replicate()]
-    return boxed.to_local(), region, not any(copies)
+    # Tensor ranks with a whole copy each share it out in meshes of their own, of which one has the first rank.
+    first = not any(copies) and bool((mesh.mesh == 0).any())
+    return boxed.to_local(), region, first
 
 
 @torch.no_grad()

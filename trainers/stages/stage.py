@@ -138,7 +138,9 @@ def run_training(
 
     def trainer_for(steps: int) -> UniMoeTrainer:
         trainer = _build_trainer(trained_model, dataset, collator, stage, checkpoints, steps, settings)
-        trainer.bad_samples = BadSamples(folder, _samples_of(dataset, stage, steps), settings.max_bad_samples)
+        trainer.bad_samples = BadSamples(
+            folder, _samples_of(dataset, stage, steps * settings.parallel.data), settings.max_bad_samples
+        )
         trainer.bad_samples.note((str(sample["id"]), reason) for sample, reason in dataset.left_out)
         return trainer
 
@@ -291,7 +293,7 @@ def _build_trainer(
 
 
 def _samples_of(dataset: TrainingData, stage: StageConfig, steps: int) -> int:
-    """Samples that there are; of streams those that this rank will draw at least."""
+    """Samples that there are; of streams those that so many steps of one data rank draw at least."""
     if isinstance(dataset, ConversationDataset):
         return len(dataset) + len(dataset.left_out)
     return steps * stage.batch_size * stage.gradient_accumulation_steps + len(dataset.left_out)

@@ -52,6 +52,7 @@ class UniMoeMixerConfig(PreTrainedConfig):
     """
 
     model_type = "unimoe_mixer"
+    has_no_defaults_at_init = True  # its layers; transformers makes a default one to shorten what it prints
 
     layers: list[int] | None = None
     rank: int = 64

@@ -7,9 +7,10 @@ ordinary way, on its own, at the same time.
 
 import math
 from contextvars import ContextVar
+from dataclasses import fields
 from typing import Any
 
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, __version__
 from transformers.cli.serving.utils import GenerationState
 from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
@@ -79,12 +80,21 @@ def _is_text(message: dict[str, Any]) -> bool:
     return not isinstance(content, list) or all(part["type"] == "text" for part in content)
 
 
+def can_batch() -> bool:
+    """Whether this release of transformers can serve a request alone while a batch runs; 5.17 cannot, 5.23 can."""
+    return "page_size" in {field.name for field in fields(ContinuousBatchingConfig)}
+
+
 def require_batchable(model: Any) -> None:
     """Refuse models whose answers would depend on what else is in the batch.
 
     Raises:
         UniMoeError: names what stands in the way.
     """
+    if not can_batch():
+        raise UniMoeError(
+            f"--continuous-batching needs transformers 5.23; this is {__version__}. Leave the option out."
+        )
     text = model.config.get_text_config()
     obstacles = []
     if text.rope_parameters["rope_type"] in ("dynamic", "longrope"):
@@ -100,4 +110,4 @@ def require_batchable(model: Any) -> None:
         )
 
 
-__all__ = ["TextBatching", "joins_batch", "may_join", "require_batchable"]
+__all__ = ["TextBatching", "can_batch", "joins_batch", "may_join", "require_batchable"]

@@ -87,6 +87,11 @@ class Pretrained:
     def _from_folder(self, load: Callable[[Path], Any]) -> Any:
         try:
             return load(self.folder)
+        except ImportError as error:
+            raise PartError(
+                f"{self.name} cannot be loaded as a vision model ({' '.join(str(error).split())}). Install what is missing; "
+                "image processors of transformers 5.23 need no torchvision."
+            ) from error
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise PartError(f"{self.name} cannot be loaded as a vision model ({reason}).") from error

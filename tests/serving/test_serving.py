@@ -27,6 +27,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 from unimoe.errors import RequestError  # noqa: E402
+from unimoe.serving.continuous import can_batch  # noqa: E402
 from unimoe.serving.request_checks import require_chat_request  # noqa: E402
 from unimoe.serving.server import ModelServer, ServerSettings  # noqa: E402
 
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[ModelServer]:
     settings = ServerSettings(
-        str(folder), port=free_port(), device="cpu", longest_body=BODY_LIMIT, continuous_batching=True
+        str(folder), port=free_port(), device="cpu", longest_body=BODY_LIMIT, continuous_batching=can_batch()
     )
     server = ModelServer(settings)
     thread = threading.Thread(target=server.run)

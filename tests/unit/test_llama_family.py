@@ -93,7 +93,9 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
             assert (sparse(**inputs).logits - expected).abs().max() <= 1e-5
     greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     for prompt in (ids[:1], ids[:, :9]):  # the second one grows beyond what scaled RoPEs call short
-        assert torch.equal(ours.generate(prompt, **greedy), source.generate(prompt, **greedy))
+        # Phi-3 of transformers 5.17 loses its first tokens where the RoPE changes, unless it has no cache.
+        expected = source.generate(prompt, use_cache="longrope" not in name, **greedy)
+        assert torch.equal(ours.generate(prompt, **greedy), expected)
 
 
 def test_sliding_window_is_read_per_family() -> None:

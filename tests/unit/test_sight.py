@@ -11,6 +11,7 @@ import pytest
 import tiny_media
 import tiny_moai
 import tiny_training
+import torch
 
 from unimoe import UniMoeForCausalLM, UniMoeProcessor, cli
 from unimoe.errors import DataError, OptionError
@@ -69,6 +70,11 @@ def inputs(processor: UniMoeProcessor, conversations: Any) -> Any:
 
 def told(width: int) -> str:
     return f"The image includes text descriptions: width {width}."
+
+
+def test_aux_without_words_are_ids_too() -> None:
+    found = inputs(tiny_training.processor(), [question({"type": "image", "image": picture(20), "aux": ""})])
+    assert found["aux_input_ids"].dtype == found["aux_attention_mask"].dtype == torch.long
 
 
 def test_images_without_aux_are_looked_at_once() -> None:

@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     password = given_password(args)
     from ..demo.server import DemoServer
     from ..demo.settings import DemoSettings
+    from ..serving.freed_memory import give_back_freed_memory
 
+    give_back_freed_memory()
     server = DemoServer(
         DemoSettings(
             args.model,

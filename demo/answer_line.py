@@ -74,8 +74,7 @@ class AnswerLine:
             return None
         context = self._require_room(messages)
         until = StoppingCriteriaList([_StopWhenAsked(turn.stopped, context)])
-        options = {**self.answerer.options, "stopping_criteria": until}
-        return Answerer(self.answerer.model, self.answerer.processor, options)(messages, turn.show)
+        return self.answerer(messages, turn.show, stopping_criteria=until)
 
     def _require_room(self, messages: list[dict[str, Any]]) -> int:
         """Refuse, before any medium is decoded, what has no room in the model or the machine; the model's context."""

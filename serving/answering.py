@@ -63,8 +63,10 @@ class Answerer:
             return messages
         return with_sound_tracks(messages, self.processor.media_policy)
 
-    def __call__(self, messages: list[dict[str, Any]], show: Callable[[str], None]) -> Reply:
+    def __call__(self, messages: list[dict[str, Any]], show: Callable[[str], None], **options: Any) -> Reply:
         """The answer to a conversation; its text is handed to `show` piece by piece while it appears.
+
+        `options` are further ones of `generate`, for this answer.
 
         Raises:
             RequestError, UniMoeError: the conversation is longer than the model or the memory has room for.
@@ -75,7 +77,9 @@ class Answerer:
             self._heard(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
         with RoutingRecorder(self.model) as recorder:
-            output = self.model.generate(**inputs, **self.options, streamer=_Pieces(self.processor.tokenizer, show))
+            output = self.model.generate(
+                **inputs, **self.options, **options, streamer=_Pieces(self.processor.tokenizer, show)
+            )
         length = inputs["input_ids"].shape[1]
         return Reply(
             self.processor.tokenizer.decode(output[0, length:], skip_special_tokens=True),

@@ -47,7 +47,7 @@ def open_model(name: str, device: Any = None, quantize: str | None = None, other
         folder = resolve_folder(name, MODEL_FILES)
         if others and read_json(folder / "config.json").get("model_type") != UniMoeConfig.model_type:
             return _load_other(folder, place, quantize)
-        _check_files(folder)
+        check_folder(folder)
         return _load(folder, place, quantize)
 
 
@@ -65,8 +65,13 @@ def _usable_device(device: Any) -> torch.device:
     return place
 
 
-def _check_files(folder: Path) -> None:
-    """What transformers would answer with a traceback: files that are missing, truncated or not what they should be."""
+def check_folder(folder: Path) -> None:
+    """What transformers would answer with a traceback: files that are missing, truncated or not what they should be.
+
+    Raises:
+        ConversionError: there is no model of ours in the folder, or a file of it is missing or damaged.
+        CheckpointError: its tokenizer is missing or none.
+    """
     read_our_config(folder)
     Checkpoint(folder)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
@@ -100,9 +105,14 @@ def _quantized_options(folder: Path, device: torch.device, quantize: str | None)
     saved = read_json(folder / "config.json").get("quantization_config")
     if quantize is None:
         return {} if saved is None else {"device_map": {"": device}}
-    if saved is not None:
-        raise CheckpointError(f"{folder} was saved with quantised weights: leave out --quantize {quantize}.")
+    require_unquantised(folder)
     return {"device_map": {"": device}, "quantization_config": quantization_config(quantize)}
+
+
+def require_unquantised(folder: Path) -> None:
+    """Raises CheckpointError if the folder's weights are held in few bits already."""
+    if read_json(folder / "config.json").get("quantization_config") is not None:
+        raise CheckpointError(f"{folder} was saved with quantised weights: leave out --quantize.")
 
 
 def _load_other(folder: Path, device: torch.device, quantize: str | None) -> tuple[Any, Any]:
@@ -117,4 +127,4 @@ def _load_other(folder: Path, device: torch.device, quantize: str | None) -> tup
         raise CheckpointError(f"The model in {folder} cannot be loaded ({error}): check the folder.") from error
 
 
-__all__ = ["open_model"]
+__all__ = ["check_folder", "open_model", "require_unquantised"]

@@ -25,7 +25,7 @@ def quantization_config(
     """What `from_pretrained(folder, quantization_config=...)` takes for a model of ours.
 
     Args:
-        kind: "int8", a scale for every row; or "int4", a scale and a lowest value for every group of a row.
+        kind: "int8", a scale for every row; or "int4", with torchao a scale and a lowest value for every group of a row.
         library: "torchao", on any device; or "bitsandbytes", LLM.int8() and NF4, on CUDA.
         towers: quantise the matrices of the encoders too.
         group_size: values that share a scale, of "int4" with torchao. Even.

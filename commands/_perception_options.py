@@ -27,8 +27,14 @@ def add_perception_options(parser: argparse.ArgumentParser, title: str) -> Any:
 
 def models_for_answers(args: argparse.Namespace) -> "PerceiverChoice | None":
     """What the options of chat and serve ask for; None where they name nothing."""
+    from ..errors import OptionError
+
     is_named = args.segment is not None or args.detect is not None or args.relate != "none" or args.text == "rapidocr"
-    return chosen_models(args) if is_named or args.original else None
+    if is_named or args.original or args.names is not None:
+        return chosen_models(args)
+    if args.text == "none":
+        raise OptionError("--text none leaves nobody to look at images: say --no-perception, or name what shall look.")
+    return None
 
 
 def chosen_models(args: argparse.Namespace) -> "PerceiverChoice":
@@ -41,6 +47,8 @@ def chosen_models(args: argparse.Namespace) -> "PerceiverChoice":
     text = args.text or ("rapidocr" if nothing_else or args.original else "none")
     if args.relate == RULES and args.segment is None and args.detect is None:
         raise OptionError("--relate rules relates what --segment or --detect find: add one of them.")
+    if args.names is not None and args.detect is None:
+        raise OptionError("--names says what --detect looks for: add --detect.")
     return PerceiverChoice(
         segment=None if args.segment is None else args.segment or segmentation_transformers.ORIGINAL_MODEL,
         detect=None if args.detect is None else args.detect or detection_transformers.ORIGINAL_MODEL,

@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
             password,
         )
     )
+    if server.note is not None:
+        print(f"unimoe: {server.note}", file=sys.stderr)
     if password is None and not _is_loopback(args.host):
         print(
             f"unimoe: {args.host} can be reached by others and no password is set; --password asks for one.",

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from ..conversion.dense.sources import resolve_folder
     from ..errors import UniMoeError
     from ..hub_access import MODEL_FILES
+    from ..model_opener import check_folder, require_unquantised
     from ..serving.freed_memory import give_back_freed_memory
     from ..serving.server import ModelServer, ServerSettings
 
@@ -78,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
         raise UniMoeError(f"--max-request-mb is {args.max_request_mb}; it must be at least 1.")
     if args.cache_tokens is not None and not args.continuous_batching:
         raise UniMoeError("--cache-tokens goes with --continuous-batching.")
-    resolve_folder(args.model, MODEL_FILES)
+    folder = resolve_folder(args.model, MODEL_FILES)
+    check_folder(folder)
+    if args.quantize is not None:
+        require_unquantised(folder)
     settings = ServerSettings(
         args.model,
         args.host,

@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from ..errors import RequestError, UniMoeError
 from ..serving.answering import Answerer, Reply
-from ..serving.media_needs import MediaPlanner
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +31,6 @@ class AnswerLine:
 
     def __init__(self, answerer: Answerer, longest: int) -> None:
         self.answerer, self.longest = answerer, longest
-        self._planner = MediaPlanner(answerer.processor, answerer.model)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
         self.turns: list[Turn] = []
 
@@ -72,20 +70,8 @@ class AnswerLine:
     def _answer(self, turn: "Turn", messages: list[dict[str, Any]]) -> Reply | None:
         if turn.stopped.is_set():
             return None
-        context = self._require_room(messages)
-        until = StoppingCriteriaList([_StopWhenAsked(turn.stopped, context)])
+        until = StoppingCriteriaList([_StopWhenAsked(turn.stopped, self.answerer.needs(messages).context)])
         return self.answerer(messages, turn.show, stopping_criteria=until)
-
-    def _require_room(self, messages: list[dict[str, Any]]) -> int:
-        """Refuse, before any medium is decoded, what has no room in the model or the machine; the model's context."""
-        needs = self._planner.needs(messages, self.answerer.options["max_new_tokens"])
-        if needs.tokens >= needs.context:
-            raise RequestError(
-                f"The conversation has {needs.tokens:,} tokens, media included; the model takes fewer than "
-                f"{needs.context:,}: begin a new one, or give less at once."
-            )
-        needs.require_room()
-        return needs.context
 
 
 class Turn:

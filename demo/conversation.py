@@ -1,7 +1,6 @@
 """What was said: as the model reads it, and as the page shows it."""
 
 import html
-import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,12 @@ from ..errors import MediaError, RequestError
 
 Message = dict[str, Any]
 SILENCE = "(no words)"
-_KINDS = ("image", "audio", "video")
-# Python's table of types lacks these, or differs between systems.
-_SUFFIXES = {".flac": "audio", ".opus": "audio", ".m4a": "audio", ".mkv": "video", ".webp": "image"}
+# Not the system's table of types, which differs between systems.
+SUFFIXES = {
+    "image": [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"],
+    "audio": [".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac"],
+    "video": [".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"],
+}
 
 
 def question(text: str, files: Sequence[str], takes: Sequence[str], hear_videos: bool = False) -> Message:
@@ -21,7 +23,7 @@ def question(text: str, files: Sequence[str], takes: Sequence[str], hear_videos:
     Args:
         files: media, in the order in which the model meets them; they come before the text.
         takes: kinds of media that the model takes.
-        hear_videos: videos are heard as well as seen.
+        hear_videos: videos that have a sound track are heard as well as seen.
 
     Raises:
         RequestError: the model does not take such a file, or there is neither text nor a file.
@@ -39,8 +41,7 @@ def answer(text: str) -> Message:
 def kind_of(file: str) -> str | None:
     """ "image", "audio" or "video" by the file's name; None for others."""
     suffix = Path(file).suffix.lower()
-    kind = _SUFFIXES.get(suffix) or (mimetypes.guess_type(f"file{suffix}")[0] or "").partition("/")[0]
-    return kind if kind in _KINDS else None
+    return next((kind for kind, suffixes in SUFFIXES.items() if suffix in suffixes), None)
 
 
 def shown(messages: Sequence[Message]) -> list[Message]:
@@ -79,4 +80,4 @@ def _item(file: str, takes: Sequence[str], hear_videos: bool) -> dict[str, Any]:
         kinds = ", ".join(takes) or "no files, only text"
         raise RequestError(f"The file {Path(file).name!r} cannot be used here: this model takes {kinds}.")
     item = {"type": kind, "path": file}
-    return {**item, "sound_track": True} if kind == "video" and hear_videos else item
+    return {**item, "sound_track": False} if kind == "video" and not hear_videos else item

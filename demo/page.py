@@ -14,17 +14,12 @@ from fastapi import FastAPI
 from ..errors import UniMoeError
 from ..pages.html_page import escape
 from .answer_line import AnswerLine, Turn
-from .conversation import Message, answer, bubble, plainly, question, shown
+from .conversation import SUFFIXES, Message, answer, bubble, plainly, question, shown
 from .examples import Example
 from .expert_panel import BEFORE, expert_panel
 from .look import CSS, theme
 from .settings import DemoSettings
 
-_SUFFIXES = {
-    "image": [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"],
-    "audio": [".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac"],
-    "video": [".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"],
-}
 # What each modality comes in.
 _FILES = {"image": "image", "video": "video", "speech": "audio", "sound": "audio"}
 _SAME = gradio.skip()
@@ -187,7 +182,7 @@ def _chat(exhibit: Exhibit) -> gradio.Chatbot:
 
 
 def _box(exhibit: Exhibit) -> gradio.MultimodalTextbox:
-    suffixes = [suffix for kind in exhibit.media for suffix in _SUFFIXES[kind]]
+    suffixes = [suffix for kind in exhibit.media for suffix in SUFFIXES[kind]]
     can_hear = "audio" in exhibit.media
     return gradio.MultimodalTextbox(
         elem_id="box",

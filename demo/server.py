@@ -10,6 +10,7 @@ from ..conversion.publishing.model_card import modalities_of
 from ..errors import MissingPackageError
 from ..processing.media_policy_unimoe import MediaPolicy
 from ..serving.answering import Answerer, load_answerer
+from ..serving.sight import let_perceive
 from .settings import DemoSettings
 
 
@@ -26,6 +27,7 @@ class DemoServer:
             raise MissingPackageError("The demo needs the extra `demo`: pip install 'unimoe[demo]'.")
         self.settings = settings
         answerer = load_answerer(settings.model, settings.device, settings.options)
+        self.note = let_perceive(settings.model, answerer.model, answerer.processor)
         self._folder = TemporaryDirectory(prefix="unimoe-demo-")
         uploads = Path(self._folder.name).resolve()
         # Read by Gradio when it is imported and when parts of a page are made.

@@ -4,6 +4,7 @@ answering.py        a model that answers conversations and notes which experts i
 media_needs.py      what long media will take, said beforehand, from
 media_lengths.py    their headers and
 tracked_memory.py   going through the model without computing
+sight.py            other vision models look at images for models with mixers
 freed_memory.py     gives back what is freed
 server.py           transformers' OpenAI-compatible server for one model, with
 chat_handler.py     what it does differently for a single request, and

@@ -61,8 +61,8 @@ class Needs:
         return any(clip.seconds > _SHORT_SECONDS for clip in self.clips)
 
     def __str__(self) -> str:
-        clips = "; ".join(map(str, self.clips))
-        return f"{clips}; {self.tokens:,} tokens with the text, about {_size(self.memory)} of memory"
+        in_all = f"{self.tokens:,} tokens with the text, about {_size(self.memory)} of memory"
+        return "; ".join([*map(str, self.clips), in_all])
 
     def require_room(self) -> None:
         """Refuse what the model or the machine has no room for.

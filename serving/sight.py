@@ -41,7 +41,7 @@ def let_perceive(
     if choice is None or not choice.lines():
         return (
             f"{name} has mixers for what other vision models see in an image, but has no {PERCEPTION_FILE} that names any: "
-            "it answers from images alone. --text rapidocr, --segment or --detect have them looked at."
+            "it answers from images alone."
         )
     perceive_images(processor, choice.perceiver(device=str(model.device)))
-    return f"images are looked at for {name} by other vision models ({', '.join(choice.lines())}); --no-perception: by none."
+    return f"images are looked at for {name} by other vision models ({', '.join(choice.lines())})."

@@ -36,6 +36,8 @@ def perceive_images(processor: Any, perceiver: Perceiver, rules: Verbalization |
             new = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in kept}
             for digest, seen in zip(new, perceiver.perceive(list(new.values())), strict=True):
                 kept[digest] = aux_of(seen, chosen)
+            for digest in digests:
+                kept.move_to_end(digest)
             found = [kept[digest] for digest in digests]
             while len(kept) > _KEPT:
                 kept.popitem(last=False)

@@ -12,7 +12,6 @@ import pytest
 
 from unimoe.cli import main
 from unimoe.commands import demo as command
-from unimoe.demo import answer_line
 from unimoe.demo.answer_line import AnswerLine
 from unimoe.demo.conversation import kind_of, question, shown
 from unimoe.demo.uploads import UploadFolder
@@ -162,7 +161,6 @@ def test_a_failure_gets_a_sentence_and_the_next_is_answered(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failing: Any = Failing()
-    monkeypatch.setattr(answer_line, "MediaPlanner", lambda *_: failing)
     line = AnswerLine(failing, longest=2)
 
     async def ask() -> str:
@@ -180,7 +178,6 @@ def test_a_failure_gets_a_sentence_and_the_next_is_answered(
 
 def test_whoever_leaves_while_waiting_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     failing: Any = Failing()
-    monkeypatch.setattr(answer_line, "MediaPlanner", lambda *_: failing)
     line = AnswerLine(failing, longest=3)
     begun, go_on = threading.Event(), threading.Event()
     answered: list[Any] = []
@@ -212,7 +209,15 @@ def test_whoever_leaves_while_waiting_is_not_answered(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a.PNG", "image"), ("b.webm", "video"), ("c.flac", "audio"), ("d.mkv", "video"), ("e.py", None), ("png", None)],
+    [
+        ("a.PNG", "image"),
+        ("b.webm", "video"),
+        ("c.flac", "audio"),
+        ("d.mkv", "video"),
+        ("f.ogg", "audio"),
+        ("e.py", None),
+        ("png", None),
+    ],
 )
 def test_kinds_of_files(name: str, kind: str | None) -> None:
     assert kind_of(name) == kind
@@ -222,7 +227,9 @@ def test_what_a_model_does_not_take_is_refused() -> None:
     with pytest.raises(RequestError, match=r"'a\.mp4' cannot be used here: this model takes image"):
         question("What?", ["/tmp/a.mp4"], ["image"])
     heard = question("What?", ["/tmp/a.mp4"], ["video", "audio"], hear_videos=True)
-    assert heard["content"][0] == {"type": "video", "path": "/tmp/a.mp4", "sound_track": True}
+    assert heard["content"][0] == {"type": "video", "path": "/tmp/a.mp4"}  # with its sound track, if it has one
+    silent = question("What?", ["/tmp/a.mp4"], ["video", "audio"])
+    assert silent["content"][0] == {"type": "video", "path": "/tmp/a.mp4", "sound_track": False}
     [_, bubble] = shown([question("<b>", ["/tmp/a.png"], ["image"])])
     assert bubble["content"] == "&lt;b&gt;"
 

@@ -59,7 +59,7 @@ class Parallel:
         return self.zero > 0 and not self.shards_models
 
     def for_model(self, config: UniMoeConfig) -> "Parallel":
-        """The same for a model that has no experts yet: nothing to spread, all else as it is."""
+        """The same for a model that has no experts yet: nothing to spread; still sharded by FSDP2."""
         if config.text_config.sparse_layers or self.expert == 1:
             return self
         return replace(self, expert=1, engine="fsdp" if self.data > 1 else "auto")

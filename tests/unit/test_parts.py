@@ -323,7 +323,11 @@ def test_pip_fetches_the_pinned_file_without_dependencies(
     assert path.name == wheel.filename
     assert [entry.name for entry in (tmp_path / "wheels").iterdir()] == [wheel.filename]
     with pytest.raises(PartError, match=r"pip could not fetch absent==1\.0 .*No matching distribution"):
-        fetch_wheel(replace(wanted, package="absent", filename="absent-1.0-py3-none-any.whl"), tmp_path / "wheels", progress=False)
+        fetch_wheel(
+            replace(wanted, package="absent", filename="absent-1.0-py3-none-any.whl"),
+            tmp_path / "wheels",
+            progress=False,
+        )
 
 
 def test_only_the_named_members_are_unpacked_under_their_bare_names(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_the_opener_quantises_and_opens_what_was_saved_so(kind: str, tmp_path: P
     server = ModelServer(ServerSettings(str(tmp_path / "full"), device="cpu", quantize=kind))
     [served] = server._model_manager.loaded_models.values()
     assert torch.equal(served.model.get_parameter(name).dequantize(), weight.dequantize())
-    with pytest.raises(CheckpointError, match=f"saved with quantised weights: leave out --quantize"):
+    with pytest.raises(CheckpointError, match="saved with quantised weights: leave out --quantize"):
         open_model(str(tmp_path / "small"), "cpu", kind)
 
 

@@ -40,7 +40,7 @@ class Login:
             await self.app(scope, receive, send)
         elif scope["path"] == "/login" and scope["method"] == "POST":
             await self._log_in(scope, receive, send)
-        elif scope["path"] == "/":
+        elif scope["path"] in ("/", "/login"):
             await _ask(send, 200, "")
         else:
             await answer(send, 401, "Give the password first.")

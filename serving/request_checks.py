@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import RequestError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool")
 # Content parts, and where their text, URL or data is.
 _PARTS: dict[str, tuple[str, ...]] = {
     "text": ("text",),

@@ -66,8 +66,14 @@ def test_nothing_is_sent_without_the_password(path: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["", "correct", PASSWORD + "x", PASSWORD.upper(), "ü", "\0"])
 def test_other_passwords_do_not_open_it(wrong: str) -> None:
-    responses = asked(login.Login(page, PASSWORD), give(wrong), lambda browser: browser.get("/config"))
-    assert [response.status_code for response in responses] == [403, 401]
+    responses = asked(
+        login.Login(page, PASSWORD),
+        give(wrong),
+        lambda browser: browser.get("/config"),
+        lambda browser: browser.get("/login"),
+    )
+    assert [response.status_code for response in responses] == [403, 401, 200]
+    assert "the page" not in responses[2].text  # the form again
 
 
 def test_garbage_is_no_password() -> None:

@@ -8,10 +8,12 @@ import tiny
 import torch
 
 from unimoe import UniMoeForCausalLM
+from unimoe.errors import UniMoeError
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
 from unimoe.modeling_unimoe.gate_rows_unimoe import expert_load
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter
 from unimoe.trainers.steps.router_bias import choice_biases
+from unimoe.trainers.telemetry import routing_statistics
 from unimoe.trainers.telemetry.routing_figures import ExpertLoad, co_activation, load_change
 from unimoe.trainers.telemetry.routing_statistics import RoutingRecorder
 
@@ -32,6 +34,13 @@ def made(name: str) -> tuple[UniMoeForCausalLM, dict[str, torch.Tensor]]:
     for bias in choice_biases(model).values():
         bias.copy_(torch.tensor([0.3, -0.3, 0.1, 0.0]))
     return model, tiny.media(images=2, windows=2)
+
+
+def test_a_model_whose_routers_are_of_another_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of models from the code in their folder are."""
+    monkeypatch.setattr(routing_statistics, "UniMoeRouter", torch.nn.Bilinear)
+    with pytest.raises(UniMoeError, match="import unimoe before from_pretrained"):
+        RoutingRecorder(made("plain")[0])
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
+from ...errors import UniMoeError
 from ...modeling_unimoe.configuration_unimoe_text import MODALITIES, UniMoeTextConfig
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ...modeling_unimoe.routing_dynamic_unimoe import chosen_rows
@@ -101,6 +102,11 @@ class RoutingRecorder:
         self.last: list[torch.Tensor] = []
         config = model.config.text_config
         self.routers = [module for module in model.modules() if isinstance(module, UniMoeRouter)]
+        if config.sparse_layers and not self.routers:
+            raise UniMoeError(
+                f"{type(model).__name__} of {type(model).__module__} came from the code in its folder (trust_remote_code), whose "
+                "routers are not known here: import unimoe before from_pretrained."
+            )
         self.counts = RoutingCounts(len(self.tasks), len(self.routers), config.num_experts, model.device)
         self._seen: dict[int, tuple[torch.Tensor, ...]] = {}
         self._hooks: list[Any] = []

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -245,9 +246,11 @@ def handle_line(conversation: Conversation, line: str) -> bool:
     elif command.removeprefix("/") in _MEDIA and command.startswith("/"):
         if not argument.strip():
             raise UniMoeError(f"{command} needs a file: {command} FILE.")
-        if not Path(argument.strip()).is_file():
-            raise UniMoeError(f"There is no file {argument.strip()!r}; what is attached already stays.")
-        conversation.attach(command.removeprefix("/"), argument.strip())
+        # In quotes, as terminals write the name of a file that is dropped into them.
+        file = Path(os.path.expanduser(argument.strip().strip("'\"")))
+        if not file.is_file():
+            raise UniMoeError(f"There is no file {str(file)!r}; what is attached already stays.")
+        conversation.attach(command.removeprefix("/"), str(file))
     elif command.startswith("/"):
         raise UniMoeError(
             f"{command} is no command; there are {', '.join(f'/{kind}' for kind in _MEDIA)}, /experts, /reset, /help "

@@ -341,16 +341,17 @@ def test_attached_media_go_with_one_message_only(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     for name in ("cat.png", "my file.wav", "clip.mp4"):
         (tmp_path / name).touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
     script = Script("a", "b")
     conversation = chat.Conversation(script)
-    for line in ("/image cat.png", "/audio my file.wav", "/video-with-sound clip.mp4"):
+    for line in ("/image ~/cat.png", "/audio 'my file.wav'", "/video-with-sound clip.mp4"):
         chat.handle_line(conversation, line)
     with pytest.raises(UniMoeError, match=r"no file 'dog\.png'; what is attached already stays"):
         chat.handle_line(conversation, "/image dog.png")
     for line in ("one", "two"):
         chat.handle_line(conversation, line)
     media = [[i["path"] for i in m["content"] if i["type"] != "text"] for m in script.asked[1] if m["role"] == "user"]
-    assert media == [["cat.png", "my file.wav", "clip.mp4"], []]
+    assert media == [[str(tmp_path / "cat.png"), "my file.wav", "clip.mp4"], []]
     assert script.asked[1][0]["content"][2] == {"type": "video", "sound_track": True, "path": "clip.mp4"}
 
 

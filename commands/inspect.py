@@ -180,4 +180,6 @@ def _weight_lines(model: "ModelDescription") -> list[str]:
         return ["  weights    none in this folder"]
     dtypes = ", ".join(f"{name} ({count:,} values)" for name, count in weights.dtypes.items())
     lines = [f"  weights    {weights.num_bytes / 1e6:,.1f} MB in {weights.files} file(s): {dtypes}"]
+    if model.quantized_by is not None:
+        lines.append(f"  quantised  by {model.quantized_by}: matrices of the decoder are held in fewer bits")
     return lines + [f"  PROBLEM    {problem}" for problem in weights.problems]

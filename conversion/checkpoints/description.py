@@ -40,7 +40,7 @@ class Weights:
 @dataclass(frozen=True)
 class ModelDescription:
     """What `unimoe inspect` shows. `towers` and `connectors` map a branch to a line about it; `receipt` are the lines of the
-    conversion that made the model.
+    conversion that made the model; `quantized_by` names the library that holds its weights in fewer bits.
     """
 
     name: str
@@ -61,6 +61,7 @@ class ModelDescription:
     weights: Weights | None
     router_load: RouterLoad | None
     receipt: list[str] | None = None
+    quantized_by: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,6 +96,7 @@ def describe_model(name: str) -> ModelDescription:
         weights=_weights(folder, config),
         router_load=recorded_load(folder, text.num_experts),
         receipt=saved_summary(folder),
+        quantized_by=(getattr(config, "quantization_config", None) or {}).get("quant_method"),
     )
 
 

@@ -167,7 +167,8 @@ def test_the_opener_quantises_and_opens_what_was_saved_so(kind: str, tmp_path: P
     weight = again.get_parameter(name)
     assert is_quantized(weight)
     assert torch.equal(weight.dequantize(), model.get_parameter(name).dequantize())
-    assert describe_model(str(tmp_path / "small")).weights.problems == []
+    description = describe_model(str(tmp_path / "small"))
+    assert (description.weights.problems, description.quantized_by) == ([], "torchao")
     with pytest.raises(ConversionError, match=r"saved with quantised weights.*folder that it was made of"):
         expert_distances(tmp_path / "small", model.config.text_config)
 

@@ -13,7 +13,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from transformers.utils import logging
 
 from ..errors import DataError
-from .running.answerers import ChatAnswerer, load_answerer
+from .running.answerers import ChatAnswerer, open_answerer
 from .running.requests import Request
 
 logger = logging.get_logger(__name__)
@@ -41,7 +41,7 @@ class UniMoeForLmmsEval(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         usable = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        answerer = load_answerer(pretrained, self.accelerator.device if self._world_size > 1 else usable)
+        answerer = open_answerer(pretrained, self.accelerator.device if self._world_size > 1 else usable)
         if not isinstance(answerer, ChatAnswerer):
             raise DataError(f"{pretrained} is no unimoe model: lmms-eval has adapters of its own for others.")
         self.answerer = answerer

@@ -144,7 +144,7 @@ def _letter_tokens(tokenizer: Any, letters: Sequence[str]) -> dict[str, list[int
     return tokens
 
 
-def load_answerer(name: str, device: Any, quantize: str | None = None) -> Answerer:
+def open_answerer(name: str, device: Any, quantize: str | None = None) -> Answerer:
     """A model folder or Hub id, ours or any that AutoModelForCausalLM takes, on a device; see `open_model`.
 
     For one of ours with mixers, the vision models that its folder names look at the images; see `let_perceive`.

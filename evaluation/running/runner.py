@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import CheckpointError, DataError
 from ..tasks.item import Item
 from ..tasks.task import Task
-from .answerers import fingerprint, load_answerer, require_kinds
+from .answerers import fingerprint, open_answerer, require_kinds
 from .batches import BatchAnswerer
 from .predictions import PredictionStore
 from .requests import Request, make_requests, spread
@@ -184,7 +184,7 @@ def answer_all(
     """
     processes.wait()  # all have planned before the first of them writes, so that all share out the same items
     if any(plan.waiting for plan in planned):
-        answerer = load_answerer(options.model, processes.device, options.quantize)
+        answerer = open_answerer(options.model, processes.device, options.quantize)
         for plan in planned:
             require_kinds(answerer, plan.task.name, plan.waiting)
         batches = BatchAnswerer(answerer, batch_size, "cuda" in str(processes.device), options.likeliest_letter)

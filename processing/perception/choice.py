@@ -26,7 +26,7 @@ class PerceiverChoice:
 
     Fields: `names`, what `detect` looks for, None: a model's own, or the original's; `relate`, a model for scene graphs, or
     "rules" about where boxes are; `text`, whether rapidocr reads; `text_side`, see `RapidOcrReader`; `original`: as MoAI
-    did, with its faults, and in its words.
+    did, with its faults.
     """
 
     segment: str | None = None
@@ -39,7 +39,7 @@ class PerceiverChoice:
 
     @property
     def rules(self) -> Verbalization:
-        """How results become text."""
+        """How `unimoe perceive` puts one image's results into words; elsewhere the processor decides (`rules_for`)."""
         return ORIGINAL if self.original else DEFAULT
 
     def perceiver(self, device: str = "cpu", dtype: str = "float32", batch_size: int = 8) -> Perceiver:

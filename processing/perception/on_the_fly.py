@@ -10,7 +10,7 @@ import PIL.Image
 from .auxiliary import aux_of
 from .perceiver import Perceiver
 from .replay import pixel_digest
-from .verbalize import DEFAULT, ORIGINAL, Verbalization
+from .verbalize import Verbalization, rules_for
 
 # Images whose results are kept: a conversation shows its images again with every turn.
 _KEPT = 64
@@ -24,9 +24,9 @@ def perceive_images(processor: Any, perceiver: Perceiver, rules: Verbalization |
 
     Args:
         processor: a `UniMoeProcessor`.
-        rules: of the text; None: the original's for a processor that feeds maps as the released model was fed.
+        rules: of the text; None: see `rules_for`.
     """
-    chosen = rules or (ORIGINAL if processor.aux_maps == "released" else DEFAULT)
+    chosen = rules or rules_for(processor)
     kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
     one_at_a_time = threading.Lock()  # a server answers from several threads
 

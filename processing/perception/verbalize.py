@@ -13,6 +13,7 @@ The wording is MoAI's, whose released model was trained on it. `legacy=True` kee
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,11 @@ class Verbalization:
 
 DEFAULT = Verbalization()
 ORIGINAL = replace(DEFAULT, legacy=True, max_segments=None, max_boxes=None, max_lines=None, max_characters=None)
+
+
+def rules_for(processor: Any) -> Verbalization:
+    """The words for a processor's model: one that sees maps as MoAI-7B does reads texts as it does."""
+    return ORIGINAL if processor.aux_maps == "released" else DEFAULT
 
 
 def verbalize(perception: Perception, rules: Verbalization = DEFAULT) -> str:

@@ -54,11 +54,11 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return generate(model, tokenizer, inputs, 4)
 
     monkeypatch.setattr(answerers, "_generate", counted)
-    monkeypatch.setattr(runner, "load_answerer", loaded_once)
+    monkeypatch.setattr(runner, "open_answerer", loaded_once)
     return sizes
 
 
-loaded_once = functools.cache(answerers.load_answerer)
+loaded_once = functools.cache(answerers.open_answerer)
 
 
 def test_predictions_are_the_models_own(multimodal: Path, short_answers: list[int], tmp_path: Path) -> None:

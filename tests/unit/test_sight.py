@@ -217,9 +217,9 @@ def test_a_server_looks_at_images(folder: Path, looked_at: Widths) -> None:
 
 
 def test_evaluation_looks_at_images(folder: Path, looked_at: Widths) -> None:
-    from unimoe.evaluation.running.answerers import load_answerer
+    from unimoe.evaluation.running.answerers import open_answerer
 
-    answerer = load_answerer(str(folder), "cpu")
+    answerer = open_answerer(str(folder), "cpu")
     inputs(answerer.processor, question({"type": "image", "image": picture(20)}))
     assert looked_at.images == 1
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...processing.perception.choice import PerceiverChoice
-from ...processing.perception.verbalize import DEFAULT, ORIGINAL
+from ...processing.perception.verbalize import rules_for
 from ..data.conversations import ConversationDataset, Sample
 from .perception_cache import PerceptionCache, perceiver_folder
 
@@ -23,8 +23,7 @@ class PerceivedCollator:
     def __init__(self, collator: Any, folder: str | Path) -> None:
         self.collator, self.processor = collator, collator.processor
         self.cache = PerceptionCache(folder, policy=self.processor.media_policy)
-        # A model that sees maps as MoAI-7B does reads texts as it does.
-        self.rules = ORIGINAL if self.processor.aux_maps == "released" else DEFAULT
+        self.rules = rules_for(self.processor)
 
     def fit(self, dataset: ConversationDataset) -> None:
         self.collator.fit(dataset)

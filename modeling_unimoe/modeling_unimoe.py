@@ -116,20 +116,14 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
             sound_encoder_states=sound_encoder_states,
         )
         needed: tuple[str, ...] = ()
-        if input_ids is None:
-            require_known_types(mm_token_type_ids)
-            if "attention_instances" in kwargs and mm_token_type_ids is None:
-                require_no_need_of_types(self.config.text_config)
+        if kwargs.get("cache") is None:
+            needed = self._needed_media(input_ids, past_key_values)
         else:
-            from_ids = self.modality_ids(input_ids)
-            require_agreeing_types(mm_token_type_ids, from_ids)
-            mm_token_type_ids, inputs_embeds = from_ids, self._embed(input_ids, from_ids)
-            if kwargs.get("cache") is None:
-                needed = self._needed_media(input_ids, past_key_values)
-            else:
-                # Continuous batching goes on with texts, which `generate_batch` has looked through. Its `is_causal` says
-                # what the mask says, and transformers would write it into the configuration, for all threads to see.
-                kwargs.pop("is_causal", None)
+            # Continuous batching goes on with texts, which `generate_batch` has looked through. Its `is_causal` says what
+            # the mask says, and transformers would write it into the configuration, for all threads to see.
+            kwargs.pop("is_causal", None)
+        packed = "attention_instances" in kwargs
+        mm_token_type_ids, inputs_embeds = self._typed(input_ids, inputs_embeds, mm_token_type_ids, packed)
         inputs_embeds = place_features(inputs_embeds, mm_token_type_ids, features, needed)
         aux = (aux_input_ids, aux_pixel_values, aux_encoder_states, aux_features)
         aux_inputs = dict(zip(AUX_INPUTS, (*aux, aux_attention_mask, prompt_mask, expert_choice), strict=True))
@@ -162,11 +156,24 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
             idle_branches=idle_branches,
         )
 
-    def _needed_media(self, input_ids: torch.Tensor, past_key_values: Cache | None) -> tuple[str, ...]:
+    def _needed_media(self, input_ids: torch.Tensor | None, past_key_values: Cache | None) -> tuple[str, ...]:
         """Modalities that a text with their placeholders needs; a text that goes on had them before."""
-        if not begins_text(input_ids, past_key_values):
+        if input_ids is None or not begins_text(input_ids, past_key_values):
             return ()
         return tuple(name for name, token_id in self.config.placeholder_ids.items() if token_id is not None)
+
+    def _typed(
+        self, ids: torch.Tensor | None, embeds: torch.Tensor | None, types: torch.Tensor | None, packed: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Modality ids and embeddings of a text that is given in either form; `packed`: by vLLM, without types."""
+        if ids is not None:
+            from_ids = self.modality_ids(ids)
+            require_agreeing_types(types, from_ids)
+            return from_ids, self._embed(ids, from_ids)
+        require_known_types(types)
+        if packed and types is None:
+            require_no_need_of_types(self.config.text_config)
+        return types, embeds
 
     def _image_mask(self, modality_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Where partial LoRA acts, [B, S]; None for a model without it."""

@@ -20,21 +20,12 @@ from transformers.generation.logits_process import (
 )
 
 from ..errors import UniMoeError
+from .request_checks import FIELDS
 
 # Tokens that a page of the cache holds, and that one step of the batch takes at most.
 PAGE, STEP = 64, 512
 # What a request may say and still be one of many under the same sampling settings: those of the model.
-_SHARED_FIELDS = {
-    "model",
-    "messages",
-    "stream",
-    "stream_options",
-    "user",
-    "max_tokens",
-    "max_completion_tokens",
-    "temperature",
-    "n",
-}
+_SHARED_FIELDS = FIELDS - {"top_p", "frequency_penalty", "seed", "stop"}
 _PROCESSORS = (SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 # Whether the request that is being handled may join the batch.

@@ -19,7 +19,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
 # Texts that end an answer, as in OpenAI's API: transformers makes tables of them whose size grows with both.
 _MOST_STOPS, _LONGEST_STOP = 4, 200
 # What OpenAI's clients send and transformers' server heeds; `generation_config`, which it would take too, is no client's.
-_FIELDS = {
+FIELDS = {
     "model",
     "messages",
     "stream",
@@ -53,9 +53,9 @@ def require_chat_request(body: Any, longest_answer: int) -> None:
         raise RequestError("`messages` must be a list of at least one message.")
     for number, message in enumerate(messages):
         _require_message(message, f"messages[{number}]")
-    unknown = sorted(set(body) - _FIELDS)
+    unknown = sorted(set(body) - FIELDS)
     if unknown:
-        raise RequestError(f"`{unknown[0][:80]}` is not known here; a request may have {', '.join(sorted(_FIELDS))}.")
+        raise RequestError(f"`{unknown[0][:80]}` is not known here; a request may have {', '.join(sorted(FIELDS))}.")
     tokens = f"a whole number from 1 to {longest_answer}"
     for name, allowed, is_allowed in (
         ("max_tokens", tokens, lambda value: _is_whole(value) and 1 <= value <= longest_answer),

@@ -21,12 +21,15 @@ from safetensors.torch import save_file
 from tiny import MOIIE_GROUPS
 from transformers import TrainerCallback, TrainingArguments
 
+from unimoe.modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from unimoe.trainers.data.collator import RawCollator
 from unimoe.trainers.data.conversations import ConversationDataset
 from unimoe.trainers.parallel.parallel_run import RequireEngine, load_spread, whole_again
 from unimoe.trainers.parallel.settings import Parallel, start
+from unimoe.trainers.recipe.recipe_parts import LoraSettings
 from unimoe.trainers.saving.sharded_tensors import whole_tensor
 from unimoe.trainers.stages.mixer_stage import MIXER_ROLES, add_mixers
+from unimoe.trainers.steps.lora import add_lora, merge_lora
 from unimoe.trainers.steps.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
 
@@ -85,11 +88,12 @@ def run(
     save_at: int = 0,
     resume: bool = False,
     float64: bool = False,
+    lora: bool = False,
 ) -> Found:
     """Train; gradients of the first step ("gradients/NAME"), weights after the last one ("weights/NAME"), "losses",
     the optimizer's moments ("moments/NAME"), and logits of texts of unlike lengths, one per data rank ("logits/RANK").
 
-    float64: with all arithmetic in it.
+    float64: with all arithmetic in it. lora: on attention and experts, merged at the end; "adapters/NAME" before that.
     """
     with InFloat64() if float64 else nullcontext():
         model = load_spread(folder / case, parallel)
@@ -97,6 +101,8 @@ def run(
             model.double().set_experts_implementation("eager")  # grouped products exist in float32 and below
         has_mixers = model.config.text_config.mixer_config is not None
         set_trainable(model, [*ROLES, *(MIXER_ROLES if has_mixers else ())])
+        if lora:
+            model = with_lora(model)
         without_dropout(model)
         found = logits(model, parallel)
         options: dict[str, Any] = {
@@ -113,12 +119,25 @@ def run(
         trainer.add_callback(keep)
         trainer.add_callback(RequireEngine(trainer, parallel))
         trainer.train(resume_from_checkpoint=True if resume else None)
-        model = whole_again(trainer, model)
+        moments = _moments(trainer, model)
+        adapters = {f"adapters/{n}": p.detach().clone() for n, p in model.named_parameters() if ".lora_" in n}
+        model = whole_again(trainer, merge_lora(model))
         found |= {f"gradients/{name}": gradient for name, gradient in keep.gradients.items()}
         found |= {f"weights/{name}": whole_tensor(p.detach()).clone() for name, p in model.named_parameters()}
         losses = [log["loss"] for log in trainer.state.log_history if "ce_loss" in log]
         found["losses"] = torch.tensor(losses, dtype=torch.float64)
-        return found | _moments(trainer, model)
+        return found | moments | adapters
+
+
+def with_lora(model: UniMoeForCausalLM) -> Any:
+    """Adapters that change the model from the beginning, so that no gradient is zero."""
+    torch.manual_seed(0)
+    adapted = add_lora(model, LoraSettings(rank=4, alpha=8, targets=["attention", "experts"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(parameter.numel()))
+    return adapted
 
 
 def without_dropout(model: torch.nn.Module) -> None:

@@ -14,6 +14,7 @@ from .data.bad_samples import BadSamples
 from .data.batching import Batching, BatchSampler, make_sampler
 from .data.data_sets import TrainingData
 from .parallel.ranks import of_all, sum_of_all
+from .parallel.spread_lora import sum_adapter_gradients
 from .saving.sharded_checkpoints import ShardedCheckpoints
 from .saving.sharded_tensors import reshard
 from .steps.loss_meter import LossMeter
@@ -208,7 +209,10 @@ class UniMoeTrainer(ShardedCheckpoints):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As usual; what is not finite is found by `finite_guard` and must not spoil the mean that is logged."""
-        return torch.nan_to_num(super().training_step(*args, **kwargs), posinf=0.0, neginf=0.0)
+        loss = super().training_step(*args, **kwargs)
+        if self._is_spread and self.accelerator.sync_gradients:
+            sum_adapter_gradients(self.model, self.data_ranks)
+        return torch.nan_to_num(loss, posinf=0.0, neginf=0.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called right before the optimizer's step: the place to stop when a loss or a gradient is not finite."""

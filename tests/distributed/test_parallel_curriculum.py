@@ -16,7 +16,7 @@ from unimoe.trainers.parallel.settings import Parallel, can_spread_experts
 from unimoe.trainers.recipe.recipe import Recipe, StageConfig
 from unimoe.trainers.recipe.recipe_file import save_recipe
 from unimoe.trainers.recipe.recipe_mixers import MixersConfig
-from unimoe.trainers.recipe.recipe_parts import ExpertConfig, MoeConfig
+from unimoe.trainers.recipe.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
 from unimoe.trainers.stages.mixer_stage import MIXER_ROLES
 
 pytestmark = pytest.mark.skipif(not can_spread_experts(), reason="this release of transformers cannot spread experts")
@@ -28,6 +28,7 @@ SPREAD = {"data": 2, "expert": 2, "zero": 3}
 def recipe(start: Path, out: Path, parallel: Parallel, steps: int = 3) -> Recipe:
     common: dict[str, Any] = {"batch_size": 8 // parallel.data, "learning_rate": 1e-3, "log_every": 1, "save_every": 2}
     common |= {"modalities": ["image", "text", "speech"]}
+    lora = LoraSettings(rank=2, alpha=4, targets=["attention", "experts"])
     return Recipe(
         model=str(start / "model"),
         data=[str(start / "train.jsonl")],
@@ -37,7 +38,7 @@ def recipe(start: Path, out: Path, parallel: Parallel, steps: int = 3) -> Recipe
         parallel=parallel,
         stages=[
             StageConfig("experts", "experts", ["ffn", "connectors"], experts=EXPERTS, steps=2, **common),
-            StageConfig("mixture", "moe", ["router", "experts", "connectors", *MIXER_ROLES], steps=steps, **common),
+            StageConfig("mixture", "moe", ["router", "connectors", *MIXER_ROLES], lora=lora, steps=steps, **common),
         ],
     )
 

@@ -46,6 +46,21 @@ def test_states_are_split_over_ranks(degrees: Degrees, expected: tuple[int, ...]
     assert tuple(plan.bytes_of[kind] for kind in ("weights", "gradients", "optimizer", "buffers")) == expected
 
 
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    [
+        (Degrees(data=4, zero=3), (4 * 30, 4 * 30, 8 * 30, 0)),
+        # transformers' sharding leaves adapters whole; their gradients are summed over the ranks at once.
+        (Degrees(data=4, zero=3, engine="fsdp"), (4 * 120, 4 * 120, 8 * 120, 4 * 120)),
+        (Degrees(data=4, expert=2, zero=3), (4 * 120, 4 * 120, 8 * 120, 4 * 120)),
+        (Degrees(data=2, tensor=2, zero=2), (4 * 120, 4 * 120, 8 * 120, 4 * 120)),
+    ],
+)
+def test_adapters_are_split_by_deepspeed_only(degrees: Degrees, expected: tuple[int, ...]) -> None:
+    plan = memory_per_rank(ParameterSizes(adapters=Count(120, 120)), MemorySettings(), degrees)
+    assert tuple(plan.bytes_of[kind] for kind in ("weights", "gradients", "optimizer", "buffers")) == expected
+
+
 def test_bfloat16_products_keep_copies_of_the_matrices() -> None:
     half = MemorySettings(compute_bytes=2, layers=4)
     assert memory_per_rank(MODEL, half).bytes_of["copies"] == 80 * 4 + 1200 * 2

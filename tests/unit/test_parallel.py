@@ -101,7 +101,7 @@ def test_another_number_of_processes_is_refused(
 @pytest.mark.parametrize(
     ("stage", "parallel"),
     [
-        (StageConfig("s", lora=LoraSettings()), Parallel(data=2, expert=2, zero=3)),
+        (StageConfig("s", lora=LoraSettings()), Parallel(data=2, zero=3)),
         (StageConfig("s", time_limit_seconds=5.0), Parallel(data=2)),
         (StageConfig("s", "experts"), Parallel(data=2, zero=2)),
     ],

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from ...errors import TrainingError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
+from ...modeling_unimoe.modeling_unimoe_text import UniMoeExperts, UniMoeSparseBlock
 from ..saving.sharded_tensors import is_sharded
 from .heartbeat import heartbeat
 from .ranks import is_first
@@ -101,8 +102,9 @@ class RequireEngine(TrainerCallback):
         if engine is not None:
             return f"DeepSpeed ZeRO-{engine.zero_optimization_stage()}"
         if any(map(is_sharded, self.trainer.model.parameters())):
-            experts = {m.num_experts for n, m in self.trainer.base.named_modules() if n.endswith(".mlp.experts")}
-            parts = {self.trainer.base.config.text_config.num_experts // local for local in experts} or {1}
+            blocks = [m for m in self.trainer.base.modules() if isinstance(m, UniMoeSparseBlock)]
+            experts = [m for block in blocks for m in block.experts.modules() if isinstance(m, UniMoeExperts)]
+            parts = {self.trainer.base.config.text_config.num_experts // local.num_experts for local in experts} or {1}
             return f"transformers' sharding, experts in {max(parts)} parts"
         if isinstance(self.trainer.model_wrapped, nn.parallel.DistributedDataParallel):
             return "DistributedDataParallel"

@@ -158,10 +158,8 @@ def check_stage(parallel: Parallel, stage: Any, where: str) -> None:
             f"{where}.time_limit_seconds is {stage.time_limit_seconds}, but the speed is measured on one process only: "
             "leave it out, and set steps."
         )
-    if stage.lora is not None and (parallel.shards_models or parallel.uses_deepspeed):
-        raise RecipeError(
-            f"{where} has LoRA, whose adapters are not shared out: set parallel.zero to 0, expert and tensor to 1."
-        )
+    if stage.lora is not None and parallel.uses_deepspeed:
+        raise RecipeError(f"{where} has LoRA, which DeepSpeed does not train here: set parallel.engine to 'fsdp'.")
     if stage.kind == "experts" and parallel.uses_deepspeed:
         raise RecipeError(
             f"{where} trains one expert after the other in the same model, which DeepSpeed does not let go: set "

@@ -8,7 +8,7 @@ optimizer     trained parameters held * optimizer_bytes (AdamW: two moments)
 copies        weights in the dtype of the matrix products, which autocast keeps until the backward pass, experts with
               their adapters added, and weights that a run of an expert puts back at its end
 activations   what the backward pass needs of a forward pass, see `activation_bytes`
-buffers       what is being sent: buckets of gradients (zero 0), gathered weights of two layers (zero 3)
+buffers       what is being sent: buckets of gradients (zero 0; of adapters always), gathered weights of two layers (zero 3)
 
 Tensor ranks split the matrices of the decoder, expert ranks the routed experts (without expert ranks tensor ranks split
 these too); both kinds of ranks are among the `data` * `tensor` processes. ZeRO then splits over the processes that hold
@@ -38,7 +38,8 @@ class ParameterSizes:
         experts: routed experts, which expert ranks split.
         split: other matrices of the decoder and its head, which tensor ranks split.
         whole: all else, which every rank has: towers, connectors, routers, norms, embeddings.
-        adapted_experts: parameters of experts that carry adapters (the adapters themselves count in `whole`).
+        adapters: LoRA's matrices, of which every rank of a spread model has all.
+        adapted_experts: parameters of experts that carry adapters.
         largest_layer: parameters of the largest decoder layer, which ZeRO-3 gathers.
         layer_experts: those of them that are routed experts; a rank gathers only its part, from others that hold the same.
         set_aside: parameters of which the run keeps a second copy, as those of experts do.
@@ -47,6 +48,7 @@ class ParameterSizes:
     experts: Count = Count()
     split: Count = Count()
     whole: Count = Count()
+    adapters: Count = Count()
     adapted_experts: int = 0
     largest_layer: int = 0
     layer_experts: int = 0
@@ -54,11 +56,15 @@ class ParameterSizes:
 
     @property
     def total(self) -> int:
-        return self.experts.total + self.split.total + self.whole.total
+        return sum(count.total for count in self._counts)
 
     @property
     def trained(self) -> int:
-        return self.experts.trained + self.split.trained + self.whole.trained
+        return sum(count.trained for count in self._counts)
+
+    @property
+    def _counts(self) -> tuple[Count, ...]:
+        return self.experts, self.split, self.whole, self.adapters
 
 
 @dataclass(frozen=True)
@@ -114,10 +120,16 @@ class Degrees:
     expert: int = 1
     tensor: int = 1
     zero: int = 0
+    engine: str = "auto"
 
     @property
     def ranks(self) -> int:
         return self.data * self.tensor
+
+    @property
+    def shares_out_adapters(self) -> bool:
+        """Whether ZeRO splits adapters: DeepSpeed's does; transformers' sharding leaves them whole."""
+        return self.expert == 1 and self.tensor == 1 and self.engine != "fsdp"
 
     @property
     def expert_parts(self) -> int:
@@ -156,10 +168,11 @@ def memory_per_rank(
     held = _held(parameters, parallel)
     trained = sum(count.trained for count in held)
     # Which kinds ZeRO splits, over how many processes: those with the same experts, or the same of all else.
-    shares = (1 / parallel.expert_replicas, 1 / parallel.data, 1 / parallel.data)
+    of_adapters = 1 / parallel.data if parallel.shares_out_adapters else 1.0
+    shares = (1 / parallel.expert_replicas, 1 / parallel.data, 1 / parallel.data, of_adapters)
 
     def split(stage: int, counts: list[int], size: int) -> int:
-        factors = shares if parallel.zero >= stage else (1, 1, 1)
+        factors = shares if parallel.zero >= stage else (1, 1, 1, 1)
         return round(size * sum(count * factor for count, factor in zip(counts, factors, strict=True)))
 
     activations = activation_bytes(training, parallel.tensor) + training.tower_activations
@@ -224,18 +237,17 @@ def _scores(training: MemorySettings, tensor: int) -> float:
     return training.heads * training.row_length / tensor if training.stores_scores else 0.0
 
 
-def _held(parameters: ParameterSizes, parallel: Degrees) -> tuple[Count, Count, Count]:
-    """What one rank has of experts, split matrices and all else before ZeRO."""
+def _held(parameters: ParameterSizes, parallel: Degrees) -> tuple[Count, ...]:
+    """What one rank has of experts, split matrices, all else and adapters before ZeRO."""
 
     def part(count: Count, ranks: int) -> Count:
         return Count(-(-count.total // ranks), -(-count.trained // ranks))
 
-    return part(parameters.experts, parallel.expert_parts), part(parameters.split, parallel.tensor), parameters.whole
+    experts, split = part(parameters.experts, parallel.expert_parts), part(parameters.split, parallel.tensor)
+    return experts, split, parameters.whole, parameters.adapters
 
 
-def _copies(
-    parameters: ParameterSizes, held: tuple[Count, Count, Count], training: MemorySettings, parallel: Degrees
-) -> int:
+def _copies(parameters: ParameterSizes, held: tuple[Count, ...], training: MemorySettings, parallel: Degrees) -> int:
     share = 1 / max(1, training.layers) if training.checkpointing else 1.0
     adapted = parameters.adapted_experts / parallel.expert_parts * training.weight_bytes * share
     adapted += parameters.set_aside * training.weight_bytes
@@ -249,8 +261,9 @@ def _buffers(parameters: ParameterSizes, trained: int, training: MemorySettings,
         return 0
     if parallel.zero == 0:
         return trained * training.gradient_bytes
-    if parallel.zero == 3:
-        elsewhere = parallel.expert_parts - 1 if parallel.expert_replicas > 1 else parallel.expert_parts
-        not_gathered = parameters.layer_experts * elsewhere // parallel.expert_parts
-        return 2 * (parameters.largest_layer - not_gathered) * training.weight_bytes
-    return 0
+    adapters = 0 if parallel.shares_out_adapters else parameters.adapters.trained * training.gradient_bytes
+    if parallel.zero < 3:
+        return adapters
+    elsewhere = parallel.expert_parts - 1 if parallel.expert_replicas > 1 else parallel.expert_parts
+    not_gathered = parameters.layer_experts * elsewhere // parallel.expert_parts
+    return adapters + 2 * (parameters.largest_layer - not_gathered) * training.weight_bytes

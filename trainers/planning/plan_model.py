@@ -101,16 +101,17 @@ def _largest_expert_run(recipe: Recipe, stage: StageConfig, model: UniMoeForCaus
 
 def parameter_sizes(model: nn.Module, stage: StageConfig) -> ParameterSizes:
     """Counts of a model's parameters by what parallel runs do with them."""
-    totals = {kind: [0, 0] for kind in ("experts", "split", "whole")}
+    totals = {kind: [0, 0] for kind in ("experts", "split", "whole", "adapters")}
     layers: dict[str, int] = {}
     experts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         role, size = role_of(name), parameter.numel()
-        is_adapter = "lora_" in name
-        if role == "experts" and ".shared_experts." not in name and not is_adapter:
+        if ".lora_" in name:
+            kind = "adapters"
+        elif role == "experts" and ".shared_experts." not in name:
             kind = "experts"
         else:
-            kind = "split" if role in _SPLIT_ROLES and not is_adapter else "whole"
+            kind = "split" if role in _SPLIT_ROLES else "whole"
         totals[kind][0] += size
         totals[kind][1] += size if parameter.requires_grad else 0
         parts = plain_name(name).split(".layers.")
@@ -123,6 +124,7 @@ def parameter_sizes(model: nn.Module, stage: StageConfig) -> ParameterSizes:
         experts=Count(*totals["experts"]),
         split=Count(*totals["split"]),
         whole=Count(*totals["whole"]),
+        adapters=Count(*totals["adapters"]),
         adapted_experts=totals["experts"][0] if adapted else 0,
         largest_layer=max(layers.values(), default=0),
         layer_experts=max((experts[layer] for layer in layers if layers[layer] == max(layers.values())), default=0),

@@ -32,6 +32,7 @@ from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal, told, v
 from .folder_lock import exclusive
 from .optimizer_state import WHOLE_STATE, load_state_by_name, state_by_name
 from .random_state import random_state, set_random_state
+from .sharded_tensors import fill_parts, whole_tensor
 from .state_tree import has_tree, load_tree, save_tree
 
 logger = logging.get_logger(__name__)
@@ -124,16 +125,14 @@ class ResumableTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        # PEFT saves its adapters only; routers and connectors trained beside them would be lost.
+        trained = {} if self._is_plain else _whole_trained_tensors(self.model)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
         (folder / _ARGUMENTS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
-        if not self._is_plain:
-            # PEFT saves its adapters only; routers and connectors trained beside them would be lost.
-            trained = {
-                name: tensor.detach().cpu().contiguous() for name, tensor in _trained_tensors(self.model).items()
-            }
+        if trained:
             save_file(trained, folder / TRAINED_FILE)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -245,9 +244,7 @@ class ResumableTrainer(Trainer):
                 f"{trained_file} holds other trained parameters than this run, e.g. {different}: resume with the "
                 "settings of the run that wrote it, or start in another folder."
             )
-        with torch.no_grad():
-            for name, tensor in target.items():
-                tensor.copy_(trained[name])
+        fill_parts(target, lambda name, region: trained[name][region.in_whole()])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.base.all_tied_weights_keys) if hasattr(self.base, "all_tied_weights_keys") else set()
@@ -276,3 +273,8 @@ class ResumableTrainer(Trainer):
 def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What training moves: parameters, and the routers' biases."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad} | choice_biases(model)
+
+
+def _whole_trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """On CPUs; ranks that hold parts of them must all call it."""
+    return {name: whole_tensor(p.detach()).cpu().contiguous() for name, p in _trained_tensors(model).items()}

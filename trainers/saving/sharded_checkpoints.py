@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ...errors import CheckpointError
 from .optimizer_parts import PARTS_FILE, load_parts, save_parts
 from .resumable import ResumableTrainer
-from .sharded_tensors import Region, filled_like, is_sharded
+from .sharded_tensors import Region, fill_parts, is_sharded
 
 _LoadResult = namedtuple("_LoadResult", ["missing_keys", "unexpected_keys"])
 
@@ -59,13 +59,12 @@ class ShardedCheckpoints(ResumableTrainer):
             group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_spread:
+        if self._is_spread and self._is_plain:
             self._issue_warnings_after_load(load_weights(Path(resume_from_checkpoint), model or self.model))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
-@torch.no_grad()
 def load_weights(folder: Path, model: nn.Module) -> Any:
     """Read the weights of a checkpoint into a model that is spread over ranks; each reads its own parts only.
 
@@ -74,19 +73,12 @@ def load_weights(folder: Path, model: nn.Module) -> Any:
     """
     files = _weight_files(folder)
     tensors = model.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        if name not in files:
-            continue
 
-        def read(region: Region, name: str = name) -> torch.Tensor:
-            with safe_open(files[name], framework="pt") as file:
-                return file.get_slice(name)[region.in_whole()] if region.sizes else file.get_tensor(name)
+    def read(name: str, region: Region) -> torch.Tensor:
+        with safe_open(files[name], framework="pt") as file:
+            return file.get_slice(name)[region.in_whole()] if region.sizes else file.get_tensor(name)
 
-        values = filled_like(tensor, read)
-        if is_sharded(tensor):
-            tensor.to_local().copy_(values.to_local())  # type: ignore[attr-defined]
-        else:
-            tensor.copy_(values)
+    fill_parts({name: tensor for name, tensor in tensors.items() if name in files}, read)
     return _LoadResult(sorted(set(tensors) - set(files)), sorted(set(files) - set(tensors)))
 
 

@@ -1,6 +1,7 @@
 """Parts of tensors that are spread over ranks: which region a rank holds, and filling it from files of other regions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,21 @@ def filled_like(tensor: torch.Tensor, read: Callable[[Region], torch.Tensor]) ->
         values.copy_(read(region))
     boxed = DTensor.from_local(values, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
     return boxed.redistribute(placements=tensor.placements)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def fill_parts(tensors: Mapping[str, torch.Tensor], read: Callable[[str, Region], torch.Tensor]) -> None:
+    """Give tensors, whole or spread over ranks, other values; each rank reads its own regions only.
+
+    Args:
+        read: name, region -> its values.
+    """
+    for name, tensor in tensors.items():
+        values = filled_like(tensor, partial(read, name))
+        if is_sharded(tensor):
+            tensor.to_local().copy_(values.to_local())  # type: ignore[attr-defined]
+        else:
+            tensor.copy_(values)
 
 
 def _whole(tensor: torch.Tensor) -> Region:

@@ -8,7 +8,9 @@ from torch import nn
 from ...errors import RecipeError
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ...roles import role_of
+from ..parallel.spread_lora import merge_spread_adapters, spread_adapters, whole_adapters
 from ..recipe.recipe_parts import LoraSettings
+from ..saving.sharded_tensors import is_sharded
 
 _LINEAR_TARGETS = {
     "attention": r"self_attn\.(q|k|v|o)_proj",
@@ -43,7 +45,7 @@ def add_lora(model: UniMoeForCausalLM, settings: LoraSettings) -> Any:
     for name, parameter in model.named_parameters():
         if role_of(name) in settings.targets:
             parameter.requires_grad_(False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), whole_adapters(model):
         # PEFT asks a property that transformers has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         adapted = get_peft_model(model, config)
@@ -51,6 +53,8 @@ def add_lora(model: UniMoeForCausalLM, settings: LoraSettings) -> Any:
         if name.removeprefix("base_model.model.") in fully_trained:
             parameter.requires_grad_(True)
     _require_adapters(adapted, settings)
+    if any(map(is_sharded, model.parameters())):
+        spread_adapters(adapted)
     return adapted
 
 
@@ -88,4 +92,6 @@ def merge_lora(model: nn.Module) -> UniMoeForCausalLM:
     """Add the adapters to the weights and take PEFT away; a model without adapters is returned as it is."""
     if isinstance(model, UniMoeForCausalLM):
         return model
+    if any(map(is_sharded, model.parameters())):
+        return merge_spread_adapters(model)
     return model.merge_and_unload()  # type: ignore[operator]

@@ -34,6 +34,7 @@ BOTH: Job = {"data": 2, "tensor": 2, "expert": 2, "zero": 3}
 IN_FLOAT32: dict[str, Job] = {f"{case}-{n}": {"case": case, "parallel": spread(n)} for case in CASES for n in (2, 4)}
 del IN_FLOAT32["mixers-4"]
 IN_FLOAT32["null-tensor-2"] = {"case": "null", "parallel": BOTH | {"expert": 4}}
+IN_FLOAT32["shared-tensor-2"] = {"case": "shared", "parallel": BOTH}
 IN_FLOAT32["lora-idle-2"] = {"case": "idle", "parallel": spread(2), "lora": True}
 IN_FLOAT32["lora-fsdp"] = {"case": "top_k", "parallel": {"data": 2, "zero": 3, "engine": "fsdp"}, "lora": True}
 IN_FLOAT64: dict[str, Job] = {

@@ -73,8 +73,9 @@ def test_a_model_must_divide() -> None:
         Parallel(data=8, expert=8, zero=3).require_fits(config)
     with pytest.raises(RecipeError, match=r"num_key_value_heads \(2\)"):
         Parallel(tensor=4).require_fits(config)
-    with pytest.raises(RecipeError, match="1 shared experts"):
-        Parallel(data=2, tensor=2, zero=3).require_fits(tiny.config({"num_experts": 4, "num_shared_experts": 1}))
+    shared = {"num_experts": 4, "num_shared_experts": 1, "shared_intermediate_size": 49}
+    with pytest.raises(RecipeError, match=r"shared_intermediate_size \(49\)"):
+        Parallel(data=2, tensor=2, zero=3).require_fits(tiny.config(shared))
     dense = tiny.config({"num_experts": 0, "sparse_layers": []})
     spread = Parallel(data=4, expert=4, zero=3)
     with pytest.raises(RecipeError, match="dense model"):

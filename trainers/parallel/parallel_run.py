@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from ...errors import TrainingError
+from ...errors import RecipeError, TrainingError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ...modeling_unimoe.modeling_unimoe_text import UniMoeExperts, UniMoeSparseBlock
+from ..saving.sharded_checkpoints import load_weights
 from ..saving.sharded_tensors import is_sharded
 from .heartbeat import heartbeat
 from .ranks import is_first
@@ -44,9 +46,39 @@ def load_spread(folder: str | Path, parallel: Parallel) -> UniMoeForCausalLM:
     if parallel.uses_deepspeed:
         _forget_deepspeed()
     spread = parallel.distributed_config()
-    options = {} if spread is None else {"distributed_config": spread}
-    model = UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    if _leaves_ranks_empty(config, parallel):
+        model = _load_part_by_part(Path(folder), config, spread)
+    else:
+        options = {} if spread is None else {"distributed_config": spread}
+        model = UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     set_sharding(model, parallel)
+    return model
+
+
+def _leaves_ranks_empty(config: UniMoeConfig, parallel: Parallel) -> bool:
+    """Whether a data rank gets nothing of shared experts that tensor ranks cut too."""
+    return parallel.tensor > 1 and parallel.data > 1 and bool(config.text_config.num_shared_experts % parallel.data)
+
+
+def _load_part_by_part(folder: Path, config: UniMoeConfig, spread: Any) -> UniMoeForCausalLM:
+    """What transformers 5.23 fails at, because it looks for the first row of every part (`_slice_and_cat`)."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report every weight as missing
+    try:
+        model = UniMoeForCausalLM.from_pretrained(
+            None, config=config, state_dict={}, dtype=torch.float32, distributed_config=spread
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    found = load_weights(folder, model)
+    missing = set(found.missing_keys) - set(model.all_tied_weights_keys)
+    if wrong := sorted(missing | set(found.unexpected_keys)):
+        raise RecipeError(
+            f"{folder} has other weights than its configuration says: {len(wrong)} differ, e.g. {wrong[:3]}. Load and save "
+            "it once on one process, without parallel.tensor, or set parallel.tensor to 1."
+        )
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

@@ -96,15 +96,10 @@ class Parallel:
             divides = text.num_experts % self.expert == 0
             require(divides, f"{where}.expert", self.expert, f"a divisor of the model's {text.num_experts} experts")
         if self.tensor > 1:
-            for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"):
+            names = ["num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"]
+            for name in [*names, *(["shared_intermediate_size"] if text.num_shared_experts else [])]:
                 size = getattr(text, name)
                 require(size % self.tensor == 0, f"{where}.tensor", self.tensor, f"a divisor of {name} ({size})")
-            # transformers 5.23 cannot load packed matrices of which a data rank would get nothing.
-            loads = self.data == 1 or text.num_shared_experts % self.data == 0
-            allowed = (
-                f"1 with data = {self.data} and {text.num_shared_experts} shared experts, which data does not divide"
-            )
-            require(loads, f"{where}.tensor", self.tensor, allowed)
 
     def distributed_config(self) -> Any:
         """transformers' DistributedConfig; None where it has nothing to do.

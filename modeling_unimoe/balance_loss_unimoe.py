@@ -90,7 +90,8 @@ def balance_losses_and_even(
         divisor_C = at_least_something(tokens_C)
         share_C, mean_C = chosen_C.detach() / divisor_C, probability_C / divisor_C
         sizes = group_sizes(config)
-        losses.append(torch.tensor(sizes, device=mean_C.device) * _group_sums(share_C * mean_C, sizes))
+        products = (share_C * mean_C).split(sizes)
+        losses.append(torch.stack([size * own_C.sum() for size, own_C in zip(sizes, products, strict=True)]))
         even.append(_group_sums(share_C, sizes) * _group_sums(mean_C.detach(), sizes))
     return over_layers(losses, config), over_layers(even, config)
 

@@ -26,9 +26,9 @@ def restarts_at_longer_rope(config: UniMoeTextConfig, length: int, past_key_valu
 
 def repeat_media(media: torch.Tensor, mask_BS: torch.Tensor, expand_size: int) -> torch.Tensor:
     """Repeat every sample's items `expand_size` times, sample by sample; the mask marks their places in the text."""
-    places_B = mask_BS.sum(dim=1)
-    tokens_per_item = int(places_B.sum()) // len(media)
-    counts = (places_B // max(tokens_per_item, 1)).tolist()
+    places_B = mask_BS.sum(dim=1).tolist()
+    tokens_per_item = max(sum(places_B) // len(media), 1)
+    counts = [places // tokens_per_item for places in places_B]
     return torch.cat([sample for sample in media.split(counts) for _ in range(expand_size)])
 
 

@@ -83,7 +83,8 @@ def balance_terms(
         return losses
 
     def weighted(aux_G: torch.Tensor, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        aux = (aux_G * aux_G.new_tensor(config.aux_loss_coefs)).sum()
+        # Numbers, not a tensor of them: copying it to the device would wait for all that runs there.
+        aux = torch.stack([c * loss for c, loss in zip(config.aux_loss_coefs, aux_G.unbind(), strict=True)]).sum()
         return torch.stack([aux, *(getattr(config, LOSS_COEFFICIENTS[n]) * loss for n, loss in losses.items())]).sum()
 
     losses = others(router_logits)
@@ -133,9 +134,7 @@ def _per_token(
 
 def _own_rows(logits_TR: torch.Tensor, token_group_T: torch.Tensor, config: UniMoeTextConfig) -> torch.Tensor:
     """The logits, -inf on the rows of other groups; rows of shared experts are every token's."""
-    sizes = group_sizes(config)
-    groups = torch.arange(len(sizes), device=logits_TR.device)
-    row_group_C = groups.repeat_interleave(torch.tensor(sizes, device=logits_TR.device))
-    foreign_TC = row_group_C != token_group_T[:, None]
+    foreign = [(token_group_T != i)[:, None].expand(-1, size) for i, size in enumerate(group_sizes(config))]
+    foreign_TC = torch.cat(foreign, dim=1)
     shared = logits_TR.shape[1] - foreign_TC.shape[1]
     return logits_TR.masked_fill(torch.nn.functional.pad(foreign_TC, (0, shared)), float("-inf"))

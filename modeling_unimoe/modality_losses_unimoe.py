@@ -35,7 +35,8 @@ def modality_loss(
         share_TC = choosable_shares(logits_TR, config)
         own_MC = share_TC.new_zeros(len(MODALITIES), share_TC.shape[1])
         for name, experts in (config.modality_experts or {}).items():
-            own_MC[MODALITIES.index(name), experts] = 1
+            for expert in experts:  # one by one: a list would be copied to the device, which waits
+                own_MC[MODALITIES.index(name), expert] = 1
         own_TC = own_MC[modality_T]
         counts_T = own_TC.any(dim=-1)
         if config.router_losses_as_released:

@@ -27,11 +27,13 @@ SOURCES = ("aux", "other", "own")
 class Rows(NamedTuple):
     """Some positions of M samples out of a batch [B, S, H], padded to equal numbers.
 
-    place: [M, N] int64, position in the batch laid flat, [B * S]. valid: [M, N] bool, false on padding.
+    place: [M, N] int64, position in the batch laid flat, [B * S]. valid: [M, N] bool, false on padding. filled: where it is
+    true, as indices of M and of N; counted here, once, because the host waits for the device to do so.
     """
 
     place: torch.Tensor
     valid: torch.Tensor
+    filled: tuple[torch.Tensor, ...]
 
     @classmethod
     def of(cls, mask_BS: torch.Tensor, samples_M: torch.Tensor) -> "Rows":
@@ -39,7 +41,8 @@ class Rows(NamedTuple):
         mask_MS = mask_BS[samples_M]
         most = int(mask_MS.sum(dim=1).max())
         place_MN = mask_MS.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-        return cls(place_MN + samples_M[:, None] * mask_BS.shape[1], mask_MS.gather(1, place_MN))
+        valid_MN = mask_MS.gather(1, place_MN)
+        return cls(place_MN + samples_M[:, None] * mask_BS.shape[1], valid_MN, valid_MN.nonzero(as_tuple=True))
 
     def take(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """[M, N, H]; what stands on padding means nothing."""
@@ -48,8 +51,8 @@ class Rows(NamedTuple):
     def put(self, x_BSH: torch.Tensor, rows_MNH: torch.Tensor) -> torch.Tensor:
         """A copy of the batch with other rows at these positions."""
         flat = x_BSH.reshape(-1, x_BSH.shape[-1])
-        rows = rows_MNH[self.valid].to(x_BSH.dtype)
-        return flat.index_put((self.place[self.valid],), rows).view_as(x_BSH)
+        rows = rows_MNH[self.filled].to(x_BSH.dtype)
+        return flat.index_put((self.place[self.filled],), rows).view_as(x_BSH)
 
 
 class Mixing(NamedTuple):

@@ -164,11 +164,9 @@ class UniMoeRouter(nn.Module):
         """
         if self.choice_bias_C.dtype != torch.float32:  # the whole model was cast; the small steps would vanish
             self.choice_bias_C = self.choice_bias_C.float()
-        group_C = self.row_group_R[: len(load_C)]
-        for index in range(len(self.groups)):
-            own_C = group_C == index
-            error_C = load_C[own_C].mean() - load_C[own_C]
-            self.choice_bias_C[own_C] += self.bias_update_rate * error_C.sign()
+        rows = [len(group.experts) + self.num_null_experts for group in self.groups]
+        error_C = torch.cat([own_C.mean() - own_C for own_C in load_C.split(rows)])
+        self.choice_bias_C += self.bias_update_rate * error_C.sign()
 
     def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
         if not self.in_float32:

@@ -61,11 +61,11 @@ class LossMeter:
         """
         steps, self._steps = self._steps, 0
         sums = over_ranks(self._sums).tolist()
-        self._sums = torch.zeros(len(LOGGED_LOSSES))
-        self.groups = {}
-        for group, row in self._made:
-            self.groups.setdefault(group, []).append(float(row[1]) * batches_per_step)
-        self._made = []
+        self._sums = torch.zeros_like(self._sums)
+        made, self._made, self.groups = self._made, [], {}
+        losses = torch.stack([row[1].to(made[0][1].device) for _, row in made]).tolist() if made else []
+        for (group, _), loss in zip(made, losses, strict=True):
+            self.groups.setdefault(group, []).append(loss * batches_per_step)
         if not steps:
             return {}
         return {name: value / steps for name, value in zip(LOGGED_LOSSES, sums, strict=True) if _counts(name, config)}

@@ -55,7 +55,8 @@ class FiniteGuard:
             TrainingError: losses or gradients are not finite and no step may be left out any more.
         """
         batches, self._batches = self._batches, []
-        losses_finite = not _on_any_rank(trainer, any(not _is_finite(batch.loss) for batch in batches))
+        losses = torch.stack([batch.loss for batch in batches]) if batches else torch.zeros(0)
+        losses_finite = not _on_any_rank(trainer, not _is_finite(losses))
         self.step_made = losses_finite and math.isfinite(float(norm))
         if self.step_made:
             return True

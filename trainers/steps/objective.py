@@ -66,12 +66,14 @@ def training_loss(
     logits = outputs.logits
     targets = labels[:, -logits.shape[1] :][:, 1:]
     learned = targets != IGNORED
-    chosen = logits[:, :-1][learned].float()
+    # Found once: every mask in a subscript would have the host count its places, in the backward pass again.
+    places = learned.nonzero(as_tuple=True)
+    chosen = logits[places].float()
     items = learned.sum()
     whole = items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=items.device)
     divisor = whole.clamp(min=1)  # a step of unreadable samples only has none
     cross_entropy = (
-        functional.cross_entropy(chosen, targets[learned], reduction="sum", label_smoothing=label_smoothing) / divisor
+        functional.cross_entropy(chosen, targets[places], reduction="sum", label_smoothing=label_smoothing) / divisor
     )
     plain = cross_entropy.detach()
     if not outputs.router_logits:

@@ -340,11 +340,10 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
         if position_ids is None:
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start).unsqueeze(0)
-        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-        causal_mask = make_mask(
-            config=self.config,
+        causal_mask = self._causal_mask(
+            attention_mask,
+            kwargs.get("cu_seq_lens_q"),
             inputs_embeds=inputs_embeds,
-            attention_mask=self._mask_of_texts(attention_mask, kwargs.get("cu_seq_lens_q")),
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
@@ -371,13 +370,13 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    @staticmethod
-    def _mask_of_texts(attention_mask: Any, cu_seq_lens_q: torch.Tensor | None) -> Any:
-        """The mask, unless several texts share a row: transformers keeps those apart by their positions, or by the finished
-        mask [1, 1, S, keys] that it brings along where it batches requests continuously."""
-        if cu_seq_lens_q is None or getattr(attention_mask, "ndim", 0) == 4:
-            return attention_mask
-        return None
+    def _causal_mask(self, attention_mask: Any, cu_seq_lens_q: torch.Tensor | None, **places: Any) -> Any:
+        """What each position may look at. Several texts in a row are kept apart by their positions, not by a mask, unless
+        it is the finished one, [1, 1, S, keys], that transformers brings along where it batches requests continuously."""
+        if cu_seq_lens_q is not None and getattr(attention_mask, "ndim", 0) != 4:
+            attention_mask = None
+        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        return make_mask(config=self.config, attention_mask=attention_mask, **places)
 
     def token_groups(self, x_BSH: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Index of every token's routing group, [B, S]; None when there is just one group."""

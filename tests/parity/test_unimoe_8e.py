@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from balance import load_balancing_loss
 from golden import GoldenCase, GoldenMismatchError, planted_error
 from unimoe_case import (
     batch_gradients,
@@ -30,7 +31,6 @@ from unimoe_case import (
 )
 
 from unimoe import UniMoeForCausalLM
-from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])

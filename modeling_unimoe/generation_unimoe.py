@@ -20,6 +20,7 @@ class UniMoeGenerationMixin(GenerationMixin):
     """`generate` of a model that takes media: how they enter with a prompt, and are repeated for several answers."""
 
     config: UniMoeConfig
+    model: Any
     _has_warned_of_length = False
 
     def prepare_inputs_for_generation(

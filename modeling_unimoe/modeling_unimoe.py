@@ -7,6 +7,7 @@ Every input may be given raw (`pixel_values`, ...) or as the states of its froze
 which `encode_image` and its siblings return; training from cached states skips the towers.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .auxiliary_unimoe import AUX_INPUTS, AuxiliaryMixin, prompt_before_answers
 from .configuration_unimoe import UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
-from .encoding_unimoe import MediaEncoderMixin, begins_text, check_text_inputs, place_features
+from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin, begins_text, check_text_inputs, place_features
 from .generation_unimoe import UniMoeGenerationMixin
 from .idle_branches_unimoe import is_shared_out
+from .inputs_unimoe import UniMoeInputs, taken
 from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
 from .outputs_unimoe import UniMoeCausalLMOutputWithPast, UniMoeModelOutputWithPast
@@ -73,26 +75,10 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        speech_features: torch.FloatTensor | None = None,
-        audio_features: torch.FloatTensor | None = None,
-        audio_padding_mask: torch.BoolTensor | None = None,
-        image_encoder_states: torch.FloatTensor | None = None,
-        video_encoder_states: torch.FloatTensor | None = None,
-        speech_encoder_states: torch.FloatTensor | None = None,
-        sound_encoder_states: torch.FloatTensor | None = None,
-        aux_input_ids: torch.LongTensor | None = None,
-        aux_attention_mask: torch.Tensor | None = None,
-        aux_pixel_values: torch.FloatTensor | None = None,
-        aux_encoder_states: torch.FloatTensor | None = None,
-        aux_features: torch.FloatTensor | None = None,
-        prompt_mask: torch.Tensor | None = None,
-        expert_choice: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[UniMoeInputs],
     ) -> UniMoeModelOutputWithPast:
-        """Run the model; shapes of the media as in `encode_*`, of the aux and their masks in `auxiliary_unimoe`.
+        """Run the model; media and aux are given by the names of `UniMoeInputs`.
 
         mm_token_type_ids: [B, S] modality ids, for inputs_embeds: with input_ids they follow from the placeholder
         tokens, and others are refused.
@@ -102,17 +88,8 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
                 included, where a text begins), or mm_token_type_ids that are missing, unknown or do not fit.
         """
         check_text_inputs(input_ids, inputs_embeds, mm_token_type_ids)
-        features, idle_branches = self.media_features(
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            speech_features=speech_features,
-            audio_features=audio_features,
-            audio_padding_mask=audio_padding_mask,
-            image_encoder_states=image_encoder_states,
-            video_encoder_states=video_encoder_states,
-            speech_encoder_states=speech_encoder_states,
-            sound_encoder_states=sound_encoder_states,
-        )
+        features, idle_branches = self.media_features(**taken(kwargs, chain(*MEDIA_INPUTS.values())))
+        aux_inputs = taken(kwargs, AUX_INPUTS)
         needed: tuple[str, ...] = ()
         if kwargs.get("cache") is None:
             needed = self._needed_media(input_ids, past_key_values)
@@ -123,12 +100,9 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
         packed = "attention_instances" in kwargs
         mm_token_type_ids, inputs_embeds = self._typed(input_ids, inputs_embeds, mm_token_type_ids, packed)
         inputs_embeds = place_features(inputs_embeds, mm_token_type_ids, features, needed)
-        aux = (aux_input_ids, aux_pixel_values, aux_encoder_states, aux_features)
-        aux_inputs = dict(zip(AUX_INPUTS, (*aux, aux_attention_mask, prompt_mask, expert_choice), strict=True))
         mixing, idle = self.mixing(aux_inputs, mm_token_type_ids, inputs_embeds, attention_mask, past_key_values)
         if idle is not None:
             idle_branches = idle if idle_branches is None else idle_branches + idle.to(idle_branches.device)
-        may_hold_images = input_ids is None or "image" in features
         if idle_branches is not None and is_shared_out(self.language_model):
             # Ranks with media go back through the decoder to their connectors; those without must go along.
             inputs_embeds = inputs_embeds + idle_branches.to(inputs_embeds.dtype)
@@ -138,7 +112,7 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             mm_token_type_ids=None if mm_token_type_ids is None else self.routing_ids(mm_token_type_ids),
-            image_mask=self._image_mask(mm_token_type_ids) if may_hold_images else None,
+            image_mask=self._image_mask(mm_token_type_ids) if input_ids is None or "image" in features else None,
             mixing=mixing,
             use_cache=use_cache,
             return_dict=True,
@@ -246,7 +220,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, UniMoeGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UniMoeCausalLMOutputWithPast:
-        """Run the model; arguments as in `UniMoeModel.forward`.
+        """Run the model; media and aux as in `UniMoeInputs`, of which `generate` wants to see every name here.
 
         labels: [B, S] token ids, -100 where nothing is learned; if that is everywhere, the loss is 0.
         output_router_logits: return them; where a balance term needs them they are collected anyway.

@@ -1,9 +1,19 @@
 """Every exception that unimoe raises on purpose, in one place.
 
-Those of the Hub-bound files are defined beside the code that raises them, because these files travel alone.
+Those of the Hub-bound files are defined beside the code that raises them, because these files travel alone; the others in
+`package_errors`, from where `processing/perception` takes them: this file stands above all of `processing`.
 """
 
 from .modeling_unimoe.errors_unimoe import ConfigurationError, ModalityError, UniMoeError
+from .package_errors import (
+    CheckpointError,
+    ConversionError,
+    DataError,
+    PartError,
+    RecipeError,
+    RequestError,
+    TrainingError,
+)
 from .processing.media_policy_unimoe import (
     ConversationError,
     MediaError,
@@ -11,35 +21,6 @@ from .processing.media_policy_unimoe import (
     OptionError,
     PlaceholderError,
 )
-
-
-class DataError(UniMoeError):
-    """A training or evaluation sample is missing, unreadable or inconsistent."""
-
-
-class RecipeError(UniMoeError):
-    """A recipe file holds an unknown field or an impossible value."""
-
-
-class CheckpointError(UniMoeError):
-    """A checkpoint is incomplete, damaged or belongs to another run."""
-
-
-class TrainingError(UniMoeError):
-    """Training cannot go on, e.g. because a loss is not finite."""
-
-
-class ConversionError(UniMoeError):
-    """A source model cannot be converted, or its receipt does not add up."""
-
-
-class RequestError(UniMoeError):
-    """A request to a server asks for something that cannot be answered."""
-
-
-class PartError(UniMoeError):
-    """An encoder or language model could not be had from any source."""
-
 
 __all__ = [
     "CheckpointError",

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import PartError
+from .package_errors import PartError
 
 _DEADLINE_SECONDS = 4.0
 # Configuration, safetensors weights and tokenizer files of the top folder; never pickles.

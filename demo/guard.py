@@ -73,7 +73,7 @@ class PageGuard:
             send = _with_headers(send, _FILE_HEADERS if path.startswith(_FILE) else _PAGE_HEADERS)
             refusal = self._refusal(scope)
             if refusal is not None:
-                await answer(send, *refusal)
+                await respond(send, *refusal)
             elif path == _UPLOAD:
                 await self._upload(scope, receive, send)
             elif scope["method"] == "POST":
@@ -127,7 +127,7 @@ class PageGuard:
             await self._refuse(send)
 
     async def _refuse(self, send: Send) -> None:
-        await answer(send, 413, f"The upload is larger than {self.longest_upload / (1 << 20):g} MB.", headers=_CLOSE)
+        await respond(send, 413, f"The upload is larger than {self.longest_upload / (1 << 20):g} MB.", headers=_CLOSE)
 
     async def _message(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a message through that is short enough and names no other files than uploads."""
@@ -136,13 +136,13 @@ class PageGuard:
             message = await receive()
             body += message.get("body", b"")
             if len(body) > _LONGEST_MESSAGE:
-                await answer(send, 413, f"The message is longer than {_LONGEST_MESSAGE:,} bytes.", headers=_CLOSE)
+                await respond(send, 413, f"The message is longer than {_LONGEST_MESSAGE:,} bytes.", headers=_CLOSE)
                 return
             more = message.get("more_body", False)
         try:
             self._require_uploads(body)
         except RequestError as error:
-            await answer(send, 400, str(error))
+            await respond(send, 400, str(error))
             return
         waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -173,7 +173,7 @@ def header(scope: Scope, name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in reversed(scope["headers"]) if key == name), "")
 
 
-async def answer(
+async def respond(
     send: Send, status: int, text: str, kind: str = "text/plain", headers: tuple[tuple[str, str], ...] = ()
 ) -> None:
     """A whole response."""

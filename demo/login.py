@@ -8,7 +8,7 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
 from ..pages.html_page import escape
-from .guard import App, Receive, Scope, Send, answer, header
+from .guard import App, Receive, Scope, Send, header, respond
 
 _COOKIE = "unimoe_demo"
 _LONGEST_FORM = 4096
@@ -43,7 +43,7 @@ class Login:
         elif scope["path"] in ("/", "/login"):
             await _ask(send, 200, "")
         else:
-            await answer(send, 401, "Give the password first.")
+            await respond(send, 401, "Give the password first.")
 
     def _is_known(self, scope: Scope) -> bool:
         try:
@@ -70,7 +70,7 @@ class Login:
         self._failures.pop(address, None)
         secure = "; Secure" if scope.get("scheme") == "https" else ""
         cookie = f"{_COOKIE}={self._token}; Path={self.path}; HttpOnly; SameSite=Lax{secure}"
-        await answer(send, 303, "", headers=(("location", self.path), ("set-cookie", cookie)))
+        await respond(send, 303, "", headers=(("location", self.path), ("set-cookie", cookie)))
 
     def _digest(self, password: str) -> bytes:
         """Of one length for all passwords, so that comparing two takes as long for any."""
@@ -88,4 +88,4 @@ async def _given_password(receive: Receive) -> str:
 
 
 async def _ask(send: Send, status: int, reason: str) -> None:
-    await answer(send, status, _PAGE.replace("REASON", escape(reason)), "text/html", (("cache-control", "no-store"),))
+    await respond(send, status, _PAGE.replace("REASON", escape(reason)), "text/html", (("cache-control", "no-store"),))

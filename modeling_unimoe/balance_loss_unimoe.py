@@ -22,26 +22,15 @@ from .routing_dynamic_unimoe import chosen_rows
 _Layer = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 
 
-def load_balancing_loss(
-    router_logits: tuple[torch.Tensor, ...],
-    config: UniMoeTextConfig,
-    token_group_T: torch.Tensor | None = None,
-    attention_mask_T: torch.Tensor | None = None,
-    token_weight_T: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The sum of `group_balance_losses` over the groups, a float32 scalar."""
-    return group_balance_losses(router_logits, config, token_group_T, attention_mask_T, token_weight_T).sum()
-
-
-def group_balance_losses(
+def balance_losses_and_even(
     router_logits: tuple[torch.Tensor, ...],
     config: UniMoeTextConfig,
     token_group_T: torch.Tensor | None = None,
     attention_mask_T: torch.Tensor | None = None,
     token_weight_T: torch.Tensor | None = None,
     step: StepTotals | None = None,
-) -> torch.Tensor:
-    """Load-balancing loss of every routing group, float32 [G].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Load-balancing loss of every routing group, and what it would be with even choices and probabilities; float32 [G].
 
     For a group with C rows, null experts included: C * sum_c f_c * P_c, with means over the group's tokens in one
     layer, averaged over layers; or, with `router_aux_loss_layers` "joint", over its tokens in all layers together.
@@ -60,24 +49,11 @@ def group_balance_losses(
         token_group_T: index of each token's group; None with one group.
         attention_mask_T: 1 for tokens, 0 for padding; None means that there is no padding.
         token_weight_T: how much each token counts in the means; by default tokens count 1 and padding 0.
+        step: the sums of the step that these tokens are part of; they give their part of its losses then.
 
     Returns:
-        0 for a group of which no token counts.
-    """
-    return balance_losses_and_even(router_logits, config, token_group_T, attention_mask_T, token_weight_T, step)[0]
-
-
-def balance_losses_and_even(
-    router_logits: tuple[torch.Tensor, ...],
-    config: UniMoeTextConfig,
-    token_group_T: torch.Tensor | None = None,
-    attention_mask_T: torch.Tensor | None = None,
-    token_weight_T: torch.Tensor | None = None,
-    step: StepTotals | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`group_balance_losses`, and what they would be if choices and probabilities were even: sum_c f_c * sum_c P_c, [G].
-
-    That is 1 for a group with top-k routing, and with "dynamic" the mean number of choices that tokens made.
+        The losses, 0 for a group of which no token counts; and those of even use, sum_c f_c * sum_c P_c: 1 with top-k
+        routing, and with "dynamic" the mean number of choices that tokens made.
     """
     losses, even = [], []
     layers = counted_layers(router_logits, config, token_group_T, attention_mask_T, token_weight_T)

@@ -1,16 +1,15 @@
-"""Gate rows of a layer and the tokens that they concern: what the routers' losses and loads are computed from.
+"""Gate rows of a layer and the tokens that they concern: what the routers' losses are computed from.
 
 Shape suffixes: T = batch * sequence tokens, L layers, R gate rows of one layer, C those that can be chosen (per group its
-experts, then null experts), K experts per token, E experts.
+experts, then null experts).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from .configuration_unimoe_text import UniMoeTextConfig
-from .routing_dynamic_unimoe import chosen_rows
 
 
 class StepTotals(NamedTuple):
@@ -80,55 +79,3 @@ def over_layers(losses: list[torch.Tensor], config: UniMoeTextConfig) -> torch.T
 def at_least_something(total: torch.Tensor) -> torch.Tensor:
     """A divisor that is never 0; what it divides is 0 then."""
     return total.clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def expert_load(
-    router_logits: tuple[torch.Tensor, ...],
-    config: UniMoeTextConfig,
-    token_group_T: torch.Tensor | None = None,
-    attention_mask_T: torch.Tensor | None = None,
-    choice_biases: Sequence[torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Share of all assignments to routed experts that each of them received, float32 [layers, E]; rows sum to 1.
-
-    Null experts receive nothing, shared experts everything; neither counts. Tokens that an expert dropped do.
-
-    Args:
-        choice_biases: the biases of every router, with `router_bias_update_rate`.
-    """
-    loads = []
-    for layer, logits_TR in enumerate(router_logits):
-        valid_T = valid_tokens(logits_TR, attention_mask_T)
-        if config.router_type == "dynamic":
-            chosen_TC = chosen_rows(logits_TR, config, attention_mask_T)
-            load_E = (chosen_TC[:, : config.num_experts] * valid_T[:, None]).sum(dim=0)
-        else:
-            bias_C = None if choice_biases is None else choice_biases[layer]
-            load_E = _top_k_load(logits_TR, config, token_group_T, valid_T, bias_C)
-        loads.append(load_E / load_E.sum().clamp(min=1))
-    return torch.stack(loads)
-
-
-def _top_k_load(
-    logits_TR: torch.Tensor,
-    config: UniMoeTextConfig,
-    token_group_T: torch.Tensor | None,
-    valid_T: torch.Tensor,
-    bias_C: torch.Tensor | None,
-) -> torch.Tensor:
-    """Assignments to each expert, [E]; those to null experts are counted behind the last one and cut off."""
-    load_E = torch.zeros(config.num_experts + 1, device=logits_TR.device)
-    first_row = 0
-    for index, group in enumerate(config.router_groups):
-        expert_of_row = [*group.experts, *[config.num_experts] * config.num_null_experts]
-        rows = slice(first_row, first_row + len(expert_of_row))
-        first_row = rows.stop
-        weight_T = valid_T if token_group_T is None else valid_T * (token_group_T == index)
-        logits_TC = logits_TR[:, rows].float()
-        scores_TC = logits_TC.softmax(dim=-1) if config.router_scoring == "softmax" else logits_TC.sigmoid()
-        if bias_C is not None:
-            scores_TC = scores_TC + bias_C[rows]
-        chosen_TK = scores_TC.topk(config.num_experts_per_tok).indices
-        experts_TK = torch.tensor(expert_of_row, device=logits_TR.device)[chosen_TK]
-        load_E.index_add_(0, experts_TK.flatten(), weight_T.repeat_interleave(config.num_experts_per_tok))
-    return load_E[:-1]

@@ -14,6 +14,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from .modeling_unimoe_text import UniMoeExperts, UniMoeTextModel
+from .quantized_experts_unimoe import sum_of_experts
 
 _TENSORS = ("gate_up_proj", "down_proj")
 
@@ -38,15 +39,12 @@ class UniMoeLinearExperts(nn.Module):
         self, x_TH: torch.Tensor, top_k_index_TK: torch.Tensor, top_k_weights_TK: torch.Tensor
     ) -> torch.Tensor:
         """One expert after the other, those without tokens left out. Index E means "no expert"."""
-        y_TH = torch.zeros_like(x_TH)
-        for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
-            token_N, choice_N = torch.where(top_k_index_TK == expert)
-            if not len(token_N):
-                continue
-            gate_NI, up_NI = gate_up(x_TH[token_N]).chunk(2, dim=-1)
-            out_NH = down(self.act_fn(gate_NI) * up_NI) * top_k_weights_TK[token_N, choice_N, None]
-            y_TH.index_add_(0, token_N, out_NH.to(y_TH.dtype))
-        return y_TH
+        chosen = (top_k_index_TK, top_k_weights_TK)
+        return sum_of_experts(self._run_expert, self.num_experts, x_TH, *chosen, skip_idle=True)
+
+    def _run_expert(self, expert: int, x_NH: torch.Tensor) -> torch.Tensor:
+        gate_NI, up_NI = self.gate_up_proj[expert](x_NH).chunk(2, dim=-1)
+        return self.down_proj[expert](self.act_fn(gate_NI) * up_NI)
 
 
 class UniMoeTextModelOfLinearExperts(UniMoeTextModel):

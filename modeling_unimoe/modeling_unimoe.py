@@ -7,28 +7,28 @@ Every input may be given raw (`pixel_values`, ...) or as the states of its froze
 which `encode_image` and its siblings return; training from cached states skips the towers.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin
+from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .auxiliary_unimoe import AUX_INPUTS, AuxiliaryMixin, continued_prompt, prompt_before_answers, prompt_to_continue
+from .auxiliary_unimoe import AUX_INPUTS, AuxiliaryMixin, prompt_before_answers
 from .configuration_unimoe import UniMoeConfig
 from .configuration_unimoe_text import MODALITIES
 from .encoding_unimoe import MEDIA_INPUTS, MediaEncoderMixin, begins_text, check_text_inputs, place_features
-from .generation_unimoe import repeat_media, require_texts, restarts_at_longer_rope
+from .generation_unimoe import UniMoeGenerationMixin
 from .idle_branches_unimoe import is_shared_out
+from .inputs_unimoe import UniMoeInputs, taken
 from .losses_unimoe import balance_terms
 from .modeling_unimoe_text import UniMoeTextModel
 from .outputs_unimoe import UniMoeCausalLMOutputWithPast, UniMoeModelOutputWithPast
 from .pretrained_unimoe import UniMoePreTrainedModel
 from .token_types_unimoe import require_agreeing_types, require_known_types, require_no_need_of_types
-
-logger = logging.get_logger(__name__)
 
 
 class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
@@ -75,26 +75,10 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        speech_features: torch.FloatTensor | None = None,
-        audio_features: torch.FloatTensor | None = None,
-        audio_padding_mask: torch.BoolTensor | None = None,
-        image_encoder_states: torch.FloatTensor | None = None,
-        video_encoder_states: torch.FloatTensor | None = None,
-        speech_encoder_states: torch.FloatTensor | None = None,
-        sound_encoder_states: torch.FloatTensor | None = None,
-        aux_input_ids: torch.LongTensor | None = None,
-        aux_attention_mask: torch.Tensor | None = None,
-        aux_pixel_values: torch.FloatTensor | None = None,
-        aux_encoder_states: torch.FloatTensor | None = None,
-        aux_features: torch.FloatTensor | None = None,
-        prompt_mask: torch.Tensor | None = None,
-        expert_choice: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[UniMoeInputs],
     ) -> UniMoeModelOutputWithPast:
-        """Run the model; shapes of the media as in `encode_*`, of the aux and their masks in `auxiliary_unimoe`.
+        """Run the model; media and aux are given by the names of `UniMoeInputs`.
 
         mm_token_type_ids: [B, S] modality ids, for inputs_embeds: with input_ids they follow from the placeholder
         tokens, and others are refused.
@@ -104,17 +88,8 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
                 included, where a text begins), or mm_token_type_ids that are missing, unknown or do not fit.
         """
         check_text_inputs(input_ids, inputs_embeds, mm_token_type_ids)
-        features, idle_branches = self.media_features(
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            speech_features=speech_features,
-            audio_features=audio_features,
-            audio_padding_mask=audio_padding_mask,
-            image_encoder_states=image_encoder_states,
-            video_encoder_states=video_encoder_states,
-            speech_encoder_states=speech_encoder_states,
-            sound_encoder_states=sound_encoder_states,
-        )
+        features, idle_branches = self.media_features(**taken(kwargs, chain(*MEDIA_INPUTS.values())))
+        aux_inputs = taken(kwargs, AUX_INPUTS)
         needed: tuple[str, ...] = ()
         if kwargs.get("cache") is None:
             needed = self._needed_media(input_ids, past_key_values)
@@ -125,12 +100,9 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
         packed = "attention_instances" in kwargs
         mm_token_type_ids, inputs_embeds = self._typed(input_ids, inputs_embeds, mm_token_type_ids, packed)
         inputs_embeds = place_features(inputs_embeds, mm_token_type_ids, features, needed)
-        aux = (aux_input_ids, aux_pixel_values, aux_encoder_states, aux_features)
-        aux_inputs = dict(zip(AUX_INPUTS, (*aux, aux_attention_mask, prompt_mask, expert_choice), strict=True))
         mixing, idle = self.mixing(aux_inputs, mm_token_type_ids, inputs_embeds, attention_mask, past_key_values)
         if idle is not None:
             idle_branches = idle if idle_branches is None else idle_branches + idle.to(idle_branches.device)
-        may_hold_images = input_ids is None or "image" in features
         if idle_branches is not None and is_shared_out(self.language_model):
             # Ranks with media go back through the decoder to their connectors; those without must go along.
             inputs_embeds = inputs_embeds + idle_branches.to(inputs_embeds.dtype)
@@ -140,7 +112,7 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             mm_token_type_ids=None if mm_token_type_ids is None else self.routing_ids(mm_token_type_ids),
-            image_mask=self._image_mask(mm_token_type_ids) if may_hold_images else None,
+            image_mask=self._image_mask(mm_token_type_ids) if input_ids is None or "image" in features else None,
             mixing=mixing,
             use_cache=use_cache,
             return_dict=True,
@@ -186,13 +158,12 @@ class UniMoeModel(MediaEncoderMixin, AuxiliaryMixin, UniMoePreTrainedModel):
         return self.get_input_embeddings()(input_ids.masked_fill(mm_token_type_ids > 0, 0))
 
 
-class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
+class UniMoeForCausalLM(UniMoePreTrainedModel, UniMoeGenerationMixin):
     """The model with its head: text out, any mix of text, images, videos and audio in."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
-    _has_warned_of_length = False
 
     def __init__(self, config: UniMoeConfig) -> None:
         super().__init__(config)
@@ -249,7 +220,7 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UniMoeCausalLMOutputWithPast:
-        """Run the model; arguments as in `UniMoeModel.forward`.
+        """Run the model; media and aux as in `UniMoeInputs`, of which `generate` wants to see every name here.
 
         labels: [B, S] token ids, -100 where nothing is learned; if that is everywhere, the loss is 0.
         output_router_logits: return them; where a balance term needs them they are collected anyway.
@@ -328,69 +299,6 @@ class UniMoeForCausalLM(UniMoePreTrainedModel, GenerationMixin):
             "group_aux_losses": terms.aux_loss_G,
             **terms.losses,
         }
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Media and their types go in once, with the prompt; every generated token is text."""
-        is_prompt = is_first_iteration
-        self._warn_of_long_context(input_ids, kwargs.get("inputs_embeds") if is_first_iteration else None)
-        if restarts_at_longer_rope(self.config.text_config, input_ids.shape[1], kwargs.get("past_key_values")):
-            kwargs |= {"past_key_values": None, "next_sequence_length": None}
-            is_first_iteration = True
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_prompt:
-            inputs.pop("mm_token_type_ids", None)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in (*(name for names in MEDIA_INPUTS.values() for name in names), *AUX_INPUTS):
-                inputs.pop(name, None)
-        elif inputs.get("prompt_mask") is not None:
-            tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-            cache = kwargs.get("past_key_values")
-            cached = 0 if cache is None else int(cache.get_seq_length())
-            inputs["prompt_mask"] = continued_prompt(inputs["prompt_mask"], tokens.shape[1], cached)
-        return inputs
-
-    def _warn_of_long_context(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None) -> None:
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        limit = self.config.text_config.max_position_embeddings
-        if length > limit and not self._has_warned_of_length:
-            self._has_warned_of_length = True
-            logger.warning(
-                f"The context has {length} tokens, more than the {limit} of max_position_embeddings that this model was "
-                "made for: its answers will suffer. Give a shorter conversation or fewer media, or generate less."
-            )
-
-    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching, of texts; raises ModalityError where one has placeholders of media."""
-        require_texts(inputs, self.config)
-        return super().generate_batch(inputs, *args, **kwargs)
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        """Repeat every sample's media together: repeating row by row would interleave a sample's images.
-
-        What is generated is no part of the prompt, which the mask says that is added here.
-        """
-        if input_ids is not None and any(model_kwargs.get(name) is not None for name in AUX_INPUTS):
-            masks = (model_kwargs.get("prompt_mask"), input_ids, model_kwargs.get("attention_mask"))
-            model_kwargs["prompt_mask"] = prompt_to_continue(*masks)
-        apart = ("expert_choice", *(name for names in MEDIA_INPUTS.values() for name in names))
-        media = {name: model_kwargs.pop(name) for name in apart if name in model_kwargs}
-        if expand_size > 1 and input_ids is not None:
-            modality_ids = self.model.modality_ids(input_ids)
-            for modality, names in MEDIA_INPUTS.items():
-                for name in (n for n in names if media.get(n) is not None):
-                    media[name] = repeat_media(media[name], modality_ids == MODALITIES.index(modality), expand_size)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **media}
 
 
 def _share_of_batch(learned: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:

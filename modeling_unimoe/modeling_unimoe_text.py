@@ -16,7 +16,6 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,6 +25,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_unimoe_text import UniMoeTextConfig
+from .masks_unimoe import causal_mask_of, without_packed
 from .modeling_unimoe_moai import Mixing, UniMoeAttentionPlora, UniMoeMixer, UniMoeMLPPlora, init_moai_weights
 from .quantized_experts_unimoe import experts_one_by_one, with_quantized_weights
 from .rotary_unimoe import UniMoeRotaryEmbedding, apply_rotary_pos_emb
@@ -340,21 +340,14 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
         if position_ids is None:
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start).unsqueeze(0)
-        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-        causal_mask = make_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=self._mask_of_texts(attention_mask, kwargs.get("cu_seq_lens_q")),
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask = without_packed(attention_mask, kwargs.get("cu_seq_lens_q"))
+        causal_mask = causal_mask_of(self.config, mask, inputs_embeds, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         token_groups = self.token_groups(inputs_embeds, mm_token_type_ids)
         token_mask = self.token_mask(inputs_embeds, attention_mask)
         if image_mask is None and self.config.plora_config is not None and self.training:
             # Nothing is added, but what is trained is part of every step.
             image_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(
@@ -370,14 +363,6 @@ class UniMoeTextModel(UniMoeTextPreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    @staticmethod
-    def _mask_of_texts(attention_mask: Any, cu_seq_lens_q: torch.Tensor | None) -> Any:
-        """The mask, unless several texts share a row: transformers keeps those apart by their positions, or by the finished
-        mask [1, 1, S, keys] that it brings along where it batches requests continuously."""
-        if cu_seq_lens_q is None or getattr(attention_mask, "ndim", 0) == 4:
-            return attention_mask
-        return None
 
     def token_groups(self, x_BSH: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Index of every token's routing group, [B, S]; None when there is just one group."""

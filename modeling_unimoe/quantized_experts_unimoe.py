@@ -26,17 +26,37 @@ def experts_one_by_one(
     Their matrix product is that of their format: it brings back at most this one expert.
     """
     quantized = is_quantized(experts.gate_up_proj)
-    y_TH = torch.zeros_like(x_TH)
     # unbind, not [e]: indexing would make every backward build a full [E, 2I, H] gradient per expert.
     gate_up_E = experts.gate_up_proj if quantized else experts.gate_up_proj.unbind(0)
     down_E = experts.down_proj if quantized else experts.down_proj.unbind(0)
-    for expert in range(experts.num_experts):
+
+    def run_expert(expert: int, x_NH: torch.Tensor) -> torch.Tensor:
+        gate_NI, up_NI = F.linear(x_NH, gate_up_E[expert]).chunk(2, dim=-1)
+        return F.linear(experts.act_fn(gate_NI) * up_NI, down_E[expert])
+
+    chosen = (top_k_index_TK, top_k_weights_TK)
+    return sum_of_experts(run_expert, experts.num_experts, x_TH, *chosen, skip_idle=quantized)
+
+
+def sum_of_experts(
+    run_expert: Callable[[int, torch.Tensor], torch.Tensor],
+    num_experts: int,
+    x_TH: torch.Tensor,
+    top_k_index_TK: torch.Tensor,
+    top_k_weights_TK: torch.Tensor,
+    skip_idle: bool,
+) -> torch.Tensor:
+    """`run_expert(expert, its tokens [N, H])` one after the other, weighted and summed, [T, H].
+
+    Args:
+        skip_idle: leave out experts without tokens; the others run on none, so that all are part of the graph.
+    """
+    y_TH = torch.zeros_like(x_TH)
+    for expert in range(num_experts):
         token_N, choice_N = torch.where(top_k_index_TK == expert)
-        if quantized and not len(token_N):
+        if skip_idle and not len(token_N):
             continue
-        gate_NI, up_NI = F.linear(x_TH[token_N], gate_up_E[expert]).chunk(2, dim=-1)
-        out_NH = F.linear(experts.act_fn(gate_NI) * up_NI, down_E[expert])
-        out_NH = out_NH * top_k_weights_TK[token_N, choice_N, None]
+        out_NH = run_expert(expert, x_TH[token_N]) * top_k_weights_TK[token_N, choice_N, None]
         y_TH.index_add_(0, token_N, out_NH.to(y_TH.dtype))
     return y_TH
 
@@ -54,4 +74,4 @@ def with_quantized_weights(experts_class: type[nn.Module]) -> type[nn.Module]:
     return experts_class
 
 
-__all__ = ["experts_one_by_one", "is_quantized", "with_quantized_weights"]
+__all__ = ["experts_one_by_one", "is_quantized", "sum_of_experts", "with_quantized_weights"]

@@ -48,6 +48,18 @@ def merge_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def template_call_options(
+    kwargs: dict[str, Any], processor_kwargs: Mapping[str, Any] | None, return_tensors: str | None
+) -> dict[str, Any]:
+    """Options of a call of `apply_chat_template`, as of `merge_options`, taken out of kwargs; the chat template's stay there."""
+    kwargs.pop("sanitize_control_tokens", None)  # always on
+    flat = {name: kwargs.pop(name) for name in CALL_OPTIONS & set(kwargs)}
+    options = merge_options({**(processor_kwargs or {}), **flat})
+    if return_tensors not in (None, "auto"):
+        options["return_tensors"] = return_tensors
+    return options
+
+
 def _check_values(options: Mapping[str, Any]) -> None:
     padding = options.get("padding", True)
     if not isinstance(padding, bool) and padding not in _PADDING:

@@ -14,13 +14,13 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .auxiliary_inputs_unimoe import aux_inputs
 from .call_options_unimoe import (
-    CALL_OPTIONS,
     counts_per_text,
     is_batched,
     media_items,
     merge_options,
     messages_of,
     prompts_of,
+    template_call_options,
 )
 from .chat_templates_unimoe import DEFAULT_CHAT_TEMPLATE, VICUNA_CHAT_TEMPLATE
 from .chat_unimoe import (
@@ -191,11 +191,7 @@ class UniMoeProcessor(ProcessorMixin):
             ConversationError, MediaError, PlaceholderError: the message names conversation, message and content.
         """
         sound_tracks = kwargs.pop("load_audio_from_video", False) and self.feature_extractor is not None
-        kwargs.pop("sanitize_control_tokens", None)  # always on
-        flat = {name: kwargs.pop(name) for name in CALL_OPTIONS & set(kwargs)}
-        options = merge_options({**(processor_kwargs or {}), **flat})
-        if return_tensors not in (None, "auto"):
-            options["return_tensors"] = return_tensors
+        options = template_call_options(kwargs, processor_kwargs, return_tensors)
         encoder = self._encoder(chat_template)
         if return_assistant_tokens_mask and not encoder.marks_answers:
             raise ConversationError("The chat template has no {% generation %} block to tell answers apart.")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import RecipeError, UniMoeError
+from ..errors import UniMoeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
 from ..progress_bars import transformers_bars
@@ -29,6 +29,7 @@ from ..trainers.recipe.recipe import StageConfig
 from ..trainers.saving.checkpoints import write_durably
 from ..trainers.stages.stage import RunSettings, run_training
 from .augment_videos import vary_videos
+from .comparison import kept_result, model_after_stage1, positive, require_same_comparison
 from .comparison_table import print_table
 from .evaluate import accuracy_by_task, answer_loss, answer_samples, spread
 from .prepare import assemble_start, encode_media, find_parts, prepare_dense
@@ -42,7 +43,6 @@ SHARED = Budget(language=400, connectors=600)
 STEPS = 150
 SEEDS = 3
 SAMPLES_PER_TASK = 100
-RESULT_FILE = "result.json"
 _RATES = {"ffn": 1e-3, "experts": 1e-3, "attention": 1e-3, "router": 1e-3, "connectors": 5e-4}
 
 
@@ -119,12 +119,7 @@ class _Bench:
     def prepare(cls, run: Quickstart, comparison: Comparison) -> "_Bench":
         if comparison.start is None:
             return cls(run, comparison, *_shared_stages(run))
-        source = replace(run, out=comparison.start)
-        dense = source.work / "stages" / "stage1" / "model"
-        if not (dense / "config.json").is_file():
-            raise RecipeError(
-                f"--start {comparison.start} holds no model after stage 1 ({dense}): run the quickstart."
-            )
+        source, dense = replace(run, out=comparison.start), model_after_stage1(comparison.start)
         model, processor = UniMoeForCausalLM.from_pretrained(dense), UniMoeProcessor.from_pretrained(dense)
         return cls(run, comparison, dense, processor, encode_media(source, model, processor, run.heldout_samples()))
 
@@ -139,11 +134,7 @@ class _Bench:
     def result(self, variant: RoutingVariant, seed: int) -> dict[str, Any]:
         """Of one run; from disk if it is done."""
         folder = self.run.out / "comparison" / f"{variant.name.replace(', ', ' ').replace(' ', '-').lower()}-{seed}"
-        file = folder / RESULT_FILE
-        if not file.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_durably(file, json.dumps(self._train(variant, seed, folder), indent=1))
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = kept_result(folder, lambda: self._train(variant, seed, folder))
         shown = ", ".join(f"{task} {100 * value:.0f} %" for task, value in found["accuracy"].items())
         self.run.say(f"{variant.name}, seed {seed}: {shown}; loss {found['loss']:.3f}; {found['seconds']:.0f} s")
         return found
@@ -194,19 +185,6 @@ def _settings(comparison: Comparison) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def require_same_comparison(out: Path, now: dict[str, Any]) -> None:
-    """Remember the settings of a comparison. Raises RecipeError where `out` holds one of other settings."""
-    file = out / "work" / "comparison_settings.json"
-    then = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
-    for name in now:
-        if now[name] != then.get(name):
-            raise RecipeError(
-                f"{out} holds a comparison with {name} = {then.get(name)!r}, now it is {now[name]!r}: go on with that, or "
-                "name another --out."
-            )
-    write_durably(file, json.dumps(now, indent=1))
-
-
 def main(arguments: list[str] | None = None) -> int:
     """`runs/compare_routing.sh`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="compare_routing.sh", description=(__doc__ or "").split("\n\n")[0])
@@ -225,13 +203,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print_table(summary)
     return 0
-
-
-def positive(text: str) -> int:
-    """An option that is a whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..errors import RecipeError, UniMoeError
+from ..errors import UniMoeError
 from ..modeling_unimoe.configuration_unimoe_moai import UniMoeMixerConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.perception.interface import Reader
@@ -37,7 +37,7 @@ from ..trainers.recipe.recipe import Recipe, StageConfig
 from ..trainers.saving.checkpoints import write_durably
 from ..trainers.stages.mixer_stage import add_mixers
 from ..trainers.stages.stage import RunSettings, run_training
-from .compare_routing import positive, require_same_comparison
+from .comparison import kept_result, model_after_stage1, positive, require_same_comparison
 from .copying_start import start_as_copies
 from .evaluate import answer_samples
 from .photographs import PhotographReading, fetch_photographs, photographed_words, read_photographs
@@ -54,7 +54,6 @@ from .spelling import teach_spelling
 MODELS = {"told what OCR read": True, "told nothing": False}
 STEPS = 180
 SEEDS = 3
-RESULT_FILE = "result.json"
 # Text that fills much of a small picture is read so as well as at rapidocr's own side, four times as fast.
 _DETECTION_SIDE = 320
 _NUM_LATENTS = 8
@@ -99,9 +98,7 @@ def compare_reading(comparison: OcrComparison, reader: Reader | None = None) -> 
         PartError: photographs are wanted and cannot be had.
     """
     run = Quickstart(comparison.out, seed=0, budget=Budget())
-    dense = comparison.start / "work" / "stages" / "stage1" / "model"
-    if not (dense / "config.json").is_file():
-        raise RecipeError(f"--start {comparison.start} holds no model after stage 1 ({dense}): run the quickstart.")
+    dense = model_after_stage1(comparison.start)
     with run.attempt():
         require_same_comparison(comparison.out, _settings(comparison))
         photographs = _photographs(run, reader or RapidOcrReader()) if comparison.photographs else []
@@ -171,11 +168,7 @@ class _Bench:
     def result(self, name: str, seed: int) -> dict[str, Any]:
         """Of one run; from disk if it is done."""
         folder = self.run.out / "runs" / f"{name.replace(' ', '-').lower()}-{seed}"
-        file = folder / RESULT_FILE
-        if not file.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_durably(file, json.dumps(self._train(name, seed, folder), indent=1))
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = kept_result(folder, lambda: self._train(name, seed, folder))
         shown = ", ".join(f"{100 * reading['exact']:.0f} % of {test}" for test, reading in found["readings"].items())
         self.run.say(f"{name}, seed {seed}: {shown}; {found['seconds']:.0f} s")
         return found

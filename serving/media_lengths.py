@@ -28,7 +28,7 @@ class Length:
 
 def audio_length(value: Any, target_rate: int, sampling_rate: int | None, policy: MediaPolicy, where: str) -> Length:
     """Of anything that `load_audio` reads; raises what it raises."""
-    samples, rate, channels = audio_header(value, policy, where) if _is_file(value) else (0, 0, 0)
+    samples, rate, channels = audio_header(value, policy, where) if _is_file_or_its_bytes(value) else (0, 0, 0)
     if not samples:  # the clip is in memory, or its header does not say
         length = len(load_audio(value, target_rate, sampling_rate, policy, where))
         return Length(length / target_rate, length, 0, 4 * length)
@@ -39,7 +39,7 @@ def audio_length(value: Any, target_rate: int, sampling_rate: int | None, policy
 
 def video_length(value: Any, num_frames: int, policy: MediaPolicy, where: str) -> Length:
     """Of a video file, of which so many frames are taken; frames in memory have no length."""
-    if not _is_file(value):
+    if not _is_file_or_its_bytes(value):
         return Length(0.0, 0, 0, 0)
     guard = refuse_on_failure("video", where, "it is damaged or cannot be decoded")
     with (
@@ -54,5 +54,5 @@ def video_length(value: Any, num_frames: int, policy: MediaPolicy, where: str) -
         return Length(duration(container, track), 0, 6 * pixels, 3 * pixels * num_frames)
 
 
-def _is_file(value: Any) -> bool:
+def _is_file_or_its_bytes(value: Any) -> bool:
     return isinstance(value, str | bytes | bytearray | memoryview | os.PathLike)

@@ -93,7 +93,7 @@ class ModelServer(Serve):
             allow_paths=False, allow_network=bool(hosts), allowed_hosts=hosts, limits=settings.limits
         )
         _limit_prompts(loaded.processor, loaded.model)
-        _give_tokenizer(loaded.model, loaded.processor.tokenizer)
+        _generate_with_tokenizer_and_seed(loaded.model, loaded.processor.tokenizer)
         if settings.continuous_batching:
             self._generation_state = _batching(loaded.model, context, settings.cache_tokens)
         seeing = (settings.perception, settings.no_perception)
@@ -166,7 +166,7 @@ def _batching(model: Any, context: int, cache_tokens: int | None) -> TextBatchin
     return TextBatching(cache_tokens or max(_CACHED_TEXTS * context, needed))
 
 
-def _give_tokenizer(model: Any, tokenizer: Any) -> None:
+def _generate_with_tokenizer_and_seed(model: Any, tokenizer: Any) -> None:
     """Texts that end an answer (`stop`) need a tokenizer; transformers hands over the processor, which is none.
 
     Here, where only one request at a time generates, its seed is set too.

@@ -59,6 +59,15 @@ def write_jsonl(folder: Path, per_modality: int = 8) -> Path:
     return file
 
 
+def write_start(folder: Path, per_modality: int, name: str = "model") -> Path:
+    """A folder with data and with a dense model that knows nothing, in a folder of that name."""
+    made = processor()
+    write_jsonl(folder, per_modality)
+    model(made).save_pretrained(folder / name)
+    made.save_pretrained(folder / name)
+    return folder
+
+
 def sample(modality: str, index: int, medium: dict[str, Any] | None, question: str, answer: str) -> dict[str, Any]:
     asked: list[dict[str, Any]] = [{"type": "text", "text": question}]
     return {

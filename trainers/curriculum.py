@@ -112,16 +112,8 @@ def run_curriculum(
         DataError, CheckpointError, TrainingError: see their makers.
     """
     recipe.check()
-    if model is not None and recipe.parallel.ranks > 1:
-        raise RecipeError("Several ranks load the model themselves: give it as the recipe's model, a folder.")
-    if cache is None and recipe.cache is None:
-        require_cache_where_needed(recipe)
+    _require_all_there(recipe, model, processor, dataset, cache)
     out = Path(recipe.out)
-    if processor is None:
-        require_model_folder(recipe.model)
-    if dataset is None and not out.exists():
-        require_data(recipe)
-    require_fitting_moe(recipe, None if model is None else model.config)
     with joined(recipe.parallel), exclusive(out) if is_first() else nullcontext(), transformers_bars(shown=False):
         run = _Curriculum(
             recipe,
@@ -143,6 +135,21 @@ def run_curriculum(
             require_same_settings(out / stage.name, stage.name, run.settings_of(stage))
         only_first(lambda: save_recipe(recipe, out / "recipe.yaml"))
         return [run.stage(stage) for stage in recipe.stages]
+
+
+def _require_all_there(
+    recipe: Recipe, model: UniMoeForCausalLM | None, processor: Any, dataset: TrainingData | None, cache: Any
+) -> None:
+    """Raise, before anything is loaded, where something is missing or does not fit."""
+    if model is not None and recipe.parallel.ranks > 1:
+        raise RecipeError("Several ranks load the model themselves: give it as the recipe's model, a folder.")
+    if cache is None and recipe.cache is None:
+        require_cache_where_needed(recipe)
+    if processor is None:
+        require_model_folder(recipe.model)
+    if dataset is None and not Path(recipe.out).exists():
+        require_data(recipe)
+    require_fitting_moe(recipe, None if model is None else model.config)
 
 
 class _Curriculum:

@@ -8,13 +8,13 @@ from typing import Any
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
+from ..checkpoints.accounting import account
 from ..checkpoints.checkpoint_reader import Checkpoint, TensorFile, read_json
 from ..checkpoints.key_rules import KeyMap, Shape
+from ..checkpoints.source_tensors import SourceTensors
+from ..dense.beats_file import BeatsFile, beats_rules
 from ..dense.connector_fields import QFORMER_FIELDS
 from ..dense.sources import resolve_model_folder
-from ..released.import_plan import account
-from ..released.unimoe_files import BeatsFile, Gathered, add_encoder
-from ..released.unimoe_keys import rules_for
 from .composed_part import ComposedPart, Made, left_over, taken
 
 TOWER, CONNECTOR = "model.audio_tower.", "model.sound_connector."
@@ -26,7 +26,7 @@ class SoundTower:
 
     part: ComposedPart
     config: UniMoeBeatsConfig
-    gathered: Gathered
+    gathered: SourceTensors
 
     def add_tensors(self, expected: Mapping[str, Shape]) -> None:
         """Say of every tensor of ours what it is made of.
@@ -38,7 +38,7 @@ class SoundTower:
             ConversionError: a tensor of BEATs is missing, unknown or of another shape.
         """
         wanted = {name: shape for name, shape in expected.items() if name.startswith(TOWER)}
-        targets = account(self.gathered, KeyMap(rules_for("beats", "")), wanted)
+        targets = account(self.gathered, KeyMap(beats_rules()), wanted)
         stored = {name: tensor.name for name, tensor in self.gathered.live.items()}
         for name, shape in wanted.items():
             made_of = tuple(stored[original] for original in targets[name].sources)
@@ -53,8 +53,9 @@ def open_beats(path: Path) -> SoundTower:
         ConversionError: it is missing, damaged or something else.
         ConfigurationError: its `cfg` cannot work.
     """
-    file, gathered = BeatsFile(path), Gathered()
-    add_encoder(gathered, "beats", file)
+    file, gathered = BeatsFile(path), SourceTensors()
+    for tensor in gathered.add_file("beats", file):
+        gathered.put(tensor.name, tensor)
     config = UniMoeBeatsConfig.from_original(file.cfg)
     facts = f"BEATs, {config.num_hidden_layers} layers of width {config.hidden_size}"
     return SoundTower(ComposedPart("sound tower", str(path), path, facts, (path,)), config, gathered)

@@ -1,6 +1,6 @@
 """Released models become ours, and ours become theirs again.
 
-All imports: `import_plan` (what all of them do), `import_receipt`, `source_tensors` (what was read, and what became of it).
+All imports: `import_plan` (what all of them do), `import_receipt`.
 All exports read our tensors through `originals`; `original_tokenizer` travels both ways.
 
 Uni-MoE: `import_unimoe` (start here). What the original ends up with: `unimoe_files`, `unimoe_experts`, `unimoe_lora`.

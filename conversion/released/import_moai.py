@@ -12,19 +12,20 @@ from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.chat_unimoe import IMAGE_TOKEN
 from ...processing.perception.choice import PerceiverChoice, original_models
+from ..checkpoints.accounting import account
 from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.checkpoint_writer import OutputTensor
 from ..checkpoints.key_rules import KeyMap, Shape
 from ..checkpoints.llava_keys import vision_prefix
+from ..checkpoints.source_tensors import SourceTensor, SourceTensors
 from ..dense.encoder_folders import named_config
 from ..dense.sources import expected_tensors, resolve_folder
-from .import_plan import ImportPlan, account, push_import, write_import
+from .import_plan import ImportPlan, push_import, write_import
 from .import_receipt import ImportReceipt
 from .moai_config import is_moai, moai_sizes, our_moai_config
 from .moai_keys import EMBEDDING, HEAD, POSITIONS, moai_rules
 from .moai_processor import build_moai_processor, resized_positions
 from .moai_tokenizer import END_OF_TURN, read_moai_tokenizer
-from .source_tensors import SourceTensor, SourceTensors
 
 _FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
 _ORIGIN = (

@@ -13,21 +13,22 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, SiglipVision
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.processing_unimoe import UniMoeProcessor
+from ..checkpoints.accounting import account
 from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.checkpoint_writer import OutputTensor
 from ..checkpoints.key_rules import KeyMap, Shape, Target
 from ..checkpoints.llava_keys import VISION_TOWER, vision_prefix
+from ..checkpoints.source_tensors import SourceTensors
 from ..dense.encoder_folders import named_config, nameless
 from ..dense.prepared_tokenizers import prepare_bunny_tokenizer
 from ..dense.sources import expected_tensors, resolve_folder
 from ..dense.tokenizer_files import read_tokenizer
 from .bunny_processor import build_bunny_processor
-from .import_plan import ImportPlan, account, push_import, write_import
+from .import_plan import ImportPlan, push_import, write_import
 from .import_receipt import ImportReceipt
 from .moiie_config import our_moiie_config, sizes_of
 from .moiie_keys import GROUPED, moiie_rules
 from .moiie_variant import MoiieVariant, recognise_moiie
-from .source_tensors import SourceTensors
 
 RELEASED_TOWER = "google/siglip-so400m-patch14-384"
 _FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")

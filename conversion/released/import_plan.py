@@ -1,6 +1,6 @@
 """What every import of a released model does once the model is recognised: account for every tensor, write, give a receipt."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,26 +9,24 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.perception.choice import PerceiverChoice
 from ...processing.processing_unimoe import UniMoeProcessor
 from ..checkpoints.checkpoint_reader import dtype_name
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.finished_folder import finished_folder
-from ..checkpoints.key_rules import KeyMap, Shape, Target
+from ..checkpoints.key_rules import Target
 from ..checkpoints.parameters import count_parameters, total_and_active
 from ..checkpoints.pickle_files import refuse_damaged
 from ..checkpoints.read_back import WrittenTensors, write_and_read_back
+from ..checkpoints.source_tensors import SourceTensors
 from ..publishing.hub import complete_bundle, push_folder, save_config
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE
 from .import_receipt import ImportReceipt, SourceRecord, TargetRecord
 from .original_tokenizer import carry_tokenizer
-from .source_tensors import SourceTensors
 from .unimoe_adapter import adapter_use
 
-_SHOWN = 8
 _NO_PROCESSOR = (
     "The folder has no tokenizer and no processor, so the model takes token ids only. Put the language model's "
     "tokenizer.model or tokenizer.json, with its tokenizer_config.json, beside the original config.json and convert "
@@ -164,55 +162,6 @@ def push_import(receipt: ImportReceipt, out: Path, repository: str) -> list[str]
     return addresses
 
 
-def account(
-    gathered: SourceTensors, key_map: KeyMap, expected: Mapping[str, Shape], made: Iterable[str] = ()
-) -> dict[str, Target]:
-    """Say what becomes of every tensor, and require that all of ours are made and nothing is left over.
-
-    Args:
-        expected: the shapes of our tensors.
-        made: those of ours that the original does not have.
-
-    Raises:
-        ConversionError: a tensor is unknown, missing or of the wrong shape.
-    """
-    mapped = key_map.map(gathered.live)
-    for original, reason in mapped.dropped.items():
-        gathered.live[original].drop(reason)
-    for target in mapped.targets.values():
-        if target.name in expected:
-            for original in target.sources:
-                gathered.live[original].consume(target.name)
-    unexpected = [f"{t.file}: {t.name}" for t in gathered.tensors if t.fate == "unexpected"]
-    absent = [name for name in expected if name not in mapped.targets and name not in set(made)]
-    missing = [f"{name} (of {_listed(key_map.originals(name))})" for name in absent]
-    problems = [f"{len(unexpected)} unexpected tensor(s): {_listed(unexpected)}"] if unexpected else []
-    if missing:
-        problems.append(f"{len(missing)} tensor(s) of ours cannot be made: {_listed(missing)}")
-    problems += [problem for target in mapped.targets.values() if (problem := _misfit(target, gathered, expected))]
-    if problems:
-        shown = "; ".join(problems[:_SHOWN]).rstrip(".")
-        raise ConversionError(
-            f"{shown}. Nothing was written. All parts of the model must be complete and belong together."
-        )
-    return mapped.targets
-
-
-def _misfit(target: Target, gathered: SourceTensors, expected: Mapping[str, Shape]) -> str | None:
-    """Why the tensors of a target do not make it, or None when they do."""
-    try:
-        shape = target.shape(gathered.shapes)
-    except ConversionError as error:
-        return str(error)
-    wanted = expected.get(target.name, shape)
-    if shape == wanted:
-        return None
-    return (
-        f"{_listed(target.sources)} make {target.name} of shape {list(shape)}, but the configuration asks for "
-        f"{list(wanted)}"
-    )
-
-
 def _card(plan: ImportPlan, name: str, receipt: ImportReceipt) -> str:
     sections = {"Origin": plan.origin, "Conversion receipt": receipt_section(receipt.lines())}
     if plan.perception is not None:
@@ -223,8 +172,3 @@ def _card(plan: ImportPlan, name: str, receipt: ImportReceipt) -> str:
         sections = {"Adapter": adapter_use(name, receipt.adapter), **sections}
     use = _NO_PROCESSOR if plan.processor is None else None
     return model_card(name, plan.config, count_parameters(plan.config), sections=sections, use=use)
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

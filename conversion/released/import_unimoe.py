@@ -15,20 +15,22 @@ from transformers import CLIPVisionConfig, WhisperConfig
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe_beats import UniMoeBeatsConfig
+from ..checkpoints.accounting import account
 from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.key_rules import KeyMap, Target
 from ..checkpoints.llava_keys import vision_prefix
+from ..dense.beats_file import BeatsFile
 from ..dense.encoder_folders import named_config, nameless, require_type
 from ..dense.prepared_tokenizers import placeholder_ids
 from ..dense.sources import expected_tensors
-from .import_plan import ImportPlan, WriteBeside, account, push_import, write_import
+from .import_plan import ImportPlan, WriteBeside, push_import, write_import
 from .import_receipt import ImportReceipt
 from .original_tokenizer import tokenizer_folder
 from .unimoe_adapter import require_one_lora_each, write_adapter
 from .unimoe_config import MODALITY_EXPERTS, Encoders, our_config, preferred_experts
 from .unimoe_experts import MODALITY_MAPS, add_absent_pairs, add_experts, integrate_pairs, require_equal_copies
-from .unimoe_files import BeatsFile, Gathered, add_encoder, gather, lay_over, reader
+from .unimoe_files import Gathered, add_encoder, gather, lay_over, reader
 from .unimoe_keys import rules_for
 from .unimoe_processor import (
     build_processor,

@@ -16,8 +16,8 @@ import torch
 from ...errors import ConversionError
 from ..checkpoints.checkpoint_reader import TensorFile, TensorInfo
 from ..checkpoints.key_rules import Shape
+from ..checkpoints.source_tensors import SourceTensor
 from ..upcycling.upcycle import FFN_PROJECTIONS
-from .source_tensors import SourceTensor
 from .unimoe_files import Gathered, refuse_incomplete, require_finetuned, without_wrappers
 from .unimoe_keys import EXPERTS
 from .unimoe_lora import LORA_TENSOR, Lora, MergedFactor

@@ -8,20 +8,18 @@ files of two variants, has no effect. The encoders come from their own folders, 
 """
 
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from ...errors import ConversionError
-from ..checkpoints.checkpoint_reader import Checkpoint, TensorFile, TensorInfo, read_json
+from ..checkpoints.checkpoint_reader import Checkpoint, TensorFile, read_json
 from ..checkpoints.llava_keys import PROJECTOR, VISION_TOWER
-from ..checkpoints.pickle_files import load_pickle
-from .source_tensors import SourceTensor, SourceTensors
+from ..checkpoints.source_tensors import SourceTensor, SourceTensors
 from .unimoe_keys import ALIGNER, AUDIO_TOWER, Layout
 from .unimoe_lora import LORA_TENSOR, Lora, is_lora_of_router, lora_modules, read_lora_scale
 
@@ -154,34 +152,6 @@ def add_encoder(gathered: Gathered, kind: Literal["clip", "whisper", "beats"], c
             else:
                 gathered.put(original + tensor.name.removeprefix(begin), tensor)
             break
-
-
-class BeatsFile(Checkpoint):
-    """A BEATs checkpoint: a pickled dict of `cfg` (a dict of plain values) and `model` (tensors).
-
-    Raises:
-        ConversionError: it is missing, damaged or something else.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cfg: dict[str, Any] = {}
-        self._weights: dict[str, torch.Tensor] = {}
-        super().__init__(path.parent)
-
-    def _read_headers(self) -> dict[str, TensorInfo]:
-        if not self.path.is_file():
-            problem = "is a folder" if self.path.is_dir() else "is missing"
-            raise ConversionError(f"{self.path} {problem}. Give the BEATs checkpoint, a file (.pt).")
-        content = load_pickle(self.path, mapped=zipfile.is_zipfile(self.path))
-        cfg, weights = (content.get(name) if isinstance(content, dict) else None for name in ("cfg", "model"))
-        if not isinstance(cfg, dict) or not isinstance(weights, dict):
-            raise ConversionError(f"{self.path} is no BEATs checkpoint: it needs a 'cfg' and a 'model'.")
-        self.cfg, self._weights = cfg, {n: t for n, t in weights.items() if isinstance(t, torch.Tensor)}
-        return {name: TensorInfo(self.path, t.dtype, tuple(t.shape)) for name, t in self._weights.items()}
-
-    def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
-        return self._weights
 
 
 def reader(gathered: Gathered, merge_lora: bool) -> Callable[[str], torch.Tensor]:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from ..checkpoints.key_rules import Rule
 from ..checkpoints.llava_keys import LANGUAGE, LLAMA_DECODER, PROJECTOR_RULES, expert_rules, vision_rules
+from ..dense.beats_file import beats_rules
 
 AudioKind = Literal["whisper", "beats"]
 # How experts lie in the decoder: as modules of the model's own, or in DeepSpeed's (the 8-expert variant).
@@ -50,27 +51,7 @@ _BEATS = (
     Rule(ALIGNER + "query_tokens", "model.sound_connector.query_tokens"),
     Rule(ALIGNER + "qformer.qformer.{rest}", "model.sound_connector.qformer.{rest}"),
     Rule(ALIGNER + "projector.{parameter}", "model.sound_connector.projector.{parameter}"),
-    Rule(
-        AUDIO_TOWER + "encoder.pos_conv.0.weight_g", "model.audio_tower.encoder.pos_conv.weight", "weight_norm", 0, 2
-    ),
-    Rule(
-        AUDIO_TOWER + "encoder.pos_conv.0.weight_v", "model.audio_tower.encoder.pos_conv.weight", "weight_norm", 1, 2
-    ),
-    Rule(AUDIO_TOWER + "encoder.pos_conv.0.bias", "model.audio_tower.encoder.pos_conv.bias"),
-    Rule(
-        AUDIO_TOWER + "encoder.layers.{layer}.self_attn.relative_attention_bias.weight",
-        "model.audio_tower.encoder.relative_attention_bias.weight",
-        "shared",
-    ),
-    Rule(
-        AUDIO_TOWER + "predictor.{rest}", None, reason="the classifier of a fine-tuned BEATs, which no model here uses"
-    ),
-    Rule(
-        AUDIO_TOWER + "predictor_dropout.{rest}",
-        None,
-        reason="the classifier of a fine-tuned BEATs, which no model here uses",
-    ),
-    Rule(AUDIO_TOWER + "{rest}", "model.audio_tower.{rest}"),
+    *beats_rules(AUDIO_TOWER),
 )
 
 

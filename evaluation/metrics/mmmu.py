@@ -119,19 +119,21 @@ def _summary(right: Sequence[int]) -> dict[str, Any]:
 
 
 def mmmu_letters(gold: Sequence[Record], predictions: Sequence[Record]) -> Scores:
-    """Accuracy as a fraction over the items whose letter needs no random choice.
+    """Accuracy as a fraction over the items whose prediction names a letter, so that none has to be drawn.
 
     Args:
         gold: `question_id`, `options` (texts) and `answer` (letter).
-        predictions: `question_id` and `prediction`.
+        predictions: `question_id` and `prediction`; an item without one is left out too, and counted as missing.
     """
     texts = {record["question_id"]: record["prediction"] for record in predictions}
     rows: list[dict[str, Any]] = []
     for item in gold:
-        parsed = parse_letter(texts.get(item["question_id"], ""), item["options"])
-        score = None if parsed == RANDOM else int(parsed == item["answer"])
+        text = texts.get(item["question_id"])
+        parsed = None if text is None else parse_letter(text, item["options"])
+        score = None if parsed in (None, RANDOM) else int(parsed == item["answer"])
         rows.append({"question_id": item["question_id"], "parsed": parsed, "score": score})
     known = [row["score"] for row in rows if row["score"] is not None]
-    counts = {"random": len(rows) - len(known), "correct": sum(known)}
+    parsed_as = [row["parsed"] for row in rows]
+    counts = {"random": parsed_as.count(RANDOM), "correct": sum(known), "missing": parsed_as.count(None)}
     details = {"metric": "accuracy over the items that need no random choice"}
     return Scores(mean(known), "fraction", rows, counts, details)

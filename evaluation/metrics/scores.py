@@ -26,16 +26,6 @@ class Scores:
     per_category: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """One flat mapping; `details` stand beside the score."""
-        return {
-            "score": self.score,
-            "unit": self.unit,
-            "per_category": self.per_category,
-            "per_sample": self.per_sample,
-            **self.details,
-        }
-
 
 def mean(values: Iterable[float]) -> float:
     """Sum over count; 0 of nothing."""

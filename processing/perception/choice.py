@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DataError
+from ...package_errors import DataError
 from .perceiver import ORIGINAL_SIDE, Perceiver
 from .verbalize import DEFAULT, ORIGINAL, Verbalization
 

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import PIL.Image
 
-from ...errors import DataError
+from ...package_errors import DataError
 from .class_names import clean_name
 from .results import Segmentation
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ...errors import OptionError, PartError
 from ...hub_access import hub_snapshot
+from ...package_errors import PartError
+from ..media_policy_unimoe import OptionError
 
 # Of a weight file so many pieces of this size are read for its digest, evenly over it, and all of a smaller one.
 _PIECES, _PIECE_BYTES = 64, 1 << 16

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ...errors import DataError
+from ...package_errors import DataError
 from ..media_policy_unimoe import MediaPolicy
 from ..media_unimoe import load_image
 from .colour_map import resized_ids

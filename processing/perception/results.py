@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError
+from ...package_errors import DataError
 
 # Left, top, right, bottom.
 Bounds = tuple[float, float, float, float]

@@ -45,12 +45,7 @@ def recipe(start: Path, out: Path, parallel: Parallel, steps: int = 3) -> Recipe
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    processor = tiny_training.processor()
-    tiny_training.write_jsonl(folder, per_modality=8)
-    tiny_training.model(processor).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    return folder
+    return tiny_training.write_start(tmp_path_factory.mktemp("start"), 8)
 
 
 def test_two_ranks_run_the_recipe_of_one(start: Path, tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def benchmark_of(case: Path) -> str:
 
 def score_case(case: Path) -> dict[str, Any]:
     """What our metric gives the case's predictions, as the original prints it."""
-    return SCORERS[benchmark_of(case)](case).as_dict()
+    scores = vars(SCORERS[benchmark_of(case)](case))
+    return {**scores, **scores["details"]}
 
 
 def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:

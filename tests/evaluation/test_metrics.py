@@ -143,6 +143,14 @@ def test_rules_of_mmmu_that_few_answers_need() -> None:
     assert mmmu.parse_short_answer("This is\nx = 1,234.567") == ["is", 1234.57, 1234.0, 234.57]
 
 
+def test_mmmu_letters_count_items_without_prediction_apart() -> None:
+    gold = [{"question_id": i, "options": ["red", "blue"], "answer": "A"} for i in range(4)]
+    said = [{"question_id": i, "prediction": text} for i, text in enumerate(("(A)", "(B)", "?"))]
+    scores = mmmu.mmmu_letters(gold, said)
+    assert scores.score == 0.5
+    assert scores.per_category == {"random": 1, "correct": 1, "missing": 1}
+
+
 def test_rules_of_cmmmu_that_few_answers_need() -> None:
     item = {"id": 1, "type": "填空", "category": "科学", "answer": "答"}
     texts = {"abc答": 0, "ab答": 1, "答" + "字" * 20: 1, "答" + "字" * 21: 0}

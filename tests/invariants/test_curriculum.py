@@ -39,12 +39,7 @@ EXPERTS = [
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data and with a dense model that knows nothing."""
-    folder = tmp_path_factory.mktemp("start")
-    processor = tiny_training.processor()
-    tiny_training.write_jsonl(folder, per_modality=4)
-    tiny_training.model(processor).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    return folder
+    return tiny_training.write_start(tmp_path_factory.mktemp("start"), 4)
 
 
 def recipe(start: Path, out: Path, factor: float = 1.0, **overrides: Any) -> Recipe:

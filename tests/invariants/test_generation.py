@@ -7,22 +7,11 @@ import pytest
 import tiny
 import torch
 import twins
-from twins import Sample, collate
+from twins import collate
 
 from unimoe import UniMoeForCausalLM
 
 NEW_TOKENS = 6
-
-
-@pytest.fixture(scope="module", params=twins.TWINS)
-def twin(request: pytest.FixtureRequest) -> tuple[UniMoeForCausalLM, list[Sample]]:
-    """A model that tests may not change, and its samples."""
-    return twins.build(request.param), twins.samples(request.param)
-
-
-@pytest.fixture(scope="module")
-def full_model() -> UniMoeForCausalLM:
-    return twins.build("everything")
 
 
 def generate(model: UniMoeForCausalLM, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

@@ -26,17 +26,6 @@ from unimoe.modeling_unimoe.encoding_unimoe import build_tower
 ATOL = 2e-5
 
 
-@pytest.fixture(scope="module", params=twins.TWINS)
-def twin(request: pytest.FixtureRequest) -> tuple[UniMoeForCausalLM, list[Sample]]:
-    """A model that tests may not change, and its samples."""
-    return twins.build(request.param), twins.samples(request.param)
-
-
-@pytest.fixture(scope="module")
-def full_model() -> UniMoeForCausalLM:
-    return twins.build("everything")
-
-
 @torch.no_grad()
 def logits(model: UniMoeForCausalLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return model(**inputs).logits

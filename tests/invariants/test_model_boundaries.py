@@ -166,7 +166,7 @@ def warnings_of() -> Any:
         def emit(self, record: logging.LogRecord) -> None:
             seen.append(record.getMessage())
 
-    logger, handler = logging.getLogger("unimoe.modeling_unimoe.modeling_unimoe"), Keep()
+    logger, handler = logging.getLogger("unimoe.modeling_unimoe.generation_unimoe"), Keep()
     logger.addHandler(handler)
     yield seen
     logger.removeHandler(handler)

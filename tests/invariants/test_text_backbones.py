@@ -6,7 +6,9 @@ The names of the weights agree, so this compares arithmetic alone; conversion ha
 from typing import Any
 
 import pytest
+import tiny_llama
 import torch
+from tiny_llama import DYNAMIC, LINEAR, LLAMA3, LONGROPE, YARN
 from transformers import (
     AutoModel,
     DynamicCache,
@@ -21,14 +23,8 @@ from transformers import (
 from unimoe import UniMoeTextConfig, UniMoeTextModel
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **tiny_llama.SIZES,
     "max_position_embeddings": 64,
-    "initializer_range": 0.2,
     "rms_norm_eps": 1e-6,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -36,26 +32,6 @@ SIZES: dict[str, Any] = {
 }
 DENSE = {"num_experts": 0, "sparse_layers": []}
 PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
-LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
-YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-# Short factors up to 16 positions, long ones beyond; heads of 8 have four frequencies.
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10_000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [1.0, 2.0, 4.0, 8.0],
-}
 # Name -> their configuration class, fields common to both, fields of theirs, fields of ours.
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"rope_parameters": PLAIN}, {}, {}),

@@ -142,19 +142,5 @@ def expand_images(ids: list[int], labels: list[int], model: UniMoeForCausalLM) -
     return row, answer
 
 
-def merged_embeddings(model: UniMoeForCausalLM, lengths: list[int]) -> list[torch.Tensor]:
-    """Make the decoder see zero vectors beyond every row's length; returns a list that receives what it sees."""
-    seen: list[torch.Tensor] = []
-
-    def fill(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        embeds = kwargs["inputs_embeds"]
-        valid = torch.arange(embeds.shape[1])[None] < torch.tensor(lengths)[:, None]
-        seen.append(embeds * valid[..., None])
-        return args, {**kwargs, "inputs_embeds": seen[-1]}
-
-    model.model.language_model.register_forward_pre_hook(fill, with_kwargs=True)
-    return seen
-
-
 def group_names(model: UniMoeForCausalLM) -> list[str]:
     return [group.name for group in model.config.text_config.router_groups]

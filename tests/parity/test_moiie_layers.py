@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from balance import group_balance_losses
 from golden import GoldenCase
 from moiie_case import convert, converted, group_names, has_vision_mask, is_moiie, moiie_model, moiie_variant
 
@@ -12,7 +13,6 @@ from unimoe.conversion.released.moiie_keys import moiie_rules
 from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConversionError
-from unimoe.modeling_unimoe.balance_loss_unimoe import group_balance_losses
 
 experts = pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
 REQUIREMENTS = {

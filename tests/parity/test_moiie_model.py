@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_moiie_layers as layers
 import torch
+from decoder_inputs import zero_beyond
 from golden import GoldenCase, GoldenMismatchError, changeable_copy, discover, leave_for_lack_of_data
 from moiie_case import (
     IMAGE,
@@ -16,7 +17,6 @@ from moiie_case import (
     group_names,
     has_vision_mask,
     is_moiie,
-    merged_embeddings,
     moiie_batch,
     moiie_model,
 )
@@ -68,7 +68,7 @@ def check_batch(case: GoldenCase, name: str, experts: str = "eager") -> None:
     model = moiie_model(case, experts)
     batch = moiie_batch(case, name, model)
     decoder = model.model.language_model
-    embeddings = merged_embeddings(model, batch.lengths)
+    embeddings = zero_beyond(model, batch.lengths)
     blocks = [record(layer.mlp) for layer in decoder.layers]
     states = [record(layer) for layer in decoder.layers]
     routers = {i: record(decoder.layers[i].mlp.gate) for i in model.config.text_config.sparse_layers}
@@ -145,7 +145,7 @@ def check_losses(case: GoldenCase, out: str, model: Any, inputs: dict[str, torch
 def check_gradients(case: GoldenCase, experts: str = "eager") -> None:
     model = moiie_model(case, experts, freeze_towers=False, text={"router_jitter_noise": 0.0}).train()
     batch = moiie_batch(case, "caseB", model)
-    merged_embeddings(model, batch.lengths)
+    zero_beyond(model, batch.lengths)
     model(**batch.inputs, labels=batch.labels).loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     key_map = converted(case.path).key_map

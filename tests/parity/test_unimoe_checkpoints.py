@@ -22,10 +22,10 @@ from unimoe import UniMoeForCausalLM
 from unimoe.conversion.checkpoints.checkpoint_reader import Checkpoint, TensorFile
 from unimoe.conversion.checkpoints.key_rules import KeyMap
 from unimoe.conversion.checkpoints.llava_keys import vision_prefix
+from unimoe.conversion.dense.beats_file import BeatsFile
 from unimoe.conversion.released.import_receipt import ImportReceipt
 from unimoe.conversion.released.import_unimoe import UniMoeFolders, plan_import, run_import
 from unimoe.conversion.released.unimoe_experts import EXPERT_FILES
-from unimoe.conversion.released.unimoe_files import BeatsFile
 from unimoe.conversion.released.unimoe_keys import rules_for
 from unimoe.conversion.released.unimoe_variant import layout_of
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from balance import load_balancing_loss
 from golden import GoldenCase
 
 from unimoe import UniMoeTextConfig
 from unimoe.conversion.released.dcmoe_keys import dcmoe_block_tensors, dcmoe_routing_fields
-from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
 from unimoe.modeling_unimoe.modeling_unimoe_text import UniMoeSparseBlock
 
 

@@ -26,7 +26,7 @@ PASSWORD = "correct horse"
 
 async def page(scope: Any, receive: Any, send: Any) -> None:
     """Stands for what the password guards."""
-    await login.answer(send, 200, "the page")
+    await login.respond(send, 200, "the page")
 
 
 def asked(guarded: Any, *requests: Callable[[Any], Any]) -> list[Any]:

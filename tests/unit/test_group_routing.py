@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from balance import group_balance_losses
 
 from unimoe.conversion.upcycling.group_presets import group_preset
 from unimoe.errors import ConfigurationError, ModalityError
-from unimoe.modeling_unimoe.balance_loss_unimoe import group_balance_losses
 from unimoe.modeling_unimoe.configuration_unimoe_text import MODALITIES
 from unimoe.modeling_unimoe.losses_unimoe import balance_terms, router_z_loss
 from unimoe.modeling_unimoe.modeling_unimoe_text import UniMoeTextModel

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import tiny_llama
 import tiny_parts
 import torch
 from hub_stand_in import running_hub
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from unimoe.conversion.dense.sources import open_source
 
@@ -24,24 +25,22 @@ assert cli.main(["inspect", "sparse"]) == 0
 """
 
 
+def run_python(code: str, hub: Any, folder: Path) -> str:
+    """What a new process says on stderr that knows this Hub."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=hub.environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr
+
+
 def test_a_model_on_the_hub_is_upcycled(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 96}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path / "dense")
+    tiny_llama.llama(num_hidden_layers=2).save_pretrained(tmp_path / "dense")
     with running_hub(tmp_path / "home") as hub:
         files = {path.name: path.read_bytes() for path in (tmp_path / "dense").iterdir()}
         card = b"---\nlicense: mit\n---\n"
         hub.repositories["someone/dense"] = {**files, "README.md": card, "code.py": b"raise SystemExit"}
-        done = subprocess.run(
-            [sys.executable, "-c", CONVERT],
-            env=hub.environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "cannot be had from the Hub" in done.stderr
+        said = run_python(CONVERT, hub, tmp_path)
+    assert "cannot be had from the Hub" in said
     assert not (tmp_path / "absent").exists()
     card_text = (tmp_path / "sparse" / "README.md").read_text()
     assert 'license: "mit"' in card_text
@@ -69,23 +68,13 @@ assert model.config.text_config.num_experts == 4
 
 
 def test_a_result_goes_to_the_hub_with_recipe_receipt_and_licence(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 96}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path / "dense")
+    tiny_llama.llama(num_hidden_layers=2).save_pretrained(tmp_path / "dense")
     card = "---\nlicense: other\nlicense_name: of-the-house\nlicense_link: LICENSE.md\n---\n# Dense\n"
     (tmp_path / "dense" / "README.md").write_text(card)
     (tmp_path / "dense" / "LICENSE.md").write_text("Ask first.\n")
     with running_hub(tmp_path / "home") as hub:
         for code in (PUSH, LOAD):
-            done = subprocess.run(
-                [sys.executable, "-c", code],
-                env=hub.environment,
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-2000:]
+            run_python(code, hub, tmp_path)
         files = hub.repositories["me/sparse"]
     assert set(files) >= {"model.safetensors", "config.json", "receipt.json", "README.md", "LICENSE.md"}
     assert files["LICENSE.md"] == b"Ask first.\n"

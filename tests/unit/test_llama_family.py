@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import tiny_llama
 import torch
+from tiny_llama import DYNAMIC, LINEAR, LLAMA3, LONGROPE, YARN
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,24 +24,8 @@ from unimoe.conversion.upcycling.upcycle import upcycle_model
 from unimoe.errors import ConversionError
 
 SIZES = tiny_llama.SIZES | {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
-# Short factors up to 16 positions, long ones beyond; heads of 8 have four frequencies.
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10_000.0,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [1.0, 2.0, 4.0, 8.0],
-}
+# Phi-3 gives the length of its first training beside the factors.
+PHI3_LONGROPE = {k: v for k, v in LONGROPE.items() if k not in ("factor", "original_max_position_embeddings")}
 PHI3 = {**SIZES, "rms_norm_eps": 1e-5}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
@@ -54,7 +39,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi-3": Phi3Config(**PHI3, sliding_window=None),
     "phi-3 window": Phi3Config(**PHI3, sliding_window=8, tie_word_embeddings=True),
     "phi-3 all heads its own": Phi3Config(**{**PHI3, "num_key_value_heads": 4}),
-    "phi-3 longrope": Phi3Config(**PHI3, original_max_position_embeddings=16, rope_parameters=LONGROPE),
+    "phi-3 longrope": Phi3Config(**PHI3, original_max_position_embeddings=16, rope_parameters=PHI3_LONGROPE),
     "linear rope, own head size": LlamaConfig(**SIZES, rope_parameters=LINEAR, head_dim=16),
     "mistral": MistralConfig(**SIZES, sliding_window=8),
     "mistral without window": MistralConfig(**SIZES, sliding_window=None),

@@ -7,10 +7,9 @@ import pytest
 import tiny
 import torch
 import twins
+from balance import load_balancing_loss
 
 from unimoe import UniMoeTextConfig
-from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
-from unimoe.modeling_unimoe.gate_rows_unimoe import expert_load
 from unimoe.modeling_unimoe.losses_unimoe import router_z_loss
 
 TOKENS = 30
@@ -108,23 +107,6 @@ def test_gradients_push_towards_balance() -> None:
     assert (logits.grad[:, 1:] < 0).all()
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_expert_load_counts_assignments(grouped: bool) -> None:
-    config = text_config(**(tiny.MOIIE_GROUPS if grouped else {}))
-    logits = random_logits(rows=6 if grouped else 4)
-    groups = [t % 2 if grouped else 0 for t in range(TOKENS)]
-    mask = [int(t % 5 > 0) for t in range(TOKENS)]
-    load = expert_load(logits, config, torch.tensor(groups) if grouped else None, torch.tensor(mask))
-    for layer, row in zip(logits, load, strict=True):
-        counts = [0.0] * 4
-        for token in (t for t in range(TOKENS) if mask[t]):
-            group = config.router_groups[groups[token]]
-            scores = layer[token, 3 * groups[token] :][: len(group.experts)].tolist()
-            for best in sorted(range(len(scores)), key=lambda e: -scores[e])[:2]:
-                counts[group.experts[best]] += 1
-        torch.testing.assert_close(row, torch.tensor(counts) / sum(counts))
-
-
 def naive_dynamic_balance(
     logits: torch.Tensor, config: UniMoeTextConfig, mask: list[int], weights: list[float]
 ) -> float:
@@ -193,24 +175,6 @@ def test_null_experts_take_part_in_the_balance(grouped: bool) -> None:
     # Groups come in the order of their names: language first.
     expected = load_balancing_loss(tuple(layer[:, :-2] for layer in logits), counted, token_group)
     torch.testing.assert_close(got, expected)
-    load = expert_load(logits, config, token_group)
-    full = expert_load(tuple(layer[:, :-2] for layer in logits), counted, token_group)[:, :4]
-    torch.testing.assert_close(load, full / full.sum(-1, keepdim=True))
-
-
-def test_expert_load_of_the_dynamic_router() -> None:
-    config = text_config(router_type="dynamic", router_top_p=0.7, num_null_experts=1, num_shared_experts=2)
-    logits = random_logits(rows=7, layers=1)[0]
-    mask = torch.arange(TOKENS) % 5 > 0
-    counts = torch.zeros(4)
-    for token in range(TOKENS):
-        order = logits[token, :5].argsort(descending=True).tolist()
-        reached = logits[token, :5].softmax(-1)[order].cumsum(-1)
-        for position, row in enumerate(order):
-            if mask[token] and row < 4 and (position == 0 or reached[position - 1] < 0.7):
-                counts[row] += 1
-    load = expert_load((logits,), config, attention_mask_T=mask)
-    torch.testing.assert_close(load[0], counts / counts.sum())
 
 
 # --- in the model ----------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 import twins
+from balance import load_balancing_loss
 
-from unimoe.modeling_unimoe.balance_loss_unimoe import load_balancing_loss
 from unimoe.modeling_unimoe.modality_losses_unimoe import divergence_loss, modality_loss
 from unimoe.modeling_unimoe.routing_unimoe import UniMoeRouter
 

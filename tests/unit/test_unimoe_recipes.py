@@ -109,12 +109,7 @@ def test_the_script_explains_itself() -> None:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data and a dense model with all towers, in which start-speech and start-sound are one."""
-    folder = tmp_path_factory.mktemp("unimoe-7b")
-    processor = tiny_training.processor()
-    tiny_training.write_jsonl(folder, per_modality=2)
-    tiny_training.model(processor).save_pretrained(folder / "dense")
-    processor.save_pretrained(folder / "dense")
-    return folder
+    return tiny_training.write_start(tmp_path_factory.mktemp("unimoe-7b"), 2, "dense")
 
 
 def tiny_recipe(name: str, start: Path, out: Path, model: Path) -> Recipe:

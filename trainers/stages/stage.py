@@ -126,11 +126,7 @@ def run_training(
     """
     name = name or stage.name
     folder.mkdir(parents=True, exist_ok=True)
-    apply_balance_terms(model, stage)
-    choose_experts(model, stage.mixer_choice)
-    torch.manual_seed(settings.seed)
-    set_trainable(model, stage.train, trained_names)
-    trained_model = model if stage.lora is None else add_lora(model, stage.lora)
+    trained_model = _made_ready(model, stage, settings.seed, trained_names)
     collator = settings.make_collator(stage)
     collator.fit(dataset)
     checkpoints = folder / CHECKPOINTS_FOLDER
@@ -160,12 +156,26 @@ def run_training(
     report = StageReport(name, stage.kind, planned, log.seconds, count_trainable(trained_model), first, last)
     if settings.telemetry.page and trainer.is_world_process_zero():
         write_stage_page(folder, name, model.config.text_config)
-    model = whole_again(trainer, merge_lora(trained_model))
-    # Gradients and optimizer state of this run must not live as long as the model does.
+    return _at_rest(whole_again(trainer, merge_lora(trained_model))), report
+
+
+def _made_ready(
+    model: UniMoeForCausalLM, stage: StageConfig, seed: int, trained_names: Callable[[str], bool] | None
+) -> Any:
+    """The model, under its adapters if the stage has some, with what the stage trains switched on."""
+    apply_balance_terms(model, stage)
+    choose_experts(model, stage.mixer_choice)
+    torch.manual_seed(seed)
+    set_trainable(model, stage.train, trained_names)
+    return model if stage.lora is None else add_lora(model, stage.lora)
+
+
+def _at_rest(model: UniMoeForCausalLM) -> UniMoeForCausalLM:
+    """Without gradients and optimizer state, which must not live as long as the model does."""
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
     choose_experts(model, "gates")
-    return model.eval(), report
+    return model.eval()
 
 
 class LossLog(TrainerCallback):

@@ -6,9 +6,9 @@ from typing import Literal, Protocol
 
 import torch
 
-from ..checkpoints.bitsandbytes_tensors import refuse_other_quantisation
-from ..checkpoints.checkpoint_reader import Checkpoint, TensorInfo, quantisation_notes
-from ..checkpoints.key_rules import Shape
+from .bitsandbytes_tensors import refuse_other_quantisation
+from .checkpoint_reader import Checkpoint, TensorInfo, quantisation_notes
+from .key_rules import Shape
 
 
 class TensorReader(Protocol):

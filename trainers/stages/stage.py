@@ -160,7 +160,7 @@ def run_training(
     report = StageReport(name, stage.kind, planned, log.seconds, count_trainable(trained_model), first, last)
     if settings.telemetry.page and trainer.is_world_process_zero():
         write_stage_page(folder, name, model.config.text_config)
-    model = whole_again(trainer, merge_lora(trained_model))
+    model = merge_lora(whole_again(trainer, trained_model))
     # Gradients and optimizer state of this run must not live as long as the model does.
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)

@@ -121,7 +121,7 @@ def run(
         trainer.train(resume_from_checkpoint=True if resume else None)
         moments = _moments(trainer, model)
         adapters = {f"adapters/{n}": p.detach().clone() for n, p in model.named_parameters() if ".lora_" in n}
-        model = whole_again(trainer, merge_lora(model))
+        model = merge_lora(whole_again(trainer, model))
         found |= {f"gradients/{name}": gradient for name, gradient in keep.gradients.items()}
         found |= {f"weights/{name}": whole_tensor(p.detach()).clone() for name, p in model.named_parameters()}
         losses = [log["loss"] for log in trainer.state.log_history if "ce_loss" in log]

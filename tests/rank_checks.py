@@ -50,23 +50,39 @@ def media_beside_none(folder: Path) -> None:
 
 
 def bad_samples(folder: Path) -> None:
-    """Each rank alone meets no more bad samples than are allowed, both together do."""
+    """Each rank alone meets no more bad samples than are allowed, both together do: in training, and in evaluation."""
     parallel = Parallel(data=2)
     start(parallel)
     rank = int(os.environ["RANK"])
-    processor = tiny_training.processor()
     samples = tiny_training.samples(folder / f"bad{rank}", SAMPLES)
     pictures = [sample for sample in samples if sample["modality"] == "image"]
     for index in range(BAD):
         (folder / f"bad{rank}" / f"{index}.png").write_bytes(b"no picture")
+    dataset = ConversationDataset.from_samples(pictures, media_root=folder / f"bad{rank}")
     model = load_spread(folder / "top_k", parallel)
     set_trainable(model, ["connectors"])
-    trainer = UniMoeTrainer(
+    found = {}
+    for where in ("train", "evaluate"):
+        trainer = _trainer(folder / where, model, dataset, parallel)
+        trainer.bad_samples = BadSamples(folder / where, SAMPLES, ALLOWED)
+        said = ""
+        try:
+            trainer.train() if where == "train" else trainer.evaluate(dataset)
+        except DataError as error:
+            said = str(error)
+        found[where] = {"step": trainer.state.global_step, "said": said, "own": trainer.data_collator.bad}
+    _tell(folder, "bad", found)
+
+
+def _trainer(out: Path, model: torch.nn.Module, dataset: ConversationDataset, parallel: Parallel) -> UniMoeTrainer:
+    processor = tiny_training.processor()
+    return UniMoeTrainer(
         model,
         TrainingArguments(
-            output_dir=str(folder / "run"),
+            output_dir=str(out),
             max_steps=SAMPLES // 2,
             per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -75,17 +91,10 @@ def bad_samples(folder: Path) -> None:
             dataloader_pin_memory=False,
             **parallel.training_arguments(),
         ),
-        train_dataset=ConversationDataset.from_samples(pictures, media_root=folder / f"bad{rank}"),
-        data_collator=(collator := _Recording(TolerantCollator(RawCollator(processor)))),
+        train_dataset=dataset,
+        data_collator=_Recording(TolerantCollator(RawCollator(processor))),
         processing_class=processor,
     )
-    trainer.bad_samples = BadSamples(folder, SAMPLES, ALLOWED)
-    said = ""
-    try:
-        trainer.train()
-    except DataError as error:
-        said = str(error)
-    _tell(folder, "bad", {"step": trainer.state.global_step, "said": said, "own": collator.bad})
 
 
 class _Recording:

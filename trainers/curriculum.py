@@ -303,7 +303,8 @@ class _Curriculum:
         trained = trained_by(expert.name, owners, layers)
         own_data = dataset.select(expert.modalities)
         stage = _stage_of_expert(stage, expert, own_data, roles_of(self.model, trained))
-        saved = {name: p.detach().clone() for name, p in self.model.named_parameters() if trained(name)}
+        reloads = self.recipe.parallel.uses_deepspeed  # which does not let go of the model
+        saved = {n: p.detach().clone() for n, p in self.model.named_parameters() if trained(n) and not reloads}
         name = f"{stage.name}/{expert.name}"
         self.model, report = run_training(
             self.model, own_data, stage, folder, self.settings, name=name, trained_names=trained
@@ -311,9 +312,13 @@ class _Curriculum:
         collator = self.collator(stage)
         sampler = ModalityBatchSampler(own_data.groups, stage.batch_size, seed=self.recipe.seed)
         batches = (collator([own_data[draw.index] for draw in draws]) for draws in sampler)
-        save_router_means(self.model, batches, layers, folder)
+        if is_first() or not reloads:  # ZeRO-3 leaves a model to the first rank only
+            save_router_means(self.model, batches, layers, folder)
         save_expert(self.model, folder, trained)
         wait_for_all()
+        if reloads:
+            self.model = None
+            self._enter(self.model_folder)
         with torch.no_grad():
             for parameter_name, parameter in self.model.named_parameters():
                 if parameter_name in saved:

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import DataError, RecipeError
 from ..roles import role_of
 from .data.bad_samples import BadSamples
 from .data.batching import Batching, BatchSampler, make_sampler
 from .data.data_sets import TrainingData
+from .parallel.deepspeed_models import gather_adapted_experts
 from .parallel.ranks import of_all, sum_of_all
 from .parallel.spread_lora import sum_adapter_gradients
 from .saving.sharded_checkpoints import ShardedCheckpoints
@@ -25,6 +27,7 @@ from .steps.step_balance import StepBalance
 from .telemetry.telemetry import Telemetry
 
 _NOT_FOR_THE_MODEL = ("labels", "logits_to_keep", "sample_ids", "group", "bad_samples")
+BadAndReadable = tuple[Sequence[tuple[str, str]], int]
 
 
 class UniMoeTrainer(ShardedCheckpoints):
@@ -75,6 +78,8 @@ class UniMoeTrainer(ShardedCheckpoints):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.is_deepspeed_enabled and not self._is_plain:
+            gather_adapted_experts(self.model)
         self.learning_rates = dict(learning_rates or {})
         self.label_smoothing = label_smoothing
         self.modality_weights = dict(modality_weights or {})
@@ -87,6 +92,7 @@ class UniMoeTrainer(ShardedCheckpoints):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.bad_samples: BadSamples | None = None
+        self._met_in_evaluation: list[BadAndReadable] = []
         self.losses = LossMeter()
         self.add_callback(RouterBiasUpdate(self))
         self.telemetry = Telemetry(self)
@@ -134,7 +140,7 @@ class UniMoeTrainer(ShardedCheckpoints):
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
         """The batches of an optimizer step; what the balance losses need to know of all of them is found here."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._note_bad_of_step(batches)
+        self._note_bad_of_all_ranks([_bad_and_readable(batch) for batch in batches])
         self._restore_random_numbers_once()
         self.model.train()
         prepared = (_model_inputs(self._prepare_inputs(batch)) for batch in batches)
@@ -153,7 +159,7 @@ class UniMoeTrainer(ShardedCheckpoints):
         raw, labels, inputs = inputs, inputs["labels"], _model_inputs(inputs)
         group = raw.get("group", "")
         if not model.training:
-            self._note_bad(*_bad_and_readable(raw))
+            self._met_in_evaluation.append(_bad_and_readable(raw))
         base, config = self.base, self.base.config.text_config
         keep = raw.get("logits_to_keep") or columns_to_keep(labels)
         outputs = model(
@@ -183,9 +189,16 @@ class UniMoeTrainer(ShardedCheckpoints):
             self.finite_guard.add(raw, inputs, loss)
         return (loss, outputs) if return_outputs else loss
 
-    def _note_bad_of_step(self, batches: Sequence[dict[str, Any]]) -> None:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As usual; bad samples are counted at the end, over all ranks, which may have met unlike numbers of batches."""
+        self._met_in_evaluation = []
+        output = super().evaluation_loop(*args, **kwargs)
+        met, self._met_in_evaluation = self._met_in_evaluation, []
+        self._note_bad_of_all_ranks(met)
+        return output
+
+    def _note_bad_of_all_ranks(self, found: list[BadAndReadable]) -> None:
         """Count the samples of all ranks, so that all stop together when too many are bad."""
-        found = [_bad_and_readable(batch) for batch in batches]
         if self.args.process_index % self.get_tp_size():
             found = []  # the first tensor rank has the same batches
         bad = [pair for pairs, _ in found for pair in pairs]
@@ -297,7 +310,7 @@ def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
 
 
-def _bad_and_readable(batch: dict[str, Any]) -> tuple[Sequence[tuple[str, str]], int]:
+def _bad_and_readable(batch: dict[str, Any]) -> BadAndReadable:
     """A batch's unreadable samples, (id, reason) each, and the number of the others."""
     return batch.get("bad_samples", ()), len(batch.get("sample_ids", ()))
 

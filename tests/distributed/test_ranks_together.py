@@ -40,11 +40,12 @@ def test_a_rank_with_media_does_not_wait_for_one_without(folder: Path) -> None:
     assert not any(value for name, value in first.items() if "speech_connector" in name)
 
 
-def test_bad_samples_of_all_ranks_count(folder: Path) -> None:
-    first, second = told(folder, "bad")
+@pytest.mark.parametrize("where", ["train", "evaluate"])
+def test_bad_samples_of_all_ranks_count(folder: Path, where: str) -> None:
+    first, second = (rank[where] for rank in told(folder, "bad"))
     allowed = rank_checks.ALLOWED * rank_checks.SAMPLES
     assert max(first["own"], second["own"]) <= allowed < first["own"] + second["own"]
     assert f"{rank_checks.BAD} of {rank_checks.SAMPLES} samples cannot be read" in first["said"]
     assert (first["said"], first["step"]) == (second["said"], second["step"])
-    listed = [json.loads(line)["id"] for line in (folder / FILE).read_text(encoding="utf-8").splitlines()]
+    listed = [json.loads(line)["id"] for line in (folder / where / FILE).read_text(encoding="utf-8").splitlines()]
     assert sorted(listed) == [f"image-{index}" for index in range(rank_checks.BAD)]

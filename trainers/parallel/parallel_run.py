@@ -16,8 +16,8 @@ from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ...modeling_unimoe.modeling_unimoe_text import UniMoeExperts, UniMoeSparseBlock
 from ..saving.sharded_checkpoints import load_weights
 from ..saving.sharded_tensors import is_sharded
+from .deepspeed_models import forget_deepspeed, model_after
 from .heartbeat import heartbeat
-from .ranks import is_first
 from .settings import Parallel, start
 
 
@@ -44,7 +44,7 @@ def load_spread(folder: str | Path, parallel: Parallel) -> UniMoeForCausalLM:
     parallel = parallel.for_model(config)
     parallel.require_fits(config)
     if parallel.uses_deepspeed:
-        _forget_deepspeed()
+        forget_deepspeed()
     spread = parallel.distributed_config()
     if _leaves_ranks_empty(config, parallel):
         model = _load_part_by_part(Path(folder), config, spread)
@@ -90,28 +90,9 @@ def set_sharding(model: nn.Module, parallel: Parallel) -> None:
                 module.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
 
 
-def whole_again(trainer: Any, model: UniMoeForCausalLM) -> UniMoeForCausalLM:
-    """The model after training: ZeRO-3 leaves it without weights, which the first rank gets back here."""
-    engine = getattr(trainer, "deepspeed", None)
-    if engine is None or engine.zero_optimization_stage() < 3:
-        return model
-    weights = trainer.accelerator.get_state_dict(engine)
-    if not is_first():
-        return model
-    _forget_deepspeed()  # a model that is made while it counts waits for other ranks
-    whole = UniMoeForCausalLM(model.config)
-    whole.load_state_dict(weights)
-    whole.generation_config = model.generation_config
-    return whole
-
-
-def _forget_deepspeed() -> None:
-    """DeepSpeed's configuration of the stage before would split the weights of whatever model is made or loaded next,
-    where not every rank does so alike.
-    """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
+def whole_again(trainer: Any, model: Any) -> Any:
+    """The model after training, with its adapters; under ZeRO-3 only the first rank has weights."""
+    return model if getattr(trainer, "deepspeed", None) is None else model_after(trainer, model)
 
 
 class RequireEngine(TrainerCallback):

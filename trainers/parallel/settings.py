@@ -153,13 +153,6 @@ def check_stage(parallel: Parallel, stage: Any, where: str) -> None:
             f"{where}.time_limit_seconds is {stage.time_limit_seconds}, but the speed is measured on one process only: "
             "leave it out, and set steps."
         )
-    if stage.lora is not None and parallel.uses_deepspeed:
-        raise RecipeError(f"{where} has LoRA, which DeepSpeed does not train here: set parallel.engine to 'fsdp'.")
-    if stage.kind == "experts" and parallel.uses_deepspeed:
-        raise RecipeError(
-            f"{where} trains one expert after the other in the same model, which DeepSpeed does not let go: set "
-            "parallel.engine to 'fsdp' (zero 2 or 3), or parallel.zero to 0."
-        )
 
 
 def deepspeed_settings(zero: int) -> dict[str, Any]:

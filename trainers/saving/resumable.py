@@ -126,7 +126,7 @@ class ResumableTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         # PEFT saves its adapters only; routers and connectors trained beside them would be lost.
-        trained = {} if self._is_plain else _whole_trained_tensors(self.model)
+        trained = {} if self._is_plain else _whole_trained_tensors(self.model, state_dict)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -275,6 +275,11 @@ def _trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad} | choice_biases(model)
 
 
-def _whole_trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """On CPUs; ranks that hold parts of them must all call it."""
-    return {name: whole_tensor(p.detach()).cpu().contiguous() for name, p in _trained_tensors(model).items()}
+def _whole_trained_tensors(model: nn.Module, gathered: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """On CPUs; ranks that hold parts of them must all call it.
+
+    Args:
+        gathered: what an engine that leaves none in the model has put together, by the same names.
+    """
+    tensors = {name: p if gathered is None else gathered[name] for name, p in _trained_tensors(model).items()}
+    return {name: whole_tensor(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}

@@ -156,7 +156,7 @@ def run_training(
     report = StageReport(name, stage.kind, planned, log.seconds, count_trainable(trained_model), first, last)
     if settings.telemetry.page and trainer.is_world_process_zero():
         write_stage_page(folder, name, model.config.text_config)
-    return _at_rest(whole_again(trainer, merge_lora(trained_model))), report
+    return _at_rest(merge_lora(whole_again(trainer, trained_model))), report
 
 
 def _made_ready(

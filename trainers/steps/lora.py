@@ -27,7 +27,7 @@ def add_lora(model: UniMoeForCausalLM, settings: LoraSettings) -> Any:
     Returns:
         A `peft.PeftModel` around the model. `merge_lora` gives the plain model back.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     settings.check("lora")
     linear = [pattern for role, pattern in _LINEAR_TARGETS.items() if role in settings.targets]
@@ -45,10 +45,8 @@ def add_lora(model: UniMoeForCausalLM, settings: LoraSettings) -> Any:
     for name, parameter in model.named_parameters():
         if role_of(name) in settings.targets:
             parameter.requires_grad_(False)
-    with warnings.catch_warnings(), whole_adapters(model):
-        # PEFT asks a property that transformers has renamed.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        adapted = get_peft_model(model, config)
+    with whole_adapters(model):
+        adapted = put_adapters(model, config)
     for name, parameter in adapted.named_parameters():
         if name.removeprefix("base_model.model.") in fully_trained:
             parameter.requires_grad_(True)
@@ -56,6 +54,16 @@ def add_lora(model: UniMoeForCausalLM, settings: LoraSettings) -> Any:
     if any(map(is_sharded, model.parameters())):
         spread_adapters(adapted)
     return adapted
+
+
+def put_adapters(model: UniMoeForCausalLM, config: Any) -> Any:
+    """A `peft.PeftModel` around a model, with new adapters as a `peft.LoraConfig` says."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # PEFT asks a property that transformers has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _require_targets(model: UniMoeForCausalLM, settings: LoraSettings) -> None:

@@ -2,5 +2,5 @@
 
 `settings` (the `parallel` section of a recipe; start here), `parallel_run` (ranks join, load the model, give it back), `ranks`
 (what one does for all), `heartbeat` (when one dies, the others stop), `tensor_ranks` (who shares a batch),
-`spread_lora` (whole adapters beside weights that are cut).
+`spread_lora` (whole adapters beside weights that are cut), `deepspeed_models` (what DeepSpeed gets, and leaves).
 """

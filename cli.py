@@ -71,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors outside the UniMoeError family are bugs and keep their traceback, as every error does with --debug.
     """
     args = build_parser().parse_args(argv)
-    # Wherever torchao is installed transformers imports it, and it tells everybody which kernels it has no use for.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _hush_imports()
     try:
         with _cleanup_when_stopped():
             return args.run(args) or 0
@@ -90,6 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`unimoe ... | head`); Python's flush at exit must not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _hush_imports() -> None:
+    """What libraries say of kernels that they lack, when others import them and nobody has asked for them."""
+    # Wherever torchao is installed transformers imports it.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # And peft imports bitsandbytes, whose other warnings stay.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "kernels-community" not in str(record.msg)
+    )
 
 
 @contextmanager

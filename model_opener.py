@@ -7,10 +7,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from .conversion.checkpoints.checkpoint_reader import Checkpoint, read_json
-from .conversion.dense.sources import read_our_config, resolve_folder
+from .conversion.checkpoints.checkpoint_reader import Checkpoint
+from .conversion.dense.sources import read_our_config
 from .errors import CheckpointError, ConfigurationError, UniMoeError
 from .hub_access import MODEL_FILES
+from .model_folder import read_json, resolve_folder
 from .modeling_unimoe.configuration_unimoe import UniMoeConfig
 from .progress_bars import transformers_bars
 from .quantization import quantization_config

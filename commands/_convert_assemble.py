@@ -3,6 +3,8 @@
 import argparse
 
 from ..errors import ConversionError
+from ..model_folder import require_model
+from ._argument_types import seed
 from ._convert_options import (
     add_dtype,
     add_out,
@@ -11,7 +13,6 @@ from ._convert_options import (
     chosen_dtype,
     chosen_routing,
     parse_layers,
-    seed,
 )
 
 _EPILOG = """\
@@ -64,10 +65,11 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, assemble, print the receipt."""
+    experts = [parse_expert(text) for text in args.expert]
+    require_model(args.base, others=True)
     from ..conversion.dense.sources import open_source
     from ..conversion.upcycling.assemble import plan_assembly, run_assembly
 
-    experts = [parse_expert(text) for text in args.expert]
     base = open_source(args.base)
     plan = plan_assembly(
         base,

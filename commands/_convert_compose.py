@@ -5,7 +5,9 @@ import dataclasses
 from pathlib import Path
 
 from ..errors import ConversionError
-from ._convert_options import add_dtype, add_out, chosen_dtype, seed
+from ..model_folder import require_model
+from ._argument_types import seed
+from ._convert_options import add_dtype, add_out, chosen_dtype
 
 _EPILOG = """\
 examples:
@@ -86,12 +88,14 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, compose, print the receipt."""
-    from ..conversion.composing.compose import ComposeOptions, Ingredients, plan_composition, run_composition
-    from ..conversion.publishing.hub import push_folder
-
     for name in ("speech_tokens", "sound_tokens", "projector_depth", "video_frames", "image_grid", "image_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConversionError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1.")
+    for name in filter(None, (args.language_model, args.vision_tower, args.speech_tower)):
+        require_model(name, others=True)
+    from ..conversion.composing.compose import ComposeOptions, Ingredients, plan_composition, run_composition
+    from ..conversion.publishing.hub import push_folder
+
     ingredients = Ingredients(
         language_model=args.language_model,
         vision_tower=args.vision_tower,

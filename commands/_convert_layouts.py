@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..model_folder import require_ours
 from ._convert_options import add_out
 
 _EPILOG = """\
@@ -36,6 +37,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, write, print what was written."""
+    require_ours(args.model)
     from ..conversion.checkpoints.layouts import plan_layout, run_layout
 
     plan = plan_layout(args.model, args.to or "per-expert", args.ep)

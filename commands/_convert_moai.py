@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..model_folder import require_model, require_ours
 from ._convert_options import add_dtype, add_out, chosen_dtype
 from ._convert_released import carry_out, report_export
 
@@ -42,6 +43,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
+    require_model(args.checkpoint, others=True)
     from ..conversion.released.import_moai import plan_moai
     from ..conversion.released.import_plan import write_import
 
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Export and print what was written."""
+    require_ours(args.model)
     from ..conversion.released.export_moai import export_moai
 
     return report_export(args, export_moai(args.model, args.out))

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..model_folder import require_model, require_ours
 from ._convert_options import add_dtype, add_out, chosen_dtype
 from ._convert_released import carry_out, report_export
 
@@ -70,6 +71,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
+    require_model(args.checkpoint, others=True)
     from ..conversion.released.import_moiie import plan_moiie
     from ..conversion.released.import_plan import write_import
 
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Export and print what was written."""
+    require_ours(args.model)
     from ..conversion.released.export_moiie import export_moiie
 
     return report_export(args, export_moiie(args.model, args.out, backbone=args.backbone))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConversionError
+from ..model_folder import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -29,13 +30,6 @@ def add_sparsity(parser: argparse.ArgumentParser) -> None:
 def add_dtype(parser: argparse.ArgumentParser, source: str) -> None:
     """Add `--dtype`; `source` is the option or argument whose dtype is the default."""
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help=f"store weights so (default: as in {source})")
-
-
-def seed(text: str) -> int:
-    """The type of `--seed`: what every random generator takes."""
-    if not text.isdecimal() or int(text) >= 1 << 32:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 0 to {(1 << 32) - 1}")
-    return int(text)
 
 
 def chosen_dtype(args: argparse.Namespace) -> "torch.dtype | None":
@@ -70,8 +64,6 @@ def chosen_routing(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_fields(option: str, text: str) -> dict[str, Any]:
     """The JSON object that an option gives, itself or in a file. Raises ConversionError when it is none."""
-    from ..conversion.checkpoints.checkpoint_reader import read_json
-
     if not text.lstrip().startswith("{"):
         if not Path(text).is_file():
             raise ConversionError(

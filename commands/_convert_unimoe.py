@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..model_folder import require_ours
 from ._convert_options import add_dtype, add_out, chosen_dtype, read_fields
 from ._convert_released import carry_out, report_export
 
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Export and print what was written."""
+    require_ours(args.model)
     from ..conversion.released.export_unimoe import export_unimoe
 
     return report_export(args, export_unimoe(args.model, args.out, tokenizer=args.tokenizer))

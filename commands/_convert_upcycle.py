@@ -2,6 +2,8 @@
 
 import argparse
 
+from ..model_folder import require_model
+from ._argument_types import seed
 from ._convert_options import (
     add_dtype,
     add_out,
@@ -10,7 +12,6 @@ from ._convert_options import (
     chosen_dtype,
     chosen_routing,
     parse_layers,
-    seed,
 )
 
 _EPILOG = """\
@@ -113,6 +114,7 @@ def _add_initialisation(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, convert, print the receipt."""
+    require_model(args.source, others=True)
     from ..conversion.dense.sources import open_source
     from ..conversion.publishing.hub import push_folder
     from ..conversion.upcycling.group_options import parse_groups

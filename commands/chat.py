@@ -6,20 +6,24 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UniMoeError
-from ._argument_types import add_quantize
+from ..model_folder import require_model
+from ._argument_types import add_quantize, seed
+from ._beforehand import opening
 from ._perception_options import add_perception_options, models_for_answers
 from .inspect import router_load_lines
 
 if TYPE_CHECKING:
-    from ..serving.answering import Reply
+    from ..serving.answering import Answerer, Reply
     from ..serving.media_needs import Needs
+
+# Of a pipe: some lines could not be answered, or done.
+EXIT_LINES = 1
 
 _COMMANDS = """\
   /image FILE, /audio FILE, /video FILE   attach to the next message (again for several); a video's sound track is heard
@@ -41,7 +45,7 @@ examples:
   unimoe chat quickstart-out/model --image cat.png --once "What is in the picture?"
   unimoe chat quickstart-out/model --audio word.ogg --once "What word is spoken?" --json
   unimoe chat moai --image sign.png --text rapidocr --once "What does the sign say?"    (a model with mixers)
-  echo "Hello!" | unimoe chat quickstart-out/model
+  echo "Hello!" | unimoe chat quickstart-out/model     (lines that fail are reported; exit code 1 if there were any)
 """
 # What can be attached, by the name of its option and command, as items of a message's content.
 _MEDIA: dict[str, dict[str, Any]] = {
@@ -91,7 +95,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest word (default); 1: sample"
     )
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest words that make up P")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the sampling (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add_quantize(parser)
     looks = add_perception_options(
@@ -103,35 +107,42 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Answer one message, the lines of a pipe, or a person."""
     options = generation_options(args)
+    attached = [(kind, existing_file(file)) for kind in _MEDIA for file in getattr(args, kind.replace("-", "_"))]
+    if args.once is None and sys.stdin is None:
+        raise UniMoeError("There is no standard input to read messages from: give one with --once TEXT.")
+    require_model(args.model)
     _accept_any_bytes()
-    from transformers import set_seed
+    with opening(args.model):
+        answerer = _open(args, options)
+    conversation = Conversation(
+        answerer, None if args.system is None else _plain_text(args.system), args.json, answerer.needs
+    )
+    for kind, file in attached:
+        conversation.attach(kind, file)
+    if args.once is not None:
+        conversation.say(_plain_text(args.once))
+    elif sys.stdin.isatty():
+        talk(conversation)
+    else:
+        return read_lines(conversation, sys.stdin)
+    return 0
+
+
+def _open(args: argparse.Namespace, options: dict[str, Any]) -> "Answerer":
+    import torch
 
     from ..serving.answering import load_answerer
     from ..serving.freed_memory import give_back_freed_memory
     from ..serving.sight import let_perceive
 
-    set_seed(args.seed)
-    system = None if args.system is None else _plain_text(args.system)
+    perception = models_for_answers(args)
+    torch.manual_seed(args.seed)
     give_back_freed_memory()
     answerer = load_answerer(args.model, args.device, options, args.quantize)
-    note = let_perceive(args.model, answerer.model, answerer.processor, models_for_answers(args), args.no_perception)
+    note = let_perceive(args.model, answerer.model, answerer.processor, perception, args.no_perception)
     if note is not None:
         print(f"unimoe: {note}", file=sys.stderr)
-    conversation = Conversation(answerer, system, args.json, answerer.needs)
-    for kind in _MEDIA:
-        for file in getattr(args, kind.replace("-", "_")):
-            conversation.attach(kind, file)
-    if args.once is not None:
-        conversation.say(_plain_text(args.once))
-    elif sys.stdin is None:
-        raise UniMoeError("There is no standard input to read messages from: give one with --once TEXT.")
-    elif sys.stdin.isatty():
-        talk(conversation)
-    else:
-        for line in sys.stdin:
-            if not handle_line(conversation, line.strip()):
-                break
-    return 0
+    return answerer
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -166,7 +177,6 @@ class Conversation:
     ) -> None:
         self._answer, self._as_json, self._plan = answer, as_json, plan
         self._start = [] if system is None else [_message("system", [], system)]
-        self.last: Reply | None = None
         self.reset()
 
     def attach(self, kind: str, file: str) -> None:
@@ -176,11 +186,17 @@ class Conversation:
     def reset(self) -> None:
         self.messages: list[dict[str, Any]] = list(self._start)
         self.waiting: list[dict[str, Any]] = []
+        self._dropped: list[dict[str, Any]] = []
+        self.last: Reply | None = None
 
     def say(self, text: str) -> None:
-        """Print the answer to a message as it comes. After an error or Ctrl-C the message counts as not said."""
+        """Print the answer to a message as it comes.
+
+        After an error or Ctrl-C the message counts as not said, and what was attached to it is dropped.
+        """
         question = _message("user", self.waiting, text)
         media, self.waiting = self.waiting, []
+        self._dropped = media
         self._announce([*self.messages, question])
         reply = self._answer([*self.messages, question], _keep_silent if self._as_json else _show)
         if self._as_json:
@@ -190,7 +206,13 @@ class Conversation:
             print("(empty answer)", end="")
         print(flush=True)
         self.messages += [question, _message("assistant", [], reply.text.strip())]
-        self.last = reply
+        self.last, self._dropped = reply, []
+
+    def attachments(self) -> list[str]:
+        """For a person after a mistake: what was dropped with the message, which is said once, and what still waits."""
+        dropped, self._dropped = self._dropped, []
+        lines = [f"Dropped with the message: {_paths(dropped)}. Attach again what is still wanted."] if dropped else []
+        return lines + ([f"Attached to the next message: {_paths(self.waiting)}."] if self.waiting else [])
 
     def _announce(self, messages: list[dict[str, Any]]) -> None:
         """On the standard error, so that answers stay alone on the standard output."""
@@ -202,7 +224,9 @@ class Conversation:
     def experts(self) -> str:
         """Which experts the last answer used."""
         if self.last is None:
-            raise UniMoeError("There is no answer yet whose experts could be shown: say something first.")
+            raise UniMoeError(
+                "There is no answer in this conversation whose experts could be shown: say something first."
+            )
         if self.last.load is None:
             return "This model is dense: it has no experts."
         return "\n".join(router_load_lines(self.last.load))
@@ -223,9 +247,23 @@ def talk(conversation: Conversation) -> None:
         try:
             going_on = handle_line(conversation, line)
         except UniMoeError as error:
-            print(f"unimoe: {error}", file=sys.stderr)
+            _report(f"unimoe: {error}", *conversation.attachments())
         except KeyboardInterrupt:
             print("\n(stopped)")
+            _report(*conversation.attachments())
+
+
+def read_lines(conversation: Conversation, lines: Iterable[str]) -> int:
+    """The lines of a pipe, as `talk` takes a person's: a mistake is reported with its line. Returns the exit code."""
+    code = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            if not handle_line(conversation, line.strip()):
+                break
+        except UniMoeError as error:
+            code = EXIT_LINES
+            _report(f"unimoe: line {number}: {error}", *conversation.attachments())
+    return code
 
 
 def handle_line(conversation: Conversation, line: str) -> bool:
@@ -247,10 +285,7 @@ def handle_line(conversation: Conversation, line: str) -> bool:
         if not argument.strip():
             raise UniMoeError(f"{command} needs a file: {command} FILE.")
         # In quotes, as terminals write the name of a file that is dropped into them.
-        file = Path(os.path.expanduser(argument.strip().strip("'\"")))
-        if not file.is_file():
-            raise UniMoeError(f"There is no file {str(file)!r}; what is attached already stays.")
-        conversation.attach(command.removeprefix("/"), str(file))
+        conversation.attach(command.removeprefix("/"), existing_file(argument.strip().strip("'\"")))
     elif command.startswith("/"):
         raise UniMoeError(
             f"{command} is no command; there are {', '.join(f'/{kind}' for kind in _MEDIA)}, /experts, /reset, /help "
@@ -259,6 +294,23 @@ def handle_line(conversation: Conversation, line: str) -> bool:
     elif line:
         conversation.say(line)
     return True
+
+
+def existing_file(name: str) -> str:
+    """The file's path, with the home folder in place of ~. Raises UniMoeError where there is none."""
+    file = os.path.expanduser(name)
+    if not os.path.isfile(file):
+        raise UniMoeError(f"There is no file {file!r}.")
+    return file
+
+
+def _report(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _paths(items: list[dict[str, Any]]) -> str:
+    return ", ".join(item["path"] for item in items)
 
 
 def _accept_any_bytes() -> None:

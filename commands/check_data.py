@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ._argument_types import positive
+from ._beforehand import require_file
 
 if TYPE_CHECKING:
     from ..trainers.data.check_data import DataReport, Finding
@@ -41,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check a file and print what was found; returns the exit code."""
+    require_file("The data file", args.file)
     from ..trainers.data.check_data import check_data
 
     report = check_data(args.file, args.media_root, args.limit, keep_cases=args.all)

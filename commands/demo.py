@@ -6,10 +6,16 @@ import ipaddress
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UniMoeError
-from ._argument_types import positive
+from ..model_folder import require_model
+from ._argument_types import add_address, add_quantize, positive
+from ._beforehand import opening, require_address, require_extra
 from .chat import generation_options
+
+if TYPE_CHECKING:
+    from ..demo.server import DemoServer
 
 PASSWORD_VARIABLE = "UNIMOE_DEMO_PASSWORD"
 _EPILOG = f"""\
@@ -33,10 +39,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a unimoe model")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    add_address(parser, 7860)
     parser.add_argument("--root-path", default="", metavar="PATH", help="where a proxy offers the page, e.g. /demo")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    add_quantize(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest word (default); 1: sample"
@@ -57,30 +63,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Load the model, say where it is, serve until stopped."""
     options = generation_options(args)
-    if not 1 <= args.port <= 65535:
-        raise UniMoeError(f"--port is {args.port}; it must be from 1 to 65535.")
     if args.root_path and (not args.root_path.startswith("/") or args.root_path.endswith("/")):
         raise UniMoeError(f"--root-path is {args.root_path!r}; it must begin with / and not end with one, like /demo.")
+    require_extra("demo", "gradio")
+    require_address(args.host, args.port)
     password = given_password(args)
-    from ..demo.server import DemoServer
-    from ..demo.settings import DemoSettings
-    from ..serving.freed_memory import give_back_freed_memory
-
-    give_back_freed_memory()
-    server = DemoServer(
-        DemoSettings(
-            args.model,
-            args.host,
-            args.port,
-            args.root_path,
-            args.device,
-            options,
-            args.max_users,
-            args.max_upload_mb << 20,
-            args.max_media_seconds,
-            password,
-        )
-    )
+    require_model(args.model)
+    with opening(args.model):
+        server = _open(args, options, password)
     if server.note is not None:
         print(f"unimoe: {server.note}", file=sys.stderr)
     if password is None and not _is_loopback(args.host):
@@ -94,6 +84,29 @@ def run(args: argparse.Namespace) -> int:
     finally:
         server.close()
     return 0
+
+
+def _open(args: argparse.Namespace, options: dict[str, Any], password: str | None) -> "DemoServer":
+    from ..demo.server import DemoServer
+    from ..demo.settings import DemoSettings
+    from ..serving.freed_memory import give_back_freed_memory
+
+    give_back_freed_memory()
+    return DemoServer(
+        DemoSettings(
+            args.model,
+            args.host,
+            args.port,
+            args.root_path,
+            args.device,
+            options,
+            args.max_users,
+            args.max_upload_mb << 20,
+            args.max_media_seconds,
+            password,
+            args.quantize,
+        )
+    )
 
 
 def given_password(args: argparse.Namespace) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UniMoeError
+from ..model_folder import require_model
 from ._argument_types import add_quantize
 
 if TYPE_CHECKING:
@@ -86,13 +87,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from ..evaluation.reporting.report import write_report
-    from ..evaluation.results import score_run
-    from ..evaluation.running import runner
     from ..evaluation.tasks.catalogue import find_tasks
 
     batch_size = _check(args)
     tasks = find_tasks(filter(None, args.tasks.split(",")))
+    if not args.plan:
+        require_model(args.model, others=True)
+    from ..evaluation.reporting.report import write_report
+    from ..evaluation.results import score_run
+    from ..evaluation.running import runner
+
     data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
     options = runner.Options(
         args.model, args.prompts, args.limit, args.max_new_tokens, args.likeliest_letter, args.quantize

@@ -5,6 +5,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..errors import DataError
+from ..model_folder import require_model
 from ._argument_types import add_quantize, positive
 
 if TYPE_CHECKING:
@@ -54,7 +56,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the description of a model, or look inside it while it works."""
-    if args.data or args.compare or args.out:
+    looks_inside = args.data or args.compare or args.out
+    if looks_inside and (not args.out or not (args.data or args.compare)):
+        raise DataError("--data and --compare need --out, a folder for the page, and --out needs one of them.")
+    for name in filter(None, (args.model, args.compare)):
+        require_model(name)
+    if looks_inside:
         return _look_inside(args)
     from ..conversion.checkpoints.description import describe_model
 
@@ -64,11 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _look_inside(args: argparse.Namespace) -> int:
-    from ..errors import DataError
     from ..inspection.look_inside import Request, look_inside
 
-    if not args.out or not (args.data or args.compare):
-        raise DataError("--data and --compare need --out, a folder for the page, and --out needs one of them.")
     request = Request(
         args.model,
         args.data or [],

@@ -2,9 +2,16 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from ._argument_types import add_quantize
+from ..errors import UniMoeError
+from ..model_folder import require_model
+from ._argument_types import add_address, add_quantize, positive
+from ._beforehand import opening, require_address, require_extra
 from ._perception_options import add_perception_options, models_for_answers
+
+if TYPE_CHECKING:
+    from ..serving.server import ModelServer
 
 _EPILOG = """\
 examples:
@@ -32,8 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id; also its name for clients")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    add_address(parser, 8000)
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ... (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: that of the weights)")
     add_quantize(parser)
@@ -56,7 +62,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="fetch media from https://HOST/... for clients (again for several; default: from nowhere)",
     )
     parser.add_argument(
-        "--max-request-mb", type=int, default=64, metavar="N", help="longest request, media included (default: 64)"
+        "--max-request-mb",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="longest request, media included (default: 64)",
     )
     looks = add_perception_options(
         parser, "what looks at images for a model with mixers (default: what its folder names)"
@@ -66,19 +76,27 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Load the model, say where it is, serve until stopped."""
-    from ..conversion.dense.sources import resolve_folder
-    from ..errors import UniMoeError
+    if args.cache_tokens is not None and not args.continuous_batching:
+        raise UniMoeError("--cache-tokens goes with --continuous-batching.")
+    require_extra("serve", "fastapi", "uvicorn", "openai", "pydantic")
+    require_address(args.host, args.port)
+    require_model(args.model)
+    with opening(args.model):
+        server = _open(args)
+    if server.note is not None:
+        print(f"unimoe: {server.note}", file=sys.stderr)
+    print(f"{args.model} at http://{args.host}:{args.port}/v1 (Ctrl-C stops)", flush=True)
+    server.run()
+    return 0
+
+
+def _open(args: argparse.Namespace) -> "ModelServer":
     from ..hub_access import MODEL_FILES
+    from ..model_folder import resolve_folder
     from ..model_opener import check_folder, require_unquantised
     from ..serving.freed_memory import give_back_freed_memory
     from ..serving.server import ModelServer, ServerSettings
 
-    if not 1 <= args.port <= 65535:
-        raise UniMoeError(f"--port is {args.port}; it must be from 1 to 65535.")
-    if args.max_request_mb < 1:
-        raise UniMoeError(f"--max-request-mb is {args.max_request_mb}; it must be at least 1.")
-    if args.cache_tokens is not None and not args.continuous_batching:
-        raise UniMoeError("--cache-tokens goes with --continuous-batching.")
     folder = resolve_folder(args.model, MODEL_FILES)
     check_folder(folder)
     if args.quantize is not None:
@@ -98,9 +116,4 @@ def run(args: argparse.Namespace) -> int:
         media_hosts=frozenset(args.media_host),
     )
     give_back_freed_memory()
-    server = ModelServer(settings)
-    if server.note is not None:
-        print(f"unimoe: {server.note}", file=sys.stderr)
-    print(f"{args.model} at http://{args.host}:{args.port}/v1 (Ctrl-C stops)", flush=True)
-    server.run()
-    return 0
+    return ModelServer(settings)

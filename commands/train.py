@@ -2,7 +2,10 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
+
+from ._beforehand import require_file
 
 _DESCRIPTION = """\
 Run the stages of a recipe in order. Stages that are done are skipped and a stopped one goes on from its last complete
@@ -43,9 +46,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code."""
-    from pathlib import Path
-
-    from ..trainers.curriculum import run_curriculum
+    require_file("The recipe", args.recipe)
     from ..trainers.recipe.recipe_file import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         _print_plan(recipe, args)
     if args.plan:
         return 0
+    from ..trainers.curriculum import run_curriculum
+
     reports = run_curriculum(recipe, on_stage_start=_print_stage)
     if not speaks:
         return 0

@@ -1,13 +1,11 @@
 """Serves the page of one model."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..conversion.publishing.model_card import modalities_of
-from ..errors import MissingPackageError
 from ..processing.media_policy_unimoe import MediaPolicy
 from ..serving.answering import Answerer, load_answerer
 from ..serving.sight import let_perceive
@@ -17,16 +15,12 @@ from .settings import DemoSettings
 class DemoServer:
     """Loads the model at once; `run()` then serves until it is stopped. Uploads are deleted by `close()`.
 
-    Raises:
-        MissingPackageError: the extra `demo` is not installed.
-        UniMoeError: see `open_model`.
+    Needs the extra `demo`. Raises UniMoeError as `open_model` does.
     """
 
     def __init__(self, settings: DemoSettings) -> None:
-        if find_spec("gradio") is None:
-            raise MissingPackageError("The demo needs the extra `demo`: pip install 'unimoe[demo]'.")
         self.settings = settings
-        answerer = load_answerer(settings.model, settings.device, settings.options)
+        answerer = load_answerer(settings.model, settings.device, settings.options, settings.quantize)
         self.note = let_perceive(settings.model, answerer.model, answerer.processor)
         self._folder = TemporaryDirectory(prefix="unimoe-demo-")
         uploads = Path(self._folder.name).resolve()

@@ -23,6 +23,7 @@ class DemoSettings:
         max_upload_bytes: of one request that uploads.
         max_media_seconds: length of one audio or video clip.
         password: None lets everybody in.
+        quantize: hold the weights in "int8" or "int4".
     """
 
     model: str
@@ -35,6 +36,7 @@ class DemoSettings:
     max_upload_bytes: int = 64 << 20
     max_media_seconds: float = 600.0
     password: str | None = field(default=None, repr=False)
+    quantize: str | None = None
 
     @property
     def max_kept_bytes(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..commands._argument_types import positive
 from ..errors import UniMoeError
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..processing.processing_unimoe import UniMoeProcessor
@@ -29,7 +30,7 @@ from ..trainers.recipe.recipe import StageConfig
 from ..trainers.saving.checkpoints import write_durably
 from ..trainers.stages.stage import RunSettings, run_training
 from .augment_videos import vary_videos
-from .comparison import kept_result, model_after_stage1, positive, require_same_comparison
+from .comparison import kept_result, model_after_stage1, require_same_comparison
 from .comparison_table import print_table
 from .evaluate import accuracy_by_task, answer_loss, answer_samples, spread
 from .prepare import assemble_start, encode_media, find_parts, prepare_dense

@@ -1,6 +1,5 @@
 """What comparisons of models over several seeds share: where they start, that their settings stay, and results kept on disk."""
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -40,10 +39,3 @@ def kept_result(folder: Path, train: Callable[[], dict[str, Any]]) -> dict[str, 
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(file, json.dumps(train(), indent=1))
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def positive(text: str) -> int:
-    """An option that is a whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..commands._argument_types import positive
 from ..errors import UniMoeError
 from ..modeling_unimoe.configuration_unimoe_moai import UniMoeMixerConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
@@ -37,7 +38,7 @@ from ..trainers.recipe.recipe import Recipe, StageConfig
 from ..trainers.saving.checkpoints import write_durably
 from ..trainers.stages.mixer_stage import add_mixers
 from ..trainers.stages.stage import RunSettings, run_training
-from .comparison import kept_result, model_after_stage1, positive, require_same_comparison
+from .comparison import kept_result, model_after_stage1, require_same_comparison
 from .copying_start import start_as_copies
 from .evaluate import answer_samples
 from .photographs import PhotographReading, fetch_photographs, photographed_words, read_photographs

@@ -12,8 +12,8 @@ from transformers import TextStreamer
 
 from ..conversion.checkpoints.description import RouterLoad
 from ..conversion.checkpoints.expert_names import expert_names, numbered
-from ..conversion.dense.sources import resolve_folder
 from ..hub_access import MODEL_FILES
+from ..model_folder import resolve_folder
 from ..model_opener import open_model
 from ..modeling_unimoe.configuration_unimoe_text import MODALITIES
 from ..processing.sound_tracks_unimoe import with_sound_tracks

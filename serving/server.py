@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from transformers.cli.serve import Serve
 from transformers.utils import logging
-from transformers.utils.import_utils import is_serve_available
 
-from ..errors import MissingPackageError, RequestError, UniMoeError
+from ..errors import RequestError, UniMoeError
 from ..processing.media_policy_unimoe import MediaLimits, MediaPolicy
 from ..processing.perception.choice import PerceiverChoice
 from ..processing.sound_tracks_unimoe import with_sound_tracks
@@ -70,14 +69,13 @@ class ServerSettings:
 class ModelServer(Serve):
     """Loads the model at once; `run()` then serves until it is stopped. `note`: what `let_perceive` says.
 
+    Needs the extra `serve`.
+
     Raises:
-        MissingPackageError: the extra `serve` is not installed.
         UniMoeError: the model cannot be batched continuously, or the cache is too small for one text.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
-        if not is_serve_available():
-            raise MissingPackageError("Serving needs the extra `serve`: pip install 'unimoe[serve]'.")
         super().__init__(
             device=settings.device,
             dtype=settings.dtype,

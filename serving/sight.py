@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.dense.sources import resolve_folder
 from ..errors import OptionError
 from ..hub_access import MODEL_FILES
+from ..model_folder import resolve_folder
 
 if TYPE_CHECKING:
     from ..processing.perception.choice import PerceiverChoice

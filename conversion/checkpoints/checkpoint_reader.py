@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...errors import ConversionError
+from ...model_folder import read_json
 from .bitsandbytes_tensors import held_in_few_bits, read_held
 from .pickle_files import load_pickle, refuse_truncated
 
@@ -211,19 +212,6 @@ def plain_file_name(name: Any, index: Path) -> str:
     if not plain or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
         raise ConversionError(f"{index} points to {name!r}; only plain names of files beside it are allowed.")
     return name
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ConversionError when there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{path} is missing: the folder is not complete. Fetch the file.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON ({error}). Fetch the file again.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} does not hold a JSON object. Fetch the file again.")
-    return content
 
 
 def _safetensors_header(path: Path) -> dict[str, TensorInfo]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConversionError
+from ...model_folder import resolve_folder
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.configuration_unimoe_text import MODALITIES
-from ..dense.sources import expected_tensors, read_our_config, resolve_folder
+from ..dense.sources import expected_tensors, read_our_config
 from ..publishing.model_card import modalities_of
 from ..publishing.saved_receipt import saved_summary
 from .bitsandbytes_tensors import held_by_torchao

@@ -11,8 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from ...errors import ConversionError, PartError
-from ...hub_access import hub_snapshot
+from ...errors import ConversionError
+from ...model_folder import require_ours, resolve_folder
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ..checkpoints.bitsandbytes_tensors import refuse_other_quantisation
@@ -173,35 +173,13 @@ def read_our_config(folder: Path) -> UniMoeConfig:
     Raises:
         ConversionError: there is none, or a field is of the wrong type or impossible; the message names file and field.
     """
-    path = folder / "config.json"
-    model_type = read_json(path).get("model_type") if path.is_file() else None
-    if model_type is None:
-        raise ConversionError(f"{folder} has no config.json with a model_type: give a model folder.")
-    if model_type != UniMoeConfig.model_type:
-        raise ConversionError(
-            f"{folder} holds a {model_type!r} model, not one of ours. `unimoe convert upcycle` makes one of it."
-        )
+    require_ours(folder)
     try:
         return UniMoeConfig.from_pretrained(folder)
     except READING_ERRORS as error:
-        raise ConversionError(f"{path} cannot be used: {first_line(error)}. Correct it or fetch it again.") from error
-
-
-def resolve_folder(name: str, hub_patterns: tuple[str, ...]) -> Path:
-    """The folder itself, or a snapshot of the files that match the patterns of a model on the Hub.
-
-    Raises:
-        ConversionError: there is no such folder, and no such model that can be had.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConversionError(f"{name!r} is no folder. Give a model folder or a Hub id (owner/name).")
-    try:
-        return hub_snapshot(name, hub_patterns)
-    except PartError as error:
-        raise ConversionError(f"{name!r} is no folder, and {error}") from error
+        raise ConversionError(
+            f"{folder / 'config.json'} cannot be used: {first_line(error)}. Correct it or fetch it again."
+        ) from error
 
 
 def resolve_model_folder(name: str) -> Path:

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ...errors import ConversionError
+from ...model_folder import resolve_folder
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.chat_unimoe import IMAGE_TOKEN
 from ...processing.perception.choice import PerceiverChoice, original_models
@@ -19,7 +20,7 @@ from ..checkpoints.key_rules import KeyMap, Shape
 from ..checkpoints.llava_keys import vision_prefix
 from ..checkpoints.source_tensors import SourceTensor, SourceTensors
 from ..dense.encoder_folders import named_config
-from ..dense.sources import expected_tensors, resolve_folder
+from ..dense.sources import expected_tensors
 from .import_plan import ImportPlan, push_import, write_import
 from .import_receipt import ImportReceipt
 from .moai_config import is_moai, moai_sizes, our_moai_config

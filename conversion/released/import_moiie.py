@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, SiglipVisionConfig
 
 from ...errors import ConversionError
+from ...model_folder import resolve_folder
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ...processing.processing_unimoe import UniMoeProcessor
 from ..checkpoints.accounting import account
@@ -21,7 +22,7 @@ from ..checkpoints.llava_keys import VISION_TOWER, vision_prefix
 from ..checkpoints.source_tensors import SourceTensors
 from ..dense.encoder_folders import named_config, nameless
 from ..dense.prepared_tokenizers import prepare_bunny_tokenizer
-from ..dense.sources import expected_tensors, resolve_folder
+from ..dense.sources import expected_tensors
 from ..dense.tokenizer_files import read_tokenizer
 from .bunny_processor import build_bunny_processor
 from .import_plan import ImportPlan, push_import, write_import

@@ -247,6 +247,8 @@ def test_the_plan_loads_no_model(tmp_path: Path, capsys: Any) -> None:
 
 def test_without_a_single_picture_nothing_starts(tmp_path: Path, capsys: Any) -> None:
     data = tiny_evaluation.write_mmbench(tmp_path / "data", missing=tuple(range(6)))
+    (tmp_path / "no-model").mkdir()
+    (tmp_path / "no-model" / "config.json").write_text("{}")
     assert evaluate(tmp_path / "no-model", "mmbench", data, tmp_path / "out") == cli.EXIT_ERROR
     assert "none of 6 items has its media, e.g. missing0.png; put them in" in capsys.readouterr().err
 

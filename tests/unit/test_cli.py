@@ -234,6 +234,24 @@ def test_a_pipe_gets_one_answer_per_line_and_nothing_else(
     assert run_chat(folder, capsys) == f"{first}\n{second}\n"
 
 
+def test_a_pipe_goes_on_after_a_bad_line_and_says_which(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = f"/image {folder / 'meow.wav'}\nWhat is it?\n/image nofile\nHello\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    hello = expected_answer(folder, [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+    capsys.readouterr()
+    assert cli.main(["chat", str(folder), "--max-new-tokens", "8"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == hello + "\n"
+    before, ready, refused, dropped, missing = shown.err.splitlines()
+    assert before == f"Opening {folder} ..."
+    assert ready.startswith("Ready after")
+    assert refused.startswith("unimoe: line 2: image at")
+    assert dropped.startswith(f"Dropped with the message: {folder / 'meow.wav'}.")
+    assert missing == "unimoe: line 3: There is no file 'nofile'."
+
+
 def test_bad_options_and_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import LlamaConfig
 
@@ -249,8 +267,8 @@ def test_bad_options_and_folders(folder: Path, tmp_path: Path, capsys: pytest.Ca
         ([str(folder), "--once", "Hi", "--device", "meta"], "--device is 'meta'"),
         ([str(folder), "--once", "Hi", "--device", ""], "--device is ''"),
         ([str(folder), "--once", "Hi", "--image", str(folder / "meow.wav")], "image"),
-        ([str(folder), "--once", "Hi", "--image", str(folder / "missing.png")], "image"),
-        ([str(folder), "--once", "Hi", "--image", "https://example.com/cat.png"], "image"),
+        ([str(folder), "--once", "Hi", "--image", str(folder / "missing.png")], "There is no file"),
+        ([str(folder), "--once", "Hi", "--image", "https://example.com/cat.png"], "There is no file"),
     ]
     for args, said in cases:
         assert cli.main(["chat", *args]) == 2, args
@@ -346,8 +364,10 @@ def test_attached_media_go_with_one_message_only(tmp_path: Path, monkeypatch: py
     conversation = chat.Conversation(script)
     for line in ("/image ~/cat.png", "/audio 'my file.wav'", "/video-with-sound clip.mp4"):
         chat.handle_line(conversation, line)
-    with pytest.raises(UniMoeError, match=r"no file 'dog\.png'; what is attached already stays"):
+    with pytest.raises(UniMoeError, match=r"no file 'dog\.png'"):
         chat.handle_line(conversation, "/image dog.png")
+    [waiting] = conversation.attachments()
+    assert all(name in waiting for name in ("Attached to the next message", "cat.png", "my file.wav", "clip.mp4"))
     for line in ("one", "two"):
         chat.handle_line(conversation, line)
     media = [[i["path"] for i in m["content"] if i["type"] != "text"] for m in script.asked[1] if m["role"] == "user"]
@@ -372,8 +392,11 @@ def test_a_person_sees_mistakes_and_goes_on(
     lines = iter(["/picture x", "/image", "one", "two", "three", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     script = Script(UniMoeError("image: broken"), KeyboardInterrupt(), "done")
-    chat.talk(chat.Conversation(script))
+    conversation = chat.Conversation(script)
+    conversation.attach("image", "cat.png")
+    chat.talk(conversation)
     shown = capsys.readouterr()
+    assert shown.err.count("Dropped with the message: cat.png") == 1
     assert "/picture is no command" in shown.err
     assert "/image needs a file" in shown.err
     assert "image: broken" in shown.err
@@ -424,11 +447,13 @@ def test_the_system_message_stays(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_experts_of_the_last_answer_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     conversation = chat.Conversation(Script("a"))
-    with pytest.raises(UniMoeError, match="no answer yet"):
+    with pytest.raises(UniMoeError, match="no answer in this conversation"):
         chat.handle_line(conversation, "/experts")
-    for line in ("one", "/experts"):
+    for line in ("one", "/experts", "/reset"):
         chat.handle_line(conversation, line)
     shown = capsys.readouterr().out
+    with pytest.raises(UniMoeError, match="no answer in this conversation"):
+        chat.handle_line(conversation, "/experts")
     assert "image" in shown
     assert "100" in shown
 

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import os
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -254,12 +255,14 @@ def test_options_that_cannot_work(
     options: list[str], reason: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UNIMOE_DEMO_PASSWORD", "")
-    assert main(["demo", "nowhere", *options]) == 2
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    assert main(["demo", "nowhere", "--port", port, *options]) == 2
     assert reason in capsys.readouterr().err
 
 
 def test_a_missing_gradio_names_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unimoe.demo.server.find_spec", lambda name: None)
+    monkeypatch.setattr("unimoe.commands._beforehand.find_spec", lambda name: None)
     assert main(["demo", "nowhere"]) == 2
     assert "pip install 'unimoe[demo]'" in capsys.readouterr().err
 

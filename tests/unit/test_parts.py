@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from unimoe import hub_access
-from unimoe.conversion.dense.sources import resolve_folder
 from unimoe.errors import ConversionError, PartError
+from unimoe.model_folder import resolve_folder
 from unimoe.quickstart import parts, wheels
 from unimoe.quickstart.parts import Part, resolve_part
 from unimoe.quickstart.read_keras import read_keras_weights

@@ -171,9 +171,11 @@ def _print_plan(planned: "list[PlannedTask]", args: argparse.Namespace, processe
 def _print_results(results: list[Any], pages: list[Path]) -> None:
     from ..evaluation.noise.modality_bias import modality_bias
     from ..evaluation.reporting.report import bias_sentence
-    from ..evaluation.reporting.table import HEADER, table_rows, text_table
+    from ..evaluation.reporting.table import HEADER, few_items_note, table_rows, text_table
 
     print(f"\n{text_table([HEADER, *table_rows(results)])}")
+    if few := few_items_note(results):
+        print(f"\n{few}")
     bias = modality_bias(results)
     if bias is not None:
         print(f"\n{bias_sentence(bias)}")

@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .media_fetch_unimoe import place_of
 from .media_policy_unimoe import ConversationError, MediaError, MediaLimits, PlaceholderError
 
 MEDIA_KINDS = ("image", "video", "audio")
@@ -183,6 +184,7 @@ def read_media(item: Mapping[str, Any], where: str) -> list[MediaItem]:
     aux = item.get("aux")
     if aux is not None and kind != "image":
         raise ConversationError(f"{where}: 'aux' is of images only; remove it.")
+    where = place_of(value, where)
     if not track:
         return [MediaItem(kind, value, encoder, item.get("sampling_rate"), where, aux)]
     if value is not None and not isinstance(value, str | bytes | bytearray | memoryview | os.PathLike):

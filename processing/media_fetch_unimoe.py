@@ -10,10 +10,12 @@ import binascii
 import contextlib
 import http.client
 import ipaddress
+import os
 import re
 import socket
 import ssl
 import threading
+from typing import Any
 
 from .media_policy_unimoe import MediaError, MediaPolicy
 
@@ -25,6 +27,7 @@ _URL = re.compile(
 )
 _DATA_URL = re.compile(r"data:[a-z]+/[a-z0-9.+-]+;base64,", re.ASCII)
 _MAX_URL_CHARACTERS = 2048
+_MAX_NAMED = 200
 # Ranges that carry or translate to IPv4 addresses: a private address could hide inside them.
 _TRANSLATED = [ipaddress.ip_network(n) for n in ("2002::/16", "2001::/32", "64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
 
@@ -32,6 +35,17 @@ _TRANSLATED = [ipaddress.ip_network(n) for n in ("2002::/16", "2001::/32", "64:f
 def is_url(text: str) -> bool:
     """Whether a string is meant as a URL rather than a path: it begins with `scheme://`, `//` or `data:`."""
     return bool(re.match(r"\s*(?:[A-Za-z][A-Za-z0-9+.-]*:)?[/\\]{2}|\s*(?:data|file|http|https|ftp|jar):", text, re.I))
+
+
+def place_of(value: Any, where: str) -> str:
+    """`where` with the path of a medium that is a file, its last 200 characters: people know files by their names."""
+    if not isinstance(value, str | os.PathLike):
+        return where
+    path = os.fsdecode(value)
+    if not path.strip() or is_url(path):
+        return where
+    name = repr(path if len(path) <= _MAX_NAMED else f"...{path[-_MAX_NAMED:]}")
+    return where if name in where or path == where else f"{where}, {name}".removeprefix(", ")
 
 
 def fetch(url: str, policy: MediaPolicy, kind: str, where: str = "") -> bytes:

@@ -18,7 +18,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from .media_fetch_unimoe import fetch, is_url
+from .media_fetch_unimoe import fetch, is_url, place_of
 from .media_policy_unimoe import DEFAULT_POLICY, MediaError, MediaPolicy, refuse_on_failure
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM")
@@ -104,6 +104,7 @@ def _open_path(path: str | bytes, kind: str, policy: MediaPolicy, where: str) ->
     text = os.fsdecode(path)
     if not policy.allow_paths:
         raise MediaError(kind, "paths are refused by the media policy; send bytes or arrays", where)
+    where = place_of(text, where)
     if "\0" in text or not text.strip():
         raise MediaError(kind, "the path is empty or holds a NUL character", where)
     if any(_DEVICE_NAMES.fullmatch(part.strip()) for part in re.split(r"[/\\]", text)):
@@ -122,7 +123,8 @@ def _open_path(path: str | bytes, kind: str, policy: MediaPolicy, where: str) ->
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
-        raise MediaError(kind, f"the file cannot be opened: {PurePath(text).name[:80]!r}", where) from None
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else "the file cannot be opened"
+        raise MediaError(kind, why, where) from None
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise MediaError(kind, "the path is not a regular file", where)

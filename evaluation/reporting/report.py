@@ -7,7 +7,7 @@ from ...pages.html_page import drawing, escape, heading, section, table, write_p
 from ..noise.modality_bias import Bias, modality_bias
 from ..task_result import TaskResult
 from .plots import plot_gains, plot_modality
-from .table import HEADER, markdown_table, table_rows
+from .table import HEADER, few_items_note, markdown_table, table_rows
 
 _NOTES = (
     "The interval holds 95 % of 2,000 bootstrap samples; items that share a picture or a recording are drawn together "
@@ -54,6 +54,11 @@ def bias_sentence(bias: Bias) -> str:
     )
 
 
+def _few(by_modality: Mapping[str, Sequence[TaskResult]]) -> list[str]:
+    note = few_items_note([result for results in by_modality.values() for result in results])
+    return [note] if note else []
+
+
 def _file_of(plot: str) -> str:
     return f"plots/{plot.replace(' ', '_')}.svg"
 
@@ -61,7 +66,7 @@ def _file_of(plot: str) -> str:
 def _markdown(
     title: str, by_modality: Mapping[str, Sequence[TaskResult]], plots: Mapping[str, str], bias: Bias | None
 ) -> str:
-    parts = [f"# {title}", _NOTES]
+    parts = [f"# {title}", _NOTES, *_few(by_modality)]
     for name, results in by_modality.items():
         parts += [f"## {name.capitalize()}", markdown_table([HEADER, *table_rows(results)])]
         if plots[name]:
@@ -76,6 +81,8 @@ def _sections(
     title: str, by_modality: Mapping[str, Sequence[TaskResult]], plots: Mapping[str, str], bias: Bias | None
 ) -> Iterator[str]:
     yield heading(title, _NOTES)
+    for few in _few(by_modality):
+        yield f"<p class=note>{escape(few)}</p>"
     for name, results in by_modality.items():
         yield section(name.capitalize(), "", table(HEADER, table_rows(results), left=_WORDS), drawing(plots[name]))
     if bias is not None:

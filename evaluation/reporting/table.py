@@ -4,12 +4,27 @@ from collections.abc import Sequence
 
 from ..task_result import TaskResult
 
+# Independent items below which an interval says little.
+_FEW = 30
 HEADER = ["task", "modality", "score", "95 % interval", "n", "chance", "majority", "failed", "scored by"]
 
 
 def table_rows(results: Sequence[TaskResult]) -> list[list[str]]:
     """One row per task, without the header."""
     return [_row(result) for result in results]
+
+
+def few_items_note(results: Sequence[TaskResult]) -> str:
+    """A sentence about scores that come from few independent items; an empty text where there are none."""
+    few = [
+        f"{result.name} ({result.clusters})" for result in results if result.low is not None and result.clusters < _FEW
+    ]
+    if not few:
+        return ""
+    return (
+        f"Fewer than {_FEW} independent items: {', '.join(few)}. The interval of so few is itself a rough guess, and often "
+        "too narrow: ask more items before you conclude anything."
+    )
 
 
 def number(value: float | None, unit: str) -> str:

@@ -99,12 +99,14 @@ def test_a_run_writes_everything(multimodal: Path, short_answers: list[int], tmp
     errors = {p["id"]: p["error"] for p in lines(out / "predictions" / "mmbench.jsonl") if "error" in p}
     assert set(errors) == {"m1", "m4"}
     assert errors["m4"] == "missing: missing4.png"
-    assert "broken1.png" in errors["m1"] or "MediaError" in errors["m1"]
+    assert f"{data / 'mmbench' / 'images' / 'broken1.png'}" in errors["m1"]
     assert len(lines(out / "scores" / "mmbench.jsonl")) == 4
     for name in ("report.md", "report.html", "plots/image.svg", "plots/text.svg", "plots/gain_over_chance.svg"):
         assert (out / name).stat().st_size > 500, name
     report = (out / "report.md").read_text(encoding="utf-8")
     assert "| mmbench | image |" in report
+    few = "Fewer than 30 independent items: mmbench (3), starter_text (6). The interval of so few"
+    assert all(few in place for place in (screen, report, (out / "report.html").read_text(encoding="utf-8")))
     assert "arXiv:2405.11273" in report
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 3

@@ -129,6 +129,19 @@ def test_half_characters_are_named(processor: UniMoeProcessor) -> None:
     assert processor.tokenizer.decode(whole) == "\U0001f600"
 
 
+def test_media_that_cannot_be_read_are_named(processor: UniMoeProcessor, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    for file, reason in (("text.png", "not a readable image"), ("none.png", "there is no such file")):
+        place = rf"image at message 0, content 0, '.*{file}': {reason}"
+        for item in ({"path": str(tmp_path / file)}, {"image": tmp_path / file}):
+            with pytest.raises(MediaError, match=place):
+                chat(processor, {"type": "image", **item})
+    with pytest.raises(MediaError, match=r"video at message 0, content 0, 'none\.mp4': there is no such file"):
+        chat(processor, {"type": "video", "path": "none.mp4"})
+    with pytest.raises(MediaError, match="image at message 0, content 0: URLs are refused"):
+        chat(processor, {"type": "image", "url": "https://user:secret@example.com/x.png"})
+
+
 def test_items_without_their_medium_name_the_keys(processor: UniMoeProcessor) -> None:
     with pytest.raises(
         MediaError, match=r"image at message 0, content 0: .* under \('image', 'path', 'url', 'base64'\)"

@@ -218,9 +218,12 @@ def test_the_command_prints_the_whole_plan(
         "memory: about ",
         "8 rows of 100 tokens (text)",
         "time: unknown, because no speed was measured",
+        "for the time: start the training, stop it with Ctrl-C after some steps",
     ):
         assert text in printed, text
     assert not (start / "out").exists()
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--plan", "--tokens-per-second", "1000"]) == 0
+    assert "for the time:" not in capsys.readouterr().out
 
 
 def test_sizes_and_durations_are_told_in_units_that_fit() -> None:

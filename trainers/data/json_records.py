@@ -1,5 +1,6 @@
 """Records of a data file, one after another in bounded memory: a JSON list, or JSON lines."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,8 +46,27 @@ def read_records(file: Path) -> Iterator[Record]:
                 yield from _list_records(file, window)
             else:
                 yield from _line_records(file, window)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The data file {file} cannot be read ({error}): check path and encoding (UTF-8).") from error
+    except UnicodeDecodeError as error:
+        line, byte = _first_fault(file)
+        raise DataError(
+            f"The data file {file} is not UTF-8 text: line {line} holds the byte {byte:#04x}. Save it as UTF-8, e.g. "
+            "iconv -f ISO-8859-1 -t UTF-8 (or -f UTF-16, by what wrote it)."
+        ) from error
+    except OSError as error:
+        raise DataError(f"The data file {file} cannot be read ({error}): check the path.") from error
+
+
+def _first_fault(file: Path) -> tuple[int, int]:
+    """Line, from 1, and value of the first byte that is no UTF-8; reading stopped at a chunk that says neither."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with file.open("rb") as stream:
+        while True:
+            chunk = stream.read(_CHUNK)
+            try:
+                line += decoder.decode(chunk, final=not chunk).count("\n")
+            except UnicodeDecodeError as error:
+                before = error.object[: error.start]
+                return line + before.count(b"\n"), error.object[error.start]
 
 
 def parsed(records: Iterator[Record]) -> Iterator[Record]:

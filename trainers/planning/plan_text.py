@@ -9,6 +9,9 @@ from .run_plan import RunPlan, StagePlan
 _SHOWN_FAULTS = 2
 # Python, PyTorch and transformers without a model: measured 0.4 to 0.5 GB on Linux, CPU build.
 _LIBRARIES = 0.5e9
+_HOW_TO_MEASURE = """\
+  for the time: start the training, stop it with Ctrl-C after some steps of a stage, and ask for the plan again: it is
+    reckoned from these steps (with another --out, the same both times, for a trial); or give --tokens-per-second N"""
 
 
 def format_plan(recipe: Recipe, plan: RunPlan) -> str:
@@ -23,6 +26,8 @@ def format_plan(recipe: Recipe, plan: RunPlan) -> str:
         if row.name in known:
             lines += [f"    {line}" for line in _stage(known[row.name], plan)]
     lines += [f"  not there yet: {file}" for file in plan.missing]
+    if any(stage.seconds is None for stage in plan.stages):
+        lines.append(_HOW_TO_MEASURE)
     return "\n".join(lines)
 
 
@@ -67,7 +72,7 @@ def _stage(stage: StagePlan, plan: RunPlan) -> list[str]:
     )
     lines += _memory(batches.memory, f"{batches.rows} rows of {batches.row_length} tokens ({batches.group})", plan)
     if stage.seconds is None:
-        return [*lines, "time: unknown, because no speed was measured (--tokens-per-second gives one)"]
+        return [*lines, "time: unknown, because no speed was measured"]
     return [*lines, f"time: about {format_duration(stage.seconds)} ({stage.speed})"]
 
 

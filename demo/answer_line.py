@@ -33,13 +33,16 @@ class AnswerLine:
         self.answerer, self.longest = answerer, longest
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
         self.turns: list[Turn] = []
+        self._is_stopped = False
 
     def ask(self, messages: list[dict[str, Any]]) -> "Turn":
         """Take a place in the line; to be called in an event loop.
 
         Raises:
-            RequestError: the line is full.
+            RequestError: the line is full, or has been stopped.
         """
+        if self._is_stopped:
+            raise RequestError("The server is stopping: nothing is answered any more.")
         if len(self.turns) >= self.longest:
             raise RequestError(
                 f"{self.longest} people are being answered or wait already, and no more are let in: try again soon."
@@ -59,7 +62,7 @@ class AnswerLine:
 
     def stop(self) -> None:
         """End every answer and let nobody in any more."""
-        self.longest = 0
+        self._is_stopped = True
         for turn in list(self.turns):
             turn.stop()
 

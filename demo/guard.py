@@ -6,7 +6,7 @@ routes pass that the page needs, and only files pass that were uploaded.
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,12 +14,8 @@ from urllib.parse import urlsplit
 from starlette.requests import ClientDisconnect
 
 from ..errors import RequestError
+from ..serving.asgi import App, Receive, Scope, Send, header, read_body, replaying, respond
 from .uploads import UploadFolder
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _API = "/gradio_api"
 _FILE = f"{_API}/file="
@@ -131,25 +127,16 @@ class PageGuard:
 
     async def _message(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a message through that is short enough and names no other files than uploads."""
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            if len(body) > _LONGEST_MESSAGE:
-                await respond(send, 413, f"The message is longer than {_LONGEST_MESSAGE:,} bytes.", headers=_CLOSE)
-                return
-            more = message.get("more_body", False)
+        body = await read_body(receive, _LONGEST_MESSAGE)
+        if body is None:
+            await respond(send, 413, f"The message is longer than {_LONGEST_MESSAGE:,} bytes.", headers=_CLOSE)
+            return
         try:
             self._require_uploads(body)
         except RequestError as error:
             await respond(send, 400, str(error))
             return
-        waiting = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> MutableMapping[str, Any]:
-            return waiting.pop() if waiting else await receive()
-
-        await self.app(scope, replay, send)
+        await self.app(scope, replaying(body, receive), send)
 
     def _require_uploads(self, body: bytes) -> None:
         try:
@@ -166,22 +153,6 @@ class PageGuard:
                 left += value.values()
             elif isinstance(value, list):
                 left += value
-
-
-def header(scope: Scope, name: bytes) -> str:
-    """The last header of that name; "" for none."""
-    return next((value.decode("latin-1") for key, value in reversed(scope["headers"]) if key == name), "")
-
-
-async def respond(
-    send: Send, status: int, text: str, kind: str = "text/plain", headers: tuple[tuple[str, str], ...] = ()
-) -> None:
-    """A whole response."""
-    content = text.encode()
-    sent = (("content-type", f"{kind}; charset=utf-8"), ("content-length", str(len(content))), *headers)
-    encoded = [(name.encode(), value.encode()) for name, value in sent]
-    await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send({"type": "http.response.body", "body": content})
 
 
 def _from_own_page(scope: Scope) -> bool:

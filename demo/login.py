@@ -8,7 +8,7 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
 from ..pages.html_page import escape
-from .guard import App, Receive, Scope, Send, header, respond
+from ..serving.asgi import App, Receive, Scope, Send, header, read_body, respond
 
 _COOKIE = "unimoe_demo"
 _LONGEST_FORM = 4096
@@ -78,12 +78,8 @@ class Login:
 
 
 async def _given_password(receive: Receive) -> str:
-    body, more = b"", True
-    while more and len(body) <= _LONGEST_FORM:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    fields = parse_qs(body[:_LONGEST_FORM].decode("utf-8", "replace"), max_num_fields=None)
+    body = await read_body(receive, _LONGEST_FORM) or b""
+    fields = parse_qs(body.decode("utf-8", "replace"), max_num_fields=None)
     return fields.get("password", [""])[0]
 
 

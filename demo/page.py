@@ -91,8 +91,18 @@ class _Talk:
         self, messages: list[Message], chosen: gradio.SelectData, request: gradio.Request
     ) -> AsyncIterator[tuple]:
         """Answer an example. Browsers send its text and files too, which are not looked at."""
-        example = self.exhibit.examples[_as_index(chosen.index, len(self.exhibit.examples))]
-        async for change in self._answer(example.text, example.files, False, messages, request.session_hash):
+        number, examples = chosen.index, self.exhibit.examples
+        if type(number) is not int or not 0 <= number < len(examples):
+            yield (
+                _SAME,
+                [*shown(messages), bubble("⚠ There is no such example: choose one of those shown.")],
+                _SAME,
+                _SAME,
+            )
+            return
+        async for change in self._answer(
+            examples[number].text, examples[number].files, False, messages, request.session_hash
+        ):
             yield change
 
     async def stop(self, request: gradio.Request) -> None:
@@ -144,11 +154,6 @@ def _so_far(turn: Turn) -> str:
     if turn.text or not turn.ahead:
         return turn.text.strip() or "…"
     return f"Waiting: {turn.ahead} {'person is' if turn.ahead == 1 else 'people are'} answered first …"
-
-
-def _as_index(value: Any, length: int) -> int:
-    """The number of an example as a browser sent it; the first for what is none."""
-    return value if isinstance(value, int) and 0 <= value < length else 0
 
 
 def _idle_box(value: Any = _SAME) -> Any:

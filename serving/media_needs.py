@@ -6,6 +6,7 @@ without computing (`tracked_memory`) and from the shape of the decoder.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import psutil
@@ -95,6 +96,7 @@ class MediaPlanner:
     def __init__(self, processor: Any, model: Any) -> None:
         self.processor, self.model = processor, model
         self._peaks: dict[tuple[Any, ...], int] = {}
+        self._measuring = Lock()  # a server plans in several threads
 
     def needs(self, messages: list[dict[str, Any]], max_new_tokens: int) -> Needs:
         """What the answer to a conversation will take; opens the files, decodes none.
@@ -198,11 +200,12 @@ class MediaPlanner:
 
     def _peak(self, name: str, shape: tuple[Any, ...], branch: Callable[..., Any]) -> int:
         key = (name, *shape)
-        if key not in self._peaks:
-            device = self.model.device
-            made = 4 * torch.Size(shape).numel()  # the inputs are counted apart
-            self._peaks[key] = peak_bytes(lambda: branch(**{name: torch.empty(shape, device=device)})) - made
-        return self._peaks[key]
+        with self._measuring:
+            if key not in self._peaks:
+                device = self.model.device
+                made = 4 * torch.Size(shape).numel()  # the inputs are counted apart
+                self._peaks[key] = peak_bytes(lambda: branch(**{name: torch.empty(shape, device=device)})) - made
+            return self._peaks[key]
 
 
 def free_memory(device: torch.device) -> int:

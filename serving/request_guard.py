@@ -1,17 +1,13 @@
 """Reads the body of every request within a limit and checks those that ask the model something."""
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..errors import RequestError
+from .asgi import App, Receive, Scope, Send, read_body, replaying, respond
 from .request_checks import require_chat_request
 
 CHAT = "/v1/chat/completions"
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class RequestGuard:
@@ -30,34 +26,17 @@ class RequestGuard:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        body = await self._read(receive)
+        body = await read_body(receive, self.longest_body)
         if body is None:
-            await _answer(send, 413, f"The request is longer than {self.longest_body:,} bytes: send smaller media.")
+            await _refuse(send, 413, f"The request is longer than {self.longest_body:,} bytes: send smaller media.")
             return
         try:
             if scope["path"].rstrip("/") == CHAT:
                 require_chat_request(_parsed(body), self.longest_answer)
         except RequestError as error:
-            await _answer(send, 400, str(error))
+            await _refuse(send, 400, str(error))
             return
-        waiting = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> MutableMapping[str, Any]:
-            return waiting.pop() if waiting else await receive()
-
-        await self.app(scope, replay, send)
-
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body, or what came of it before its sender left; None when it is too long."""
-        chunks, length, more = [], 0, True
-        while more:
-            message = await receive()
-            chunks.append(message.get("body", b""))
-            length += len(chunks[-1])
-            if length > self.longest_body:
-                return None
-            more = message.get("more_body", False)
-        return b"".join(chunks)
+        await self.app(scope, replaying(body, receive), send)
 
 
 def error_body(message: str) -> dict[str, Any]:
@@ -72,8 +51,5 @@ def _parsed(body: bytes) -> Any:
         raise RequestError(f"The body is no JSON: {str(error)[:200]}") from None
 
 
-async def _answer(send: Send, status: int, message: str) -> None:
-    content = json.dumps(error_body(message)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+async def _refuse(send: Send, status: int, message: str) -> None:
+    await respond(send, status, json.dumps(error_body(message)), "application/json")

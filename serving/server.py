@@ -22,6 +22,7 @@ from ..processing.sound_tracks_unimoe import with_sound_tracks
 from ..quantization import quantization_config
 from .chat_handler import SEED, ChatHandler
 from .continuous import TextBatching, require_batchable
+from .later_inputs import postponed
 from .media_needs import MediaPlanner
 from .request_guard import CHAT, RequestGuard, error_body
 from .sight import let_perceive
@@ -184,7 +185,7 @@ def _generate_with_tokenizer_and_seed(model: Any, tokenizer: Any) -> None:
 def _limit_prompts(processor: Any, model: Any) -> None:
     """Refuse prompts that the model has no positions for, or the machine no memory, before media are decoded.
 
-    transformers would generate behind the last position.
+    transformers would generate behind the last position. What the processor gives from now on are `LaterInputs`.
     """
     make_inputs = processor.apply_chat_template
     context = model.config.get_text_config().max_position_embeddings
@@ -209,4 +210,4 @@ def _limit_prompts(processor: Any, model: Any) -> None:
             inputs["input_ids"] = inputs["input_ids"][0]
         return inputs
 
-    processor.apply_chat_template = within_context
+    processor.apply_chat_template = postponed(within_context)

@@ -58,7 +58,7 @@ def ask_streaming(client: Any, model: Path, content: Any, **options: Any) -> str
 
 
 def own_answer(folder: Path, content: Any) -> str:
-    """What the model itself generates."""
+    """What the model itself generates; ours serves it without a space at its beginning."""
     from unimoe import UniMoeForCausalLM, UniMoeProcessor
 
     model, processor = UniMoeForCausalLM.from_pretrained(folder), UniMoeProcessor.from_pretrained(folder)

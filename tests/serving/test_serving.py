@@ -1,9 +1,11 @@
 """A tiny model is served on this machine; OpenAI's client and raw requests talk to it."""
 
+import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 from unimoe.errors import RequestError  # noqa: E402
+from unimoe.processing import media_inputs_unimoe  # noqa: E402
 from unimoe.serving.continuous import can_batch  # noqa: E402
+from unimoe.serving.event_stream import finished  # noqa: E402
 from unimoe.serving.request_checks import require_chat_request  # noqa: E402
 from unimoe.serving.server import ModelServer, ServerSettings  # noqa: E402
 
@@ -79,7 +83,7 @@ def client(address: str) -> Any:
     ids=["image", "audio", "video", "video and its sound", "text part", "text"],
 )
 def test_the_answer_is_the_models_own(client: Any, folder: Path, content: Any) -> None:
-    assert ask(client, folder, content) == own_answer(folder, content)
+    assert ask(client, folder, content) == own_answer(folder, content).lstrip()
 
 
 @pytest.mark.parametrize("content", [[IMAGE, QUESTION], "What is it?"], ids=["image", "text"])
@@ -87,6 +91,83 @@ def test_streamed_pieces_make_the_whole_answer(client: Any, folder: Path, conten
     # A stream leaves out a last character of which only some bytes came.
     whole = ask(client, folder, content).rstrip("\N{REPLACEMENT CHARACTER}")
     assert ask_streaming(client, folder, content) == whole
+
+
+def test_a_stream_is_what_openais_clients_expect(address: str, folder: Path) -> None:
+    body = {"messages": [MESSAGE], "stream": True, "max_tokens": 6}
+    *events, end = httpx.post(f"{address}/v1/chat/completions", json=body).text.removesuffix("\n\n").split("\n\n")
+    assert end == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert {chunk["model"] for chunk in chunks} == {str(folder)}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    body = {**body, "stream": False}
+    assert httpx.post(f"{address}/v1/chat/completions", json=body).json()["model"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        ([" ", " a", " b"], "a b"),
+        (["  \n", "", "a ", " b"], "a  b"),
+        (["a", " "], "a "),
+        ([" "], ""),
+    ],
+)
+def test_streams_begin_with_a_word_and_end(sent: list[str], received: str) -> None:
+    closed = []
+
+    async def parts(together: bool) -> AsyncGenerator[str, None]:
+        events = [{"role": "assistant"}, *({"content": text} for text in sent), {}]
+        lines = [f"data: {json.dumps({'id': 'x', 'choices': [{'delta': delta}]})}\n\n" for delta in events]
+        try:
+            for part in ["".join(lines)] if together else lines:
+                yield part
+            yield 'data: {"error": "not "JSON""}\n\n'
+        finally:
+            closed.append(together)
+
+    async def read(together: bool, most: int = 100) -> list[str]:
+        read: list[str] = []
+        async with aclosing(finished(parts(together))) as stream:
+            async for part in stream:
+                read.append(part)
+                if len(read) == most:
+                    break
+        return read
+
+    for together in (False, True):
+        *events, error, end = "".join(asyncio.run(read(together))).removesuffix("\n\n").split("\n\n")
+        deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events]
+        assert "".join(delta.get("content", "") for delta in deltas) == received
+        assert deltas[0] == {"role": "assistant"}
+        assert (error, end) == ('data: {"error": "not "JSON""}', "data: [DONE]")
+    assert closed == [False, True]
+    asyncio.run(read(False, most=1))
+    assert closed == [False, True, False]  # whoever leaves ends the generation
+
+
+def test_slow_media_hold_up_nobody_else(
+    address: str, client: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    decode = media_inputs_unimoe.load_image
+
+    def slowly(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return decode(*args)
+
+    monkeypatch.setattr(media_inputs_unimoe, "load_image", slowly)
+    with ThreadPoolExecutor(1) as others:
+        slow = others.submit(ask, client, folder, [IMAGE, QUESTION])
+        try:
+            assert begun.wait(60)
+            assert httpx.get(f"{address}/health", timeout=30).json() == {"status": "ok"}
+            assert ask(client, folder, "What is it?", timeout=30)
+            assert not slow.done()
+        finally:
+            go_on.set()
+        assert slow.result(60) == own_answer(folder, [IMAGE, QUESTION]).lstrip()
 
 
 def test_a_text_may_end_the_answer(client: Any, folder: Path) -> None:

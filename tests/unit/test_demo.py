@@ -121,6 +121,16 @@ def test_an_example_is_answered_whatever_a_browser_says_of_it(visitor: Visitor) 
     )
 
 
+@pytest.mark.parametrize("index", [99, -1, True, "0", None, [0, 1]])
+def test_an_example_that_is_none_is_not_answered(visitor: Visitor, index: Any) -> None:
+    call = {"fn_index": visitor.demo.functions["say_example"], "session_hash": visitor.name, "data": [None]}
+    event = {"index": index, "value": None}
+    assert visitor.client.post("/gradio_api/queue/join", json={**call, "event_data": event}).status_code == 200
+    [end] = [message for message in visitor.changes() if message["msg"] == "process_completed"]
+    [said] = end["output"]["data"][CHAT]
+    assert "There is no such example" in said["content"][0]["text"]
+
+
 @pytest.mark.parametrize(
     ("content", "name", "reason"),
     [

@@ -183,6 +183,14 @@ def test_a_failure_gets_a_sentence_and_the_next_is_answered(
     assert line.turns == []
 
 
+def test_whoever_asks_a_stopping_server_is_told_so() -> None:
+    failing: Any = Failing()
+    line = AnswerLine(failing, longest=2)
+    line.stop()
+    with pytest.raises(RequestError, match="The server is stopping"):
+        line.ask([])
+
+
 def test_whoever_leaves_while_waiting_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     failing: Any = Failing()
     line = AnswerLine(failing, longest=3)
@@ -259,6 +267,20 @@ def test_options_that_cannot_work(
         port = str(free.getsockname()[1])
     assert main(["demo", "nowhere", "--port", port, *options]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_a_model_may_be_shown_in_few_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, device: Any, options: Any, quantize: str | None) -> Any:
+        raise RequestError(f"{name} in {quantize}")
+
+    monkeypatch.setattr("unimoe.demo.server.load_answerer", load)
+    (tmp_path / "config.json").write_text('{"model_type": "unimoe"}')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    assert main(["demo", str(tmp_path), "--port", port, "--quantize", "int4"]) == 2
+    assert f"{tmp_path} in int4" in capsys.readouterr().err
 
 
 def test_a_missing_gradio_names_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

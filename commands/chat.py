@@ -198,7 +198,9 @@ class Conversation:
         media, self.waiting = self.waiting, []
         self._dropped = media
         self._announce([*self.messages, question])
-        reply = self._answer([*self.messages, question], _keep_silent if self._as_json else _show)
+        reply = self._answer(
+            [*self.messages, question], _keep_silent if self._as_json else _from_the_first_word(_show)
+        )
         if self._as_json:
             facts = {"question": text, "media": media, **asdict(reply), "text": reply.text.strip()}
             print(json.dumps(facts, ensure_ascii=False), end="")
@@ -331,6 +333,19 @@ def _message(role: str, media: list[dict[str, Any]], text: str) -> dict[str, Any
 
 def _keep_silent(piece: str) -> None:
     """For answers that are printed whole."""
+
+
+def _from_the_first_word(show: Callable[[str], None]) -> Callable[[str], None]:
+    """After `ASSISTANT:` of Uni-MoE's template models begin with a space."""
+    has_begun = False
+
+    def show_rest(piece: str) -> None:
+        nonlocal has_begun
+        piece = piece if has_begun else piece.lstrip()
+        has_begun = has_begun or bool(piece)
+        show(piece)
+
+    return show_rest
 
 
 def _show(piece: str) -> None:

@@ -195,7 +195,8 @@ def expected_answer(folder: Path, messages: list[dict[str, Any]]) -> str:
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer.lstrip()  # chat begins with a word
 
 
 def test_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,6 +374,16 @@ def test_attached_media_go_with_one_message_only(tmp_path: Path, monkeypatch: py
     media = [[i["path"] for i in m["content"] if i["type"] != "text"] for m in script.asked[1] if m["role"] == "user"]
     assert media == [[str(tmp_path / "cat.png"), "my file.wav", "clip.mp4"], []]
     assert script.asked[1][0]["content"][2] == {"type": "video", "sound_track": True, "path": "clip.mp4"}
+
+
+def test_answers_begin_with_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(messages: list[dict[str, Any]], show: Any) -> Reply:
+        for piece in (" ", " cat", " and", " dog"):
+            show(piece)
+        return Reply("  cat and dog", 3, 4, 0.5, LOAD)
+
+    chat.Conversation(answer).say("What is it?")
+    assert capsys.readouterr().out == "cat and dog\n"
 
 
 def test_a_refused_message_is_not_remembered() -> None:

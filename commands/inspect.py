@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError
 from ..model_folder import require_model
 from ._argument_types import add_quantize, positive
+from ._beforehand import require_file
 
 if TYPE_CHECKING:
     from ..conversion.checkpoints.description import ModelDescription, RouterLoad
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         raise DataError("--data and --compare need --out, a folder for the page, and --out needs one of them.")
     for name in filter(None, (args.model, args.compare)):
         require_model(name)
+    for file in args.data or []:
+        require_file("The data file", file)
     if looks_inside:
         return _look_inside(args)
     from ..conversion.checkpoints.description import describe_model

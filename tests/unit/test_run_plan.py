@@ -218,7 +218,7 @@ def test_the_command_prints_the_whole_plan(
         "memory: about ",
         "8 rows of 100 tokens (text)",
         "time: unknown, because no speed was measured",
-        "for the time: start the training, stop it with Ctrl-C after some steps",
+        "for the time: start the training, stop it with Ctrl-C when a stage has shown a loss",
     ):
         assert text in printed, text
     assert not (start / "out").exists()

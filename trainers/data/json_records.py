@@ -53,7 +53,7 @@ def read_records(file: Path) -> Iterator[Record]:
             "iconv -f ISO-8859-1 -t UTF-8 (or -f UTF-16, by what wrote it)."
         ) from error
     except OSError as error:
-        raise DataError(f"The data file {file} cannot be read ({error}): check the path.") from error
+        raise DataError(f"The data file {file} cannot be read ({error.strerror}): check the path.") from error
 
 
 def _first_fault(file: Path) -> tuple[int, int]:

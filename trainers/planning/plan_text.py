@@ -10,8 +10,8 @@ _SHOWN_FAULTS = 2
 # Python, PyTorch and transformers without a model: measured 0.4 to 0.5 GB on Linux, CPU build.
 _LIBRARIES = 0.5e9
 _HOW_TO_MEASURE = """\
-  for the time: start the training, stop it with Ctrl-C after some steps of a stage, and ask for the plan again: it is
-    reckoned from these steps (with another --out, the same both times, for a trial); or give --tokens-per-second N"""
+  for the time: start the training, stop it with Ctrl-C when a stage has shown a loss, and ask for the plan again: it
+    reckons from these steps (for a trial, with another --out, the same both times); or give --tokens-per-second N"""
 
 
 def format_plan(recipe: Recipe, plan: RunPlan) -> str:

@@ -96,9 +96,11 @@ def _hush_imports() -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # And peft imports bitsandbytes, whose other warnings stay.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-        lambda record: "kernels-community" not in str(record.msg)
-    )
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_about_more_than_kernels)
+
+
+def _is_about_more_than_kernels(record: logging.LogRecord) -> bool:
+    return "kernels-community" not in str(record.msg)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Shape suffixes as in `modeling_unimoe_text.py`.
 
 from collections.abc import Callable
 from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,13 +53,24 @@ def sum_of_experts(
         skip_idle: leave out experts without tokens; the others run on none, so that all are part of the graph.
     """
     y_TH = torch.zeros_like(x_TH)
-    for expert in range(num_experts):
-        token_N, choice_N = torch.where(top_k_index_TK == expert)
+    for expert, (token_N, choice_N) in enumerate(tokens_of_experts(top_k_index_TK, num_experts)):
         if skip_idle and not len(token_N):
             continue
         out_NH = run_expert(expert, x_TH[token_N]) * top_k_weights_TK[token_N, choice_N, None]
         y_TH.index_add_(0, token_N, out_NH.to(y_TH.dtype))
     return y_TH
+
+
+def tokens_of_experts(index_TK: torch.Tensor, num_experts: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For every expert its tokens and which of their choices it is, int64 [N] each, in the order of the tokens.
+
+    On an accelerator the host waits once, for the numbers N of all experts together.
+    """
+    expert_S, place_S = index_TK.reshape(-1).sort(stable=True)
+    experts = torch.arange(num_experts + 1, device=expert_S.device)
+    starts = torch.searchsorted(expert_S, experts).tolist()
+    token_S, choice_S = place_S // index_TK.shape[1], place_S % index_TK.shape[1]
+    return [(token_S[start:end], choice_S[start:end]) for start, end in pairwise(starts)]
 
 
 def with_quantized_weights(experts_class: type[nn.Module]) -> type[nn.Module]:

@@ -9,8 +9,11 @@ It shows devices, dtypes, shapes and waits. Values are those of CPU kernels, and
 results, nor which of them are chosen, nor waits inside of one, nor autocast.
 """
 
+import functools
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +23,6 @@ import torch
 import transformers
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import unimoe
 
@@ -32,6 +34,8 @@ _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.defau
 _NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
 _SUBSCRIPTS = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+_MAKE_SUBCLASS = torch.Tensor._make_wrapper_subclass
+_GET_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _OURS = f"{Path(unimoe.__file__).parent}/"
 _THEIRS = f"{Path(transformers.__file__).parent}/"
@@ -46,9 +50,7 @@ class CudaTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, twin: torch.Tensor) -> "CudaTensor":
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, twin.shape, twin.stride(), twin.storage_offset(), dtype=twin.dtype, device=META
-        )
+        made = _MAKE_SUBCLASS(cls, twin.shape, twin.stride(), twin.storage_offset(), dtype=twin.dtype, device=META)
         made.twin = twin
         return made
 
@@ -74,7 +76,6 @@ class CudaStandIn:
 
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
-        self._names, self._operations = _Names(), _Operations(self.waits)
 
     def ours(self) -> dict[str, int]:
         """The waits since the last call without those of transformers."""
@@ -83,33 +84,40 @@ class CudaStandIn:
         return ours
 
     def __enter__(self) -> "CudaStandIn":
-        self._capability = patch.object(torch.cuda, "get_device_capability", return_value=(9, 0))
-        self._capability.start()
-        self._operations.__enter__()
-        self._names.__enter__()
+        self._stack = ExitStack()
+        # Whether grouped_mm can be used depends on it; and subclasses, such as quantised weights, are made in C++.
+        self._stack.enter_context(patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)))
+        self._stack.enter_context(patch.object(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state()))
+        self._stack.enter_context(patch.object(torch.cuda, "set_rng_state", lambda s, device: torch.set_rng_state(s)))
+        self._stack.enter_context(patch.object(torch.Tensor, "_make_wrapper_subclass", _make_wrapper_subclass))
+        self._stack.enter_context(_Operations(self.waits))
+        self._stack.enter_context(_Names())
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._names.__exit__(*error)
-        self._operations.__exit__(*error)
-        self._capability.stop()
+        self._stack.close()
 
 
 class _Names(TorchFunctionMode):
     """Calls the device "meta" wherever C++ is told of it: that there is no CUDA would be an error there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(_renamed, (args, kwargs or {}))
+        args = tuple(map(_renamed, args))
+        kwargs = {name: _renamed(value) for name, value in (kwargs or {}).items()}
+        if func == _GET_DEVICE:
+            device = func(*args)
+            return CUDA if device == META else device
         if func is torch.Tensor.cuda:
             return args[0].to(META)
         if func is torch.Tensor.tolist:
             return args[0].cpu().tolist()
         if func in _FROM_DATA:  # to C++ there are no values on "meta"
             return self._from_data(func, args, kwargs)
-        if func is _SET_DATA and isinstance(args[0], CudaTensor):
+        if func == _SET_DATA and isinstance(args[0], CudaTensor):
             args[0].twin = args[1].twin
         if func in _SUBSCRIPTS and isinstance(args[0], CudaTensor):
-            args = (args[0], tree_map(_index, args[1], is_leaf=lambda part: isinstance(part, list)), *args[2:])
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            args = (args[0], tuple(map(_index, parts)), *args[2:])
         return func(*args, **kwargs)
 
     @staticmethod
@@ -121,6 +129,10 @@ class _Names(TorchFunctionMode):
             kwargs.setdefault("dtype", like.dtype)
         made = func(*args, **kwargs)
         return made if device is None else made.to(device)
+
+
+def _make_wrapper_subclass(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return _MAKE_SUBCLASS(*args, **{name: _renamed(value) for name, value in kwargs.items()})
 
 
 def _renamed(leaf: Any) -> Any:
@@ -142,26 +154,54 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         if any(type(t) not in (torch.Tensor, torch.nn.Parameter, CudaTensor) for t in tensors):
             return NotImplemented  # a subclass takes itself apart, and its parts come here
+        if _consists_of_others(func):
+            with self:  # without autograd such operations come here whole
+                return func.decompose(*args, **kwargs)
         target = CUDA if kwargs.get("device") == META else kwargs.get("device")
         if target != CUDA and not any(isinstance(t, CudaTensor) for t in tensors):
             return func(*args, **kwargs)
         device = target or common_device(func, args, tensors)
         if _waits(func, args, kwargs, device):
             self.waits[_place(sys._getframe(1))] += 1
-        on_cpu = {**kwargs, "device": CPU} if target is not None else kwargs
-        twin_args, twin_kwargs = tree_map_only(CudaTensor, lambda t: t.twin, (args, on_cpu))
-        results = _ON_CPU.get(func, func)(*twin_args, **twin_kwargs)
+        on_cpu = {
+            name: CPU if name == "device" and value is not None else _twin(value) for name, value in kwargs.items()
+        }
+        results = _ON_CPU.get(func, func)(*map(_twin, args), **on_cpu)
         if device != CUDA:
             return results
-        given = {
-            id(t.twin): t for t in tensors if isinstance(t, CudaTensor)
-        }  # an operation in place returns its input
-        return tree_map_only(
-            torch.Tensor, lambda twin: given[id(twin)] if id(twin) in given else CudaTensor(twin), results
-        )
+        given = {id(t.twin): t for t in tensors if isinstance(t, CudaTensor)}  # results of operations in place
+
+        def paired(twin: torch.Tensor) -> torch.Tensor:
+            return given[id(twin)] if id(twin) in given else CudaTensor(twin)
+
+        return _mapped(paired, torch.Tensor, results)
+
+
+def _mapped(function: Callable[[Any], Any], kind: type, value: Any) -> Any:
+    """The value with the function applied to what is of this kind, in lists and tuples too."""
+    if isinstance(value, kind):
+        return function(value)
+    return type(value)(_mapped(function, kind, part) for part in value) if type(value) in (list, tuple) else value
+
+
+def _twin(value: Any) -> Any:
+    return _mapped(lambda tensor: tensor.twin, CudaTensor, value)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+@functools.cache
+def _consists_of_others(func: Any) -> bool:
+    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def common_device(func: Any, args: Any, tensors: list[torch.Tensor]) -> torch.device:

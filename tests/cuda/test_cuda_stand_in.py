@@ -77,10 +77,11 @@ WAITS: dict[str, tuple[Call, int]] = {
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("name", WAITS)
-def test_what_waits_for_the_device_is_seen(name: str) -> None:
+def test_what_waits_for_the_device_is_seen(name: str, inference: bool) -> None:
     call, expected = WAITS[name]
-    with CudaStandIn() as cuda:
+    with CudaStandIn() as cuda, torch.inference_mode(inference):
         x = torch.randn(3, 3, device="cuda")
         call(x)
     assert sum(cuda.waits.values()) == expected

@@ -67,7 +67,7 @@ def tokens_of_experts(index_TK: torch.Tensor, num_experts: int) -> list[tuple[to
     On an accelerator the host waits once, for the numbers N of all experts together.
     """
     expert_S, place_S = index_TK.reshape(-1).sort(stable=True)
-    experts = torch.arange(num_experts + 1, device=expert_S.device)
+    experts = torch.arange(num_experts + 1, device=expert_S.device, dtype=expert_S.dtype)
     starts = torch.searchsorted(expert_S, experts).tolist()
     token_S, choice_S = place_S // index_TK.shape[1], place_S % index_TK.shape[1]
     return [(token_S[start:end], choice_S[start:end]) for start, end in pairwise(starts)]

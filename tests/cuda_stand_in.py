@@ -31,6 +31,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
+_IN_PARTS = torch._C.DispatchKey.CompositeImplicitAutograd
 _NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
 _SUBSCRIPTS = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
@@ -102,6 +103,8 @@ class _Names(TorchFunctionMode):
     """Calls the device "meta" wherever C++ is told of it: that there is no CUDA would be an error there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         args = tuple(map(_renamed, args))
         kwargs = {name: _renamed(value) for name, value in (kwargs or {}).items()}
         if func == _GET_DEVICE:
@@ -159,7 +162,7 @@ class _Operations(TorchDispatchMode):
             return NotImplemented  # a subclass takes itself apart, and its parts come here
         if _consists_of_others(func):
             with self:  # without autograd such operations come here whole
-                return func.decompose(*args, **kwargs)
+                return func._op_dk(_IN_PARTS, *args, **kwargs)
         target = CUDA if kwargs.get("device") == META else kwargs.get("device")
         if target != CUDA and not any(isinstance(t, CudaTensor) for t in tensors):
             return func(*args, **kwargs)
@@ -201,7 +204,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 @functools.cache
 def _consists_of_others(func: Any) -> bool:
-    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _IN_PARTS)
 
 
 def common_device(func: Any, args: Any, tensors: list[torch.Tensor]) -> torch.device:
@@ -241,7 +244,11 @@ _ON_CPU = {_aten.histc.default: _integer_histogram}
 def _place(frame: FrameType | None) -> str:
     """The innermost function on the stack that is the package's or transformers'."""
     while frame is not None:
-        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        # The function around comprehensions, of which some Pythons make functions.
+        file, function = (
+            frame.f_code.co_filename,
+            frame.f_code.co_qualname.partition(".<locals>")[0].rpartition(".")[2],
+        )
         if file.startswith(_THEIRS):
             return f"transformers/{Path(file).name}:{function}"
         if file.startswith(_OURS) and not file.startswith(f"{_OURS}tests/"):

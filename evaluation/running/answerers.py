@@ -120,7 +120,7 @@ def _likeliest_letters(model: Any, tokenizer: Any, inputs: Any, letters: Sequenc
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": _padding_id(tokenizer)}
     with torch.no_grad():
         output = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
-    logits = output.logits[0].float()
+    logits = output.logits[0].float().cpu()  # all at once, and not letter by letter
     return [
         max(own, key=lambda letter, row=row: float(row[tokens[letter]].max()))
         for row, own in zip(logits, letters, strict=True)

@@ -93,7 +93,7 @@ class TransformersDetector:
             in_float32(outputs), threshold=self.threshold, target_sizes=_sizes(images)
         )
         known = self.pretrained.config.id2label
-        return [_boxes(one, [known[int(label)] for label in one["labels"]]) for one in found]
+        return [_boxes(one, [known[label] for label in one["labels"].tolist()]) for one in found]
 
     @torch.no_grad()
     def _owl(self, images: Images) -> list[list[Box]]:
@@ -110,7 +110,7 @@ class TransformersDetector:
         logits, _ = model.class_predictor(features, queries)
         outputs = SimpleNamespace(logits=logits.float(), pred_boxes=model.box_predictor(features, feature_map).float())
         found = processor.post_process_object_detection(outputs, threshold=self.threshold, target_sizes=_sizes(images))
-        return [_boxes(one, [names[int(label)] for label in one["labels"]]) for one in found]
+        return [_boxes(one, [names[label] for label in one["labels"].tolist()]) for one in found]
 
     def _name_vectors(self, names: Sequence[str]) -> torch.Tensor:
         """[1, names, size]: what the model's own forward pass makes of the names."""

@@ -253,14 +253,18 @@ def _sparse_layer(
     ]
     biases = initial_biases(text)
     outputs += [OutputTensor(mlp + n, b.dtype, tuple(b.shape), (b.clone,)) for n, b in biases.items()]
-    outputs += _fused(mlp + "experts.", dtype, routed, text.num_experts, text.moe_intermediate_size, text.hidden_size)
+    outputs += fused_experts(
+        mlp + "experts.", dtype, routed, text.num_experts, text.moe_intermediate_size, text.hidden_size
+    )
     if text.num_shared_experts:
         width = text.shared_intermediate_size
-        outputs += _fused(mlp + "shared_experts.", dtype, shared, text.num_shared_experts, width, text.hidden_size)
+        outputs += fused_experts(
+            mlp + "shared_experts.", dtype, shared, text.num_shared_experts, width, text.hidden_size
+        )
     return outputs
 
 
-def _fused(
+def fused_experts(
     prefix: str,
     dtype: torch.dtype,
     projection: Callable[[str, int], torch.Tensor],

@@ -18,9 +18,10 @@ from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name, quantisation
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.file_digests import file_digests
 from ..checkpoints.finished_folder import finished_folder
+from ..checkpoints.our_folder import in_model_order
 from ..checkpoints.parameters import count_parameters, total_and_active
 from ..checkpoints.read_back import write_and_read_back
-from ..dense.sources import Source, in_model_order
+from ..dense.sources import Source
 from ..publishing.hub import complete_bundle
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE, TensorRecord

@@ -13,7 +13,7 @@ import tiny_media
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands import chat
-from unimoe.conversion.checkpoints.description import RouterLoad
+from unimoe.conversion.checkpoints.router_load import RouterLoad
 from unimoe.errors import UniMoeError
 from unimoe.serving.answering import Reply, load_answerer
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from .conversion.checkpoints.checkpoint_reader import Checkpoint
-from .conversion.dense.sources import read_our_config
+from .conversion.checkpoints.our_folder import read_our_config
 from .errors import CheckpointError, ConfigurationError, UniMoeError
 from .hub_access import MODEL_FILES
 from .model_folder import read_json, resolve_folder

@@ -11,7 +11,8 @@ from ._argument_types import add_quantize, positive
 from ._beforehand import require_file
 
 if TYPE_CHECKING:
-    from ..conversion.checkpoints.description import ModelDescription, RouterLoad
+    from ..conversion.checkpoints.router_load import RouterLoad
+    from ..inspection.model_description import ModelDescription
 
 # From no token to at least three times an even share.
 _SHADES = " ░▒▓█"
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         require_file("The data file", file)
     if looks_inside:
         return _look_inside(args)
-    from ..conversion.checkpoints.description import describe_model
+    from ..inspection.model_description import describe_model
 
     description = describe_model(args.model)
     print(json.dumps(description.to_dict(), indent=2) if args.json else "\n".join(describe_lines(description)))

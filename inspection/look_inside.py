@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..conversion.checkpoints.description import describe_model
 from ..conversion.checkpoints.expert_names import numbered
-from ..conversion.dense.sources import read_our_config, resolve_model_folder
+from ..conversion.checkpoints.our_folder import read_our_config
+from ..conversion.dense.sources import resolve_model_folder
 from ..errors import ConfigurationError, UniMoeError
 from ..modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
 from ..trainers.data.conversations import ConversationDataset
@@ -19,6 +19,7 @@ from ..trainers.saving.checkpoints import write_durably
 from .expert_weights import expert_distances
 from .favourites import favourite_words
 from .findings import change_findings, usage_findings, weight_findings
+from .model_description import describe_model
 from .model_page import write_model_page
 from .usage import Usage, chosen_samples, measure_usage
 from .weight_changes import shared_tensors, unmatched_text, weight_changes

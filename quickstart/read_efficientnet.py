@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PartError
-from .read_keras import write_image_processor
+from .vision_folder import load_whole, write_image_processor
 
 if TYPE_CHECKING:
     import torch
@@ -130,13 +130,7 @@ def convert_efficientnet_lite2(unpacked: Path, target: Path) -> None:
     (path,) = unpacked.glob("*.pth")
     state = efficientnet_lite2_state(read_state_dict(path))
     model = EfficientNetModel(efficientnet_lite2_config())
-    try:
-        outcome = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise PartError(f"The weights do not fit EfficientNet-Lite2 ({error}).") from error
-    missing = [key for key in outcome.missing_keys if not key.endswith("num_batches_tracked")]
-    if missing or outcome.unexpected_keys:
-        raise PartError(f"The weights do not make a whole EfficientNet-Lite2: missing {missing}.")
+    load_whole(model, state, "EfficientNet-Lite2")
     model.save_pretrained(target)
     # include_top would divide by the standard deviation a second time.
     write_image_processor(target, "EfficientNetImageProcessor", _IMAGE_SIZE, _MEAN, _STD, include_top=False)

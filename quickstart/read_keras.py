@@ -5,13 +5,13 @@ storage, virtual datasets), and a downloaded file has no business pointing anywh
 of the Keras model description is evaluated.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import PartError
+from .vision_folder import load_whole, write_image_processor
 
 if TYPE_CHECKING:
     import torch
@@ -138,35 +138,6 @@ def convert_mobilenet_v2(unpacked: Path, target: Path) -> None:
     arrays = read_keras_weights(path, "model_weights/mobilenetv2_1.00_160")
     config, state = mobilenet_v2_from_keras(arrays, image_size)
     model = MobileNetV2Model(config)
-    try:
-        outcome = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise PartError(f"The Keras weights do not fit MobileNetV2 of width 1.0 ({error}).") from error
-    missing = [key for key in outcome.missing_keys if not key.endswith("num_batches_tracked")]
-    if missing or outcome.unexpected_keys:
-        raise PartError(f"The Keras weights do not make a whole MobileNetV2: missing {missing}.")
+    load_whole(model, state, "MobileNetV2 of width 1.0")
     model.save_pretrained(target)
     write_image_processor(target, "MobileNetV2ImageProcessor", image_size, mean=0.5, std=0.5)
-
-
-def write_image_processor(target: Path, name: str, image_size: int, mean: float, std: float, **extra: bool) -> None:
-    """Write preprocessor_config.json: resize to a square, no crop, scale to 0..1, then (x - mean) / std.
-
-    Written by hand because transformers makes this class only where torchvision is installed; without it
-    AutoImageProcessor picks the Pillow class of the same name from this file.
-    """
-    size = {"height": image_size, "width": image_size}
-    settings = {
-        "image_processor_type": name,
-        "do_resize": True,
-        "size": size,
-        "resample": 2,  # bilinear
-        "do_center_crop": False,
-        "crop_size": size,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [mean] * 3,
-        "image_std": [std] * 3,
-    } | extra
-    (target / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TextStreamer
 
-from ..conversion.checkpoints.description import RouterLoad
 from ..conversion.checkpoints.expert_names import expert_names, numbered
+from ..conversion.checkpoints.router_load import RouterLoad
 from ..hub_access import MODEL_FILES
 from ..model_folder import resolve_folder
 from ..model_opener import open_model

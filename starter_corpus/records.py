@@ -55,14 +55,6 @@ def answer_of(row: Row) -> str:
     return str(row["messages"][-1]["content"][0]["text"])
 
 
-def media_of(row: Row) -> str | None:
-    """The path of the sample's medium, None for text."""
-    for item in row["messages"][0]["content"]:
-        if item["type"] != "text":
-            return str(item["path"])
-    return None
-
-
 def rng_for(*names: str) -> np.random.Generator:
     """A random generator that depends on the names only, so that one sample never changes another."""
     digest = hashlib.sha256("/".join(names).encode()).digest()

@@ -41,6 +41,7 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
 }
 VISION: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 8}
+VISION_KINDS = ("clip", "siglip", "dinov2", "mobilenet")
 PROMPT = ["<|startoftranscript|>", "<|notimestamps|>"]
 
 
@@ -128,3 +129,20 @@ def _save(model: Any, folder: Path, *beside: Any, licence: str | None = None) ->
         part.save_pretrained(folder)
     if licence is not None:
         (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
+
+
+def every_part(folder: Path) -> Path:
+    """A folder of parts, by kind."""
+    language_model(folder / "llama")
+    llava(folder / "llava")
+    for kind in VISION_KINDS:
+        vision_tower(kind, folder / kind)
+    speech_tower(folder / "whisper")
+    beats(folder / "beats")
+    return folder
+
+
+def beats_of(parts: Path) -> dict[str, Path]:
+    """What `Ingredients` wants to know of the BEATs in such a folder."""
+    released = parts / "beats" / "released"
+    return {"beats": released / "BEATs.pt", "qformer_config": released / "qformer_config.json"}

@@ -105,6 +105,11 @@ def samples(name: str) -> list[Sample]:
     return text + mixed
 
 
+@torch.no_grad()
+def logits(model: UniMoeForCausalLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs).logits
+
+
 def audio_clip(windows: int) -> list[int]:
     """Placeholders of one clip: the speech features of all its windows, then their sound features."""
     return [tiny.AUDIO] * 3 * windows + [tiny.SOUND] * 2 * windows

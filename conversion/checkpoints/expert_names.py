@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...modeling_unimoe.configuration_unimoe_text import UniMoeTextConfig
-from .description import recorded_load
+from .router_load import recorded_load
 
 
 def numbered(num_experts: int, known: Sequence[str]) -> list[str]:

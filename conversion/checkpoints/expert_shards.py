@@ -15,9 +15,9 @@ from transformers import GenerationConfig
 
 from ...errors import ConversionError
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
-from ..dense.sources import read_our_config
 from .checkpoint_reader import SAFETENSORS_INDEX, plain_file_name, read_json
 from .layouts import experts_by_file
+from .our_folder import read_our_config
 
 
 def load_expert_parallel(folder: str | Path, distributed_config: Any, **options: Any) -> UniMoeForCausalLM:

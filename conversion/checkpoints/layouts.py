@@ -21,10 +21,10 @@ import torch
 
 from ...errors import ConversionError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ..dense.sources import expected_tensors, read_our_config
 from .checkpoint_reader import PICKLE, PICKLE_INDEX, SAFETENSORS_INDEX, Checkpoint, TensorInfo
 from .checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor, split_into_shards, write_checkpoint, write_shards
 from .finished_folder import finished_folder
+from .our_folder import expected_tensors, read_our_config
 from .read_back import require_digests
 
 Layout = Literal["fused", "per-expert"]

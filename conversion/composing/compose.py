@@ -22,10 +22,11 @@ from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.file_digests import file_digests
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.key_rules import Shape
+from ..checkpoints.our_folder import expected_tensors, in_model_order
 from ..checkpoints.parameters import count_parameters, total_and_active
 from ..checkpoints.read_back import write_and_read_back
 from ..dense.prepared_tokenizers import placeholder_ids
-from ..dense.sources import expected_tensors, in_model_order, open_source
+from ..dense.sources import open_source
 from ..publishing.hub import complete_bundle, save_config
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE, TensorRecord

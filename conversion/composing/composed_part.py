@@ -13,7 +13,7 @@ from ...errors import ConversionError
 from ..checkpoints.bitsandbytes_tensors import refuse_other_quantisation
 from ..checkpoints.checkpoint_reader import Checkpoint
 from ..checkpoints.key_rules import Shape
-from ..publishing.licences import licence_metadata
+from ..dense.licences import licence_metadata
 
 # Counts batches in training and is read by nothing; older checkpoints do not hold it.
 _COUNTER = "num_batches_tracked"

@@ -1,9 +1,8 @@
 """The receipt of a composition: which parts went in, and what every tensor was made of."""
 
-from collections import Counter
 from dataclasses import dataclass
 
-from ..publishing.saved_receipt import SavedReceipt, TensorRecord
+from ..publishing.saved_receipt import SavedReceipt, TensorRecord, source_lines
 
 
 @dataclass
@@ -36,9 +35,7 @@ class CompositionReceipt(SavedReceipt):
         lines = []
         for part in self.parts:
             lines.append(f"{part.role:<16} {part.name}: {part.consumed} tensors taken")
-            lines += [f"{'':<16} {digest[:16]}… {file}" for file, digest in part.files.items()]
-            reasons = Counter(part.dropped.values()).most_common()
-            lines += [f"{'':<16} {count} left: {reason}" for reason, count in reasons]
+            lines += source_lines(part.files, part.dropped, indent=17)
         return [
             *lines,
             *(f"{'note':<16} {note}" for note in self.notes),

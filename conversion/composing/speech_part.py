@@ -17,9 +17,10 @@ from ...errors import ConversionError
 from ...modeling_unimoe.encoding_unimoe import build_tower
 from ..checkpoints.checkpoint_reader import Checkpoint
 from ..checkpoints.key_rules import Shape
+from ..checkpoints.our_folder import READING_ERRORS
 from ..dense.connector_fields import QUERY_DECODER_FIELDS
 from ..dense.encoder_folders import nameless, require_type, whisper_features
-from ..dense.sources import READING_ERRORS, resolve_model_folder
+from ..dense.sources import resolve_model_folder
 from ..dense.tokenizer_files import read_tokenizer
 from .composed_part import ComposedPart, Made, left_over, taken
 

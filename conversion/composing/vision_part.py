@@ -15,9 +15,10 @@ from ...modeling_unimoe.encoding_unimoe import build_tower
 from ...processing.processor_parts_unimoe import load_image_processor
 from ..checkpoints.checkpoint_reader import Checkpoint
 from ..checkpoints.meta_model import BUILDING_ERRORS, first_line
+from ..checkpoints.our_folder import READING_ERRORS
 from ..dense.encoder_folders import nameless
 from ..dense.picture_processor import image_settings
-from ..dense.sources import READING_ERRORS, resolve_model_folder
+from ..dense.sources import resolve_model_folder
 from .composed_part import ComposedPart, left_over, older_names, taken
 
 TOWER = "model.vision_tower."

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,14 @@ def saved_summary(folder: Path) -> list[str] | None:
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         return None
     return ["".join(c if c.isprintable() else "?" for c in line[:_LINE_LENGTH]) for line in lines[:_LINES]]
+
+
+def source_lines(files: Mapping[str, str], dropped: Mapping[str, str], indent: int) -> list[str]:
+    """Of a source, for a reader: its files (name -> SHA-256), and how many tensors (name -> why) were left for what reason."""
+    reasons = Counter(dropped.values()).most_common()
+    lines = [f"{digest[:16]}… {file}" for file, digest in files.items()]
+    lines += [f"{count} left: {reason}" for reason, count in reasons]
+    return [" " * indent + line for line in lines]
 
 
 @dataclass

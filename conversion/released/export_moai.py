@@ -14,8 +14,8 @@ from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.llava_keys import vision_prefix
+from ..checkpoints.our_folder import read_our_config
 from ..checkpoints.read_back import write_and_read_back
-from ..dense.sources import read_our_config
 from .import_moai import moai_key_map
 from .moai_config import COMPRESSOR_HEADS, IMAGE_SIZE, MIXER_HEADS, original_moai_config
 from .moai_keys import EMBEDDING

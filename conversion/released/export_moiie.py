@@ -21,8 +21,8 @@ from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.finished_folder import finished_folder
 from ..checkpoints.llava_keys import VISION_TOWER, vision_prefix, without_numbers
+from ..checkpoints.our_folder import read_our_config
 from ..checkpoints.read_back import write_and_read_back
-from ..dense.sources import read_our_config
 from .import_moiie import moiie_key_map
 from .moiie_config import SCALES, original_moiie_config
 from .moiie_keys import GROUPED, Backbone, Kind, Pools

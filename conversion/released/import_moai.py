@@ -18,9 +18,9 @@ from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.checkpoint_writer import OutputTensor
 from ..checkpoints.key_rules import KeyMap, Shape
 from ..checkpoints.llava_keys import vision_prefix
+from ..checkpoints.our_folder import expected_tensors
 from ..checkpoints.source_tensors import SourceTensor, SourceTensors
 from ..dense.encoder_folders import named_config
-from ..dense.sources import expected_tensors
 from .import_plan import ImportPlan, push_import, write_import
 from .import_receipt import ImportReceipt
 from .moai_config import is_moai, moai_sizes, our_moai_config

@@ -19,10 +19,10 @@ from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.checkpoint_writer import OutputTensor
 from ..checkpoints.key_rules import KeyMap, Shape, Target
 from ..checkpoints.llava_keys import VISION_TOWER, vision_prefix
+from ..checkpoints.our_folder import expected_tensors
 from ..checkpoints.source_tensors import SourceTensors
 from ..dense.encoder_folders import named_config, nameless
 from ..dense.prepared_tokenizers import prepare_bunny_tokenizer
-from ..dense.sources import expected_tensors
 from ..dense.tokenizer_files import read_tokenizer
 from .bunny_processor import build_bunny_processor
 from .import_plan import ImportPlan, push_import, write_import

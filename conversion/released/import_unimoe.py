@@ -20,10 +20,10 @@ from ..checkpoints.checkpoint_reader import Checkpoint, read_json
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.key_rules import KeyMap, Target
 from ..checkpoints.llava_keys import vision_prefix
+from ..checkpoints.our_folder import expected_tensors
 from ..dense.beats_file import BeatsFile
 from ..dense.encoder_folders import named_config, nameless, require_type
 from ..dense.prepared_tokenizers import placeholder_ids
-from ..dense.sources import expected_tensors
 from .import_plan import ImportPlan, WriteBeside, push_import, write_import
 from .import_receipt import ImportReceipt
 from .original_tokenizer import tokenizer_folder

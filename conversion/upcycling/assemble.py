@@ -5,9 +5,8 @@ section 3.3, between its second and third stage). `trainers.stages.assembly` doe
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from ..checkpoints.checkpoint_reader import Checkpoint, dtype_name, quantisation
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.file_digests import file_digests
 from ..checkpoints.finished_folder import finished_folder
+from ..checkpoints.our_folder import in_model_order
 from ..checkpoints.parameters import count_parameters, total_and_active
 from ..checkpoints.read_back import write_and_read_back
-from ..dense.sources import Source, in_model_order
+from ..dense.sources import Source
 from ..publishing.hub import complete_bundle
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE, TensorRecord
@@ -29,7 +29,7 @@ from .assembly_receipt import AssemblyReceipt, AssemblySource
 from .expert_ffns import Expert, ExpertSource, open_experts
 from .router_init import initial_router_rows
 from .sparsity import RouterInit, Sparsity, sparse_config
-from .stream_upcycle import kept_tensors, write_beside_weights
+from .stream_upcycle import fused_experts, kept_tensors, write_beside_weights
 from .upcycle import FFN_PROJECTIONS, LANGUAGE_PREFIX
 
 _COMPARED_AT_ONCE = 1 << 22  # values, so that memory need not hold tensors of two models
@@ -195,22 +195,24 @@ def _sparse_layer(
     dtype = dtype or base.checkpoint.tensors[base.keys[f"{mlp}down_proj.weight"]].dtype
     hidden, inner, rows = text.hidden_size, text.moe_intermediate_size, initial_router_rows(text, sparsity, layer)
 
-    def fused(name: str, shape: tuple[int, ...], projections: tuple[str, ...]) -> tuple[OutputTensor, list[str]]:
-        pieces: list[Callable[[], torch.Tensor]] = []
-        made_of = []
-        for index, expert in enumerate(experts):
-            for projection in projections:
-                key = expert.source.tensors[layer, projection]
-                pieces.append(partial(expert.source.checkpoint.read, key))
-                made_of.append(f"expert {index} ({expert.name}): {key}")
-        return OutputTensor(mlp + name, dtype, shape, tuple(pieces)), made_of
+    def read(projection: str, index: int) -> torch.Tensor:
+        source = experts[index].source
+        return source.checkpoint.read(source.tensors[layer, projection])
+
+    def pieces(*projections: str) -> list[str]:
+        return [
+            f"expert {index} ({expert.name}): {expert.source.tensors[layer, projection]}"
+            for index, expert in enumerate(experts)
+            for projection in projections
+        ]
 
     router = OutputTensor(mlp + "gate.weight", dtype, tuple(rows.shape), (lambda: rows,))
     drawn = "zeros" if sparsity.router_init == "zeros" else f"drawn, seed {sparsity.seed}"
+    gate_up, down = fused_experts(f"{mlp}experts.", dtype, read, len(experts), inner, hidden)
     return [
         (router, [f"router rows: {drawn}"]),
-        fused("experts.gate_up_proj", (len(experts), 2 * inner, hidden), FFN_PROJECTIONS[:2]),
-        fused("experts.down_proj", (len(experts), hidden, inner), FFN_PROJECTIONS[2:]),
+        (gate_up, pieces(*FFN_PROJECTIONS[:2])),
+        (down, pieces(*FFN_PROJECTIONS[2:])),
     ]
 
 

@@ -1,9 +1,8 @@
 """The receipt of an assembly: which files went in, and what every tensor of the sparse model was made of."""
 
-from collections import Counter
 from dataclasses import dataclass
 
-from ..publishing.saved_receipt import SavedReceipt, TensorRecord
+from ..publishing.saved_receipt import SavedReceipt, TensorRecord, source_lines
 
 
 @dataclass
@@ -46,9 +45,7 @@ class AssemblyReceipt(SavedReceipt):
         for source in self.sources:
             of = f" (experts {source.experts})" if source.experts else ""
             lines.append(f"{source.role:<11} {source.name}{of}: {source.consumed} tensors taken")
-            lines += [f"            {digest[:16]}… {file}" for file, digest in source.files.items()]
-            reasons = Counter(source.dropped.values()).most_common()
-            lines += [f"            {count} left: {reason}" for reason, count in reasons]
+            lines += source_lines(source.files, source.dropped, indent=12)
         return [
             *lines,
             *(f"note        {note}" for note in self.notes),

@@ -18,10 +18,11 @@ from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
 from ..checkpoints.checkpoint_reader import dtype_name, quantisation_notes
 from ..checkpoints.checkpoint_writer import DEFAULT_SHARD_BYTES, OutputTensor
 from ..checkpoints.finished_folder import finished_folder
+from ..checkpoints.our_folder import in_model_order
 from ..checkpoints.parameters import count_parameters, total_and_active
 from ..checkpoints.read_back import write_and_read_back
 from ..dense.picture_processor import picture_processor
-from ..dense.sources import Source, in_model_order
+from ..dense.sources import Source
 from ..publishing.hub import complete_bundle, save_config
 from ..publishing.model_card import model_card, receipt_section
 from ..publishing.saved_receipt import RECEIPT_FILE
@@ -253,14 +254,18 @@ def _sparse_layer(
     ]
     biases = initial_biases(text)
     outputs += [OutputTensor(mlp + n, b.dtype, tuple(b.shape), (b.clone,)) for n, b in biases.items()]
-    outputs += _fused(mlp + "experts.", dtype, routed, text.num_experts, text.moe_intermediate_size, text.hidden_size)
+    outputs += fused_experts(
+        mlp + "experts.", dtype, routed, text.num_experts, text.moe_intermediate_size, text.hidden_size
+    )
     if text.num_shared_experts:
         width = text.shared_intermediate_size
-        outputs += _fused(mlp + "shared_experts.", dtype, shared, text.num_shared_experts, width, text.hidden_size)
+        outputs += fused_experts(
+            mlp + "shared_experts.", dtype, shared, text.num_shared_experts, width, text.hidden_size
+        )
     return outputs
 
 
-def _fused(
+def fused_experts(
     prefix: str,
     dtype: torch.dtype,
     projection: Callable[[str, int], torch.Tensor],

@@ -1,19 +1,14 @@
-"""Hostile media: bombs, cuts, polyglots, odd audio, forged videos, URLs and paths. Only `MediaError` may come out."""
+"""Hostile media: bombs, cuts, polyglots, odd audio, forged videos. Only `MediaError` may come out."""
 
 import io
-import os
 import random
-import re
-import resource
-import socket
 import struct
 import sys
 import time
 import wave
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +16,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import tiny_media
+from refusals import QUICK, refused
 
-from unimoe.processing import media_fetch_unimoe
 from unimoe.processing.media_audio_unimoe import load_audio
-from unimoe.processing.media_fetch_unimoe import is_public_address, is_url
 from unimoe.processing.media_policy_unimoe import (
     MediaError,
     MediaLimits,
@@ -34,22 +28,6 @@ from unimoe.processing.media_policy_unimoe import (
 )
 from unimoe.processing.media_unimoe import load_image
 from unimoe.processing.media_video_unimoe import load_video
-
-QUICK = 0.5  # seconds of this process; a refusal takes milliseconds, the rest is slack for a busy machine
-
-
-@contextmanager
-def refused(reason: str, kind: str = "") -> Iterator[None]:
-    """The block must raise a MediaError of this reason, quickly and without taking memory."""
-    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(MediaError, match=reason) as caught:
-        yield
-    assert time.process_time() - start < QUICK
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
-    assert str(caught.value).startswith(kind)
-    assert caught.value.__cause__ is None
-    assert "0x" not in str(caught.value)
-
 
 # Images
 
@@ -382,291 +360,3 @@ def test_mutated_files_raise_nothing_but_media_errors(kind: str) -> None:
         else:
             assert all(f.width * f.height <= 10_000 for f in (value if isinstance(value, list) else [value]))
     assert refusals > 0
-
-
-# Network
-
-HOSTILE_URLS = [
-    "http://127.0.0.1/a.png",
-    "https://127.0.0.1/a.png",
-    "https://127.1/a.png",
-    "https://2130706433/a.png",
-    "https://0x7f000001/a.png",
-    "https://0177.0.0.1/a.png",
-    "https://0/a.png",
-    "https://[::1]/a.png",
-    "https://[::ffff:127.0.0.1]/a.png",
-    "https://[::ffff:7f00:1]/a.png",
-    "https://[fe80::1%25eth0]/a.png",
-    "https://169.254.169.254/latest/meta-data/",
-    "https://10.0.0.1/a.png",
-    "https://192.168.1.1/a.png",
-    "https://localhost/a.png",
-    "https://localhost./a.png",
-    "https://metadata.google.internal/a.png",
-    "https://allowed.example@127.0.0.1/a.png",
-    "https://127.0.0.1\\@allowed.example/a.png",
-    "https://allowed.example\\@127.0.0.1/a.png",
-    "https://allowed.example:80@127.0.0.1/a.png",
-    "https://allowed.example#@127.0.0.1/a.png",
-    "https://allowed.example?@127.0.0.1/a.png",
-    "https://allowed.example.evil.example/a.png",
-    "https://evil.example/allowed.example/a.png",
-    "https://xallowed.example/a.png",
-    "https://ALLOWED.example/a.png",
-    "https://allowed.example./a.png",
-    "https://allowed.example:22/a.png",
-    "https://allowed.example:0443x/a.png",
-    "https://allowed.example/a.png\r\nHost: evil.example",
-    "https://allowed.example/\u0661",
-    "https://\u0430llowed.example/a.png",
-    "https://allowed\u3002example/a.png",
-    "https:///allowed.example/a.png",
-    "https:\\\\allowed.example\\a.png",
-    " https://allowed.example/a.png",
-    "http://allowed.example/a.png",
-    "//allowed.example/a.png",
-    "file:///etc/passwd",
-    "ftp://allowed.example/a.png",
-    "gopher://allowed.example/_GET",
-    "jar:https://allowed.example!/a",
-    "data:image/png,plain",
-    "data:image/png;base64,!!!!",
-    "data:image/png;base64," + "A" * (1 << 20),
-    "https://allowed.example/" + "a" * 5000,
-]
-
-
-@pytest.fixture
-def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every name looked up and every socket connected, none of which really happens."""
-    seen: list[Any] = []
-
-    def record(name: str) -> Callable[..., Any]:
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            seen.append((name, args))
-            raise OSError("no network in tests")
-
-        return refuse
-
-    monkeypatch.setattr(socket, "create_connection", record("create_connection"))
-    monkeypatch.setattr(socket.socket, "connect", record("connect"))
-    monkeypatch.setattr(socket.socket, "connect_ex", record("connect_ex"))
-    monkeypatch.setattr(socket, "getaddrinfo", record("getaddrinfo"))
-    return seen
-
-
-ONLINE = MediaPolicy(allow_network=True, allowed_hosts=frozenset({"allowed.example"}), network_bytes=1 << 19)
-
-
-@pytest.mark.parametrize("url", HOSTILE_URLS, ids=range(len(HOSTILE_URLS)))
-def test_hostile_urls_open_no_socket(url: str, connections: list[Any]) -> None:
-    for load in (load_image, load_audio, load_video):
-        for policy in (ONLINE, MediaPolicy()):
-            with refused("URL|http|port|file cannot be opened|readable"):
-                load(url, policy=policy)
-    assert connections == []
-
-
-def resolve_to(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]:
-    """Make successive look-ups give these addresses; returns the list of names looked up."""
-    names: list[str] = []
-
-    def look_up(host: str, port: int, **_: Any) -> list[Any]:
-        names.append(host)
-        addresses = answers[min(len(names), len(answers)) - 1]
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    return names
-
-
-@pytest.mark.parametrize(
-    "addresses",
-    [
-        ["127.0.0.1"],
-        ["10.1.2.3"],
-        ["169.254.169.254"],
-        ["100.64.0.1"],
-        ["0.0.0.0"],
-        ["224.0.0.1"],
-        ["255.255.255.255"],
-        ["::1"],
-        ["::ffff:10.0.0.1"],
-        ["fe80::1%2"],
-        ["fd00::1"],
-        ["64:ff9b::a00:1"],
-        ["2002:7f00:1::"],
-        ["::7f00:1"],
-        ["8.8.8.8", "127.0.0.1"],
-        [],
-    ],
-)
-def test_allowed_names_with_private_addresses(
-    addresses: list[str], connections: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    resolve_to(monkeypatch, addresses)
-    with refused("not public", "image"):
-        load_image("https://allowed.example/a.png", policy=ONLINE)
-    assert connections == []
-    assert not addresses or not all(is_public_address(address) for address in addresses)
-
-
-def test_a_second_dns_answer_is_never_asked_for(connections: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    names = resolve_to(monkeypatch, ["8.8.8.8"], ["127.0.0.1"])
-    with refused("download failed", "image"):
-        load_image("https://allowed.example/a.png", policy=ONLINE)
-    assert names == ["allowed.example"]
-    assert [args[0] for _, args in connections] == [("8.8.8.8", 443)]
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], MediaPolicy]]:
-    """Answers the next request on a local port with given bytes; the address check is told that this is public."""
-    import threading
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.settimeout(5)
-    address = listener.getsockname()
-    connect = socket.create_connection
-    monkeypatch.setattr(media_fetch_unimoe, "_resolve_public", lambda *a: "203.0.113.1")
-    monkeypatch.setattr(socket, "create_connection", lambda _, timeout: connect(address, timeout=timeout))
-
-    def serve(answer: bytes, pause: float = 0.0) -> None:
-        with listener.accept()[0] as peer:
-            peer.settimeout(5)
-            peer.recv(4096)
-            try:
-                for start in range(0, len(answer), 1 if pause else 1 << 16):
-                    peer.sendall(answer[start : start + (1 if pause else 1 << 16)])
-                    time.sleep(pause)
-            except OSError:
-                return  # the client hung up, as it should on too much or too slow an answer
-
-    def start(answer: bytes, pause: float = 0.0) -> MediaPolicy:
-        threading.Thread(target=serve, args=(answer, pause), daemon=True).start()
-        hosts = frozenset({"allowed.example"})
-        return MediaPolicy(None, True, True, hosts, True, network_seconds=0.3 if pause else 5.0, network_bytes=100_000)
-
-    yield start
-    listener.close()
-
-
-URL = "http://allowed.example/a.png"
-
-
-def test_an_allowed_download_works(server: Callable[..., MediaPolicy]) -> None:
-    data = tiny_media.encoded_picture()
-    policy = server(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
-    assert load_image(URL, policy=policy).size == (24, 20)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n", "status 302"),
-        (b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n", "status 404"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999\r\n\r\n" + bytes(200_000), "exceeds 100000 bytes"),
-        (b"HTTP/1.1 200 OK\r\n\r\n" + bytes(200_000), "exceeds 100000 bytes"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\nshort", "download failed"),
-        (b"SSH-2.0-OpenSSH\r\n", "download failed"),
-    ],
-)
-def test_answers_of_servers_are_capped(server: Callable[..., MediaPolicy], answer: bytes, reason: str) -> None:
-    with pytest.raises(MediaError, match=reason):
-        load_image(URL, policy=server(answer))
-
-
-def test_a_dripping_server_is_cut_off(server: Callable[..., MediaPolicy]) -> None:
-    policy = server(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500, pause=0.02)
-    start = time.perf_counter()
-    with pytest.raises(MediaError, match=r"took over 0\.3 s"):
-        load_image(URL, policy=policy)
-    assert time.perf_counter() - start < 3
-
-
-# Paths
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    folder = tmp_path / "root"
-    (folder / "inner").mkdir(parents=True)
-    (folder / "inner" / "a.png").write_bytes(tiny_media.encoded_picture())
-    (tmp_path / "outside.png").write_bytes(tiny_media.encoded_picture())
-    (tmp_path / "root-sibling").mkdir()
-    (tmp_path / "root-sibling" / "b.png").write_bytes(tiny_media.encoded_picture())
-    (folder / "link.png").symlink_to(tmp_path / "outside.png")
-    (folder / "inside-link.png").symlink_to(folder / "inner" / "a.png")
-    (folder / "up").symlink_to(tmp_path)
-    (folder / "loop").symlink_to(folder / "loop")
-    os.mkfifo(folder / "pipe.png")
-    return folder
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "../outside.png",
-        "inner/../../outside.png",
-        "../root-sibling/b.png",
-        "{root}/../outside.png",
-        "{root}-sibling/b.png",
-        "/etc/passwd",
-        "link.png",
-        "up/outside.png",
-        "loop",
-        "pipe.png",
-        "inner",
-        ".",
-        "",
-        " ",
-        "inner/a.png\0.jpg",
-        "\0",
-        "missing.png",
-        "CON",
-        "nul.png",
-        "inner/COM1.png",
-        "inner\\LPT1",
-        "/dev/zero",
-        "/proc/self/environ",
-        "~/a.png",
-        "a" * 5000,
-    ],
-)
-def test_no_path_leaves_the_root(root: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    real_open = os.open
-    monkeypatch.setattr(os, "open", lambda p, *a, **k: (opened.append(os.fspath(p)), real_open(p, *a, **k))[1])
-    with refused("path|file", "image at message 3"):
-        load_image(path.format(root=root), MediaPolicy(media_root=str(root)), "message 3, content 0")
-    assert all(Path(p).is_relative_to(root) for p in opened)
-
-
-def test_paths_inside_the_root_are_read(root: Path) -> None:
-    policy = MediaPolicy(media_root=str(root))
-    for path in ("inner/a.png", root / "inner" / "a.png", "inside-link.png", "inner/../inner/a.png", b"inner/a.png"):
-        value = os.fsdecode(path) if isinstance(path, bytes) else path
-        assert load_image(value, policy).size == (24, 20)
-    with refused("paths are refused", "image"):
-        load_image("inner/a.png", MediaPolicy(allow_paths=False))
-
-
-def test_messages_name_paths_as_they_were_given_and_not_where_they_lead(root: Path) -> None:
-    long = "deep/" * 100 + "x.png"
-    for path in ("../outside.png", "missing/x.png", "/etc/hostname", "inner/a.wav", "a", "\x1b[2Jx\n.png", long):
-        with pytest.raises(MediaError) as caught:
-            load_image(path, MediaPolicy(media_root=str(root)), "message 0, content 0")
-        assert f"image at message 0, content 0, {path if path != long else '...' + long[-200:]!r}: " in str(
-            caught.value
-        )
-        assert str(root) not in str(caught.value)
-        with pytest.raises(MediaError, match=re.escape(f"image at {path if path != long else '...' + long[-200:]!r}")):
-            load_image(path, MediaPolicy(media_root=str(root)))
-
-
-def test_urls_are_told_from_paths() -> None:
-    assert all(
-        is_url(text) for text in ("http://a", "HTTPS://a", " http://a", "//a/b", "\\\\a\\b", "data:x", "file:/x")
-    )
-    assert not any(is_url(text) for text in ("a.png", "a/b//c.png", "./http/a", "C:\\a.png", "a:b.png"))

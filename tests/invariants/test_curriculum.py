@@ -12,6 +12,7 @@ import pytest
 import tiny_training
 import torch
 from safetensors.torch import load_file
+from tiny_curriculum import EXPERTS, SPARSE_LAYERS, recipe
 
 from unimoe import UniMoeForCausalLM
 from unimoe.conversion.publishing.hub import code_files
@@ -20,71 +21,18 @@ from unimoe.trainers import curriculum
 from unimoe.trainers.curriculum import load_start_model, run_curriculum
 from unimoe.trainers.data.collator import RawCollator
 from unimoe.trainers.data.conversations import ConversationDataset
-from unimoe.trainers.recipe.recipe import Recipe, StageConfig
+from unimoe.trainers.recipe.recipe import StageConfig
 from unimoe.trainers.recipe.recipe_file import load_recipe, save_recipe
-from unimoe.trainers.recipe.recipe_parts import ExpertConfig, LoraSettings, MoeConfig
+from unimoe.trainers.recipe.recipe_parts import ExpertConfig, MoeConfig
 from unimoe.trainers.saving.folder_lock import exclusive
 from unimoe.trainers.stages.assembly import assemble, connector_owners, router_rows_from_means
 from unimoe.trainers.stages.stage import Progress, StageReport
-
-SPARSE_LAYERS = [0, 2]
-LANGUAGE = ["embeddings", "attention", "ffn", "norms", "head"]
-EXPERTS = [
-    ExpertConfig("image", ["image"]),
-    ExpertConfig("audio", ["speech", "sound"]),
-    ExpertConfig("text", ["text"]),
-]
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data and with a dense model that knows nothing."""
     return tiny_training.write_start(tmp_path_factory.mktemp("start"), 4)
-
-
-def recipe(start: Path, out: Path, factor: float = 1.0, **overrides: Any) -> Recipe:
-    """Four stages; `factor` scales their steps."""
-
-    def steps(count: int) -> int:
-        return max(1, round(count * factor))
-
-    common: dict[str, Any] = {
-        "batch_size": 8,
-        "learning_rate": 1e-2,
-        "log_every": 2,
-        "save_every": 2 if factor < 1 else 20,
-    }
-    fields = {
-        "model": str(start / "model"),
-        "data": [str(start / "train.jsonl")],
-        "out": str(out),
-        "cache": str(start / "cache"),
-        "moe": MoeConfig(sparse_layers=SPARSE_LAYERS),
-        "stages": [
-            StageConfig("language", train=LANGUAGE, modalities=["text"], steps=steps(50), **common),
-            StageConfig(
-                "connectors",
-                train=["connectors", "aligners"],
-                modalities=["image", "speech", "sound"],
-                steps=steps(100),
-                **common,
-            ),
-            StageConfig(
-                "experts", "experts", ["ffn", "connectors", "aligners"], experts=EXPERTS, steps=steps(10), **common
-            ),
-            StageConfig(
-                "mixture",
-                "moe",
-                ["router", "connectors"],
-                lora=LoraSettings(rank=4),
-                steps=steps(60),
-                router_aux_loss_coef=0.01,
-                feature_noise=0.05,
-                **common,
-            ),
-        ],
-    }
-    return Recipe(**{**fields, **overrides})
 
 
 def accuracy(model: UniMoeForCausalLM, processor: Any, dataset: ConversationDataset) -> float:

@@ -11,7 +11,7 @@ from golden import GoldenCase
 from unimoe import UniMoeConfig, UniMoeForCausalLM
 from unimoe.conversion.checkpoints.key_rules import KeyMap
 from unimoe.conversion.checkpoints.llava_keys import vision_prefix
-from unimoe.conversion.dense.sources import expected_tensors
+from unimoe.conversion.checkpoints.our_folder import expected_tensors
 from unimoe.conversion.released.moai_config import is_moai as holds_moai
 from unimoe.conversion.released.moai_config import moai_sizes, our_moai_config
 from unimoe.conversion.released.moai_keys import EMBEDDING, moai_rules

@@ -12,7 +12,7 @@ from transformers import SiglipVisionConfig
 from unimoe import UniMoeConfig, UniMoeForCausalLM
 from unimoe.conversion.checkpoints.key_rules import KeyMap
 from unimoe.conversion.checkpoints.llava_keys import vision_prefix
-from unimoe.conversion.dense.sources import expected_tensors
+from unimoe.conversion.checkpoints.our_folder import expected_tensors
 from unimoe.conversion.released.moiie_config import our_moiie_config, sizes_of
 from unimoe.conversion.released.moiie_keys import moiie_rules
 from unimoe.conversion.released.moiie_variant import MoiieVariant, recognise_moiie

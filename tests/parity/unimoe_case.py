@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, GenerationConfig, WhisperConfig
 from unimoe import UniMoeBeatsConfig, UniMoeForCausalLM
 from unimoe.conversion.checkpoints.key_rules import KeyMap, Place, take
 from unimoe.conversion.checkpoints.llava_keys import PROJECTOR, VISION_TOWER, vision_prefix
-from unimoe.conversion.dense.sources import expected_tensors
+from unimoe.conversion.checkpoints.our_folder import expected_tensors
 from unimoe.conversion.released.unimoe_config import Encoders, our_config
 from unimoe.conversion.released.unimoe_experts import pairs_in
 from unimoe.conversion.released.unimoe_keys import ALIGNER, AUDIO_TOWER, AudioKind, rules_for

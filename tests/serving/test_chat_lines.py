@@ -8,9 +8,9 @@ import pytest
 from chat_parts import save_model
 
 from unimoe.commands import chat
-from unimoe.conversion.checkpoints.description import describe_model
 from unimoe.conversion.checkpoints.expert_names import numbered
 from unimoe.errors import UniMoeError
+from unimoe.inspection.model_description import describe_model
 from unimoe.serving.answering import Reply, load_answerer
 
 

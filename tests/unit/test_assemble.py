@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.conversion.checkpoints.checkpoint_writer import write_checkpoint
-from unimoe.conversion.dense.sources import in_model_order, open_source
+from unimoe.conversion.checkpoints.our_folder import in_model_order
+from unimoe.conversion.dense.sources import open_source
 from unimoe.conversion.upcycling.assemble import plan_assembly, run_assembly
 from unimoe.conversion.upcycling.sparsity import Sparsity
 from unimoe.conversion.upcycling.upcycle import upcycle_model

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import tiny_training
 import torch
-from test_trainers_trainer import Bench
+from training_bench import Bench
 
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import TrainingError

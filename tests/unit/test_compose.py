@@ -15,6 +15,7 @@ import tiny_media
 import tiny_parts
 import tiny_training
 import torch
+from tiny_parts import beats_of
 from transformers import AutoModel, CLIPVisionModel
 
 from unimoe import UniMoeForCausalLM, cli
@@ -27,25 +28,11 @@ from unimoe.trainers.recipe.recipe_file import load_recipe
 
 SMALL = {"speech_tokens": 4, "sound_tokens": 3}
 STAGE_1 = Path(__file__).parents[2] / "runs" / "unimoe_7b" / "1_align_speech.yaml"
-VISION = ("clip", "siglip", "dinov2", "mobilenet")
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of parts, by kind."""
-    folder = tmp_path_factory.mktemp("parts")
-    tiny_parts.language_model(folder / "llama")
-    tiny_parts.llava(folder / "llava")
-    for kind in VISION:
-        tiny_parts.vision_tower(kind, folder / kind)
-    tiny_parts.speech_tower(folder / "whisper")
-    tiny_parts.beats(folder / "beats")
-    return folder
-
-
-def beats_of(parts: Path) -> dict[str, Path]:
-    released = parts / "beats" / "released"
-    return {"beats": released / "BEATs.pt", "qformer_config": released / "qformer_config.json"}
+    return tiny_parts.every_part(tmp_path_factory.mktemp("parts"))
 
 
 def compose(out: Path, parts: Path, language_model: str = "llama", options: Any = None, **others: Any) -> Any:
@@ -74,7 +61,7 @@ def test_text_has_the_logits_of_the_language_model(parts: Path, everything: Path
         assert (ours(ids).logits[..., : expected.shape[-1]] - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("kind", VISION)
+@pytest.mark.parametrize("kind", tiny_parts.VISION_KINDS)
 def test_pictures_have_the_states_of_the_vision_tower(kind: str, parts: Path, tmp_path: Path) -> None:
     model = compose(tmp_path / "dense", parts, vision_tower=kind)
     processor = UniMoeProcessor.from_pretrained(tmp_path / "dense")
@@ -337,70 +324,3 @@ def test_stage_1_trains_it_and_it_becomes_sparse(tower: str, shared: bool, parts
     assert cli.main(["convert", "upcycle", report.model, "--out", str(out), "--groups", "five", "--experts", "6"]) == 0
     assert UniMoeForCausalLM.from_pretrained(out).config.text_config.num_experts == 6
     assert (out / "processor_config.json").exists()
-
-
-def test_wrong_parts_are_refused(parts: Path, tmp_path: Path) -> None:
-    tiny_parts.text_encoder(tmp_path / "bert")
-    tiny_media.image_processor().save_pretrained(tmp_path / "bert")
-    (tmp_path / "notes.bin").write_bytes(b"")
-    torch.save({"head.weight": torch.ones(2)}, tmp_path / "head.bin")
-    torch.save({"model.mm_projector.0.weight": torch.ones(32, 32)}, tmp_path / "half.bin")
-    torch.save(
-        {"model.mm_projector.weight": torch.ones(32, 48), "model.mm_projector.bias": torch.ones(32)},
-        tmp_path / "wide.bin",
-    )
-    beats = beats_of(parts)
-    wrong: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({"vision_tower": tmp_path / "bert"}, {}, "'bert' model, which does not take pictures"),
-        ({"vision_tower": parts / "whisper"}, {}, "does not take pictures|preprocessor"),
-        ({"vision_tower": tmp_path / "absent"}, {}, "is no folder"),
-        ({"vision_tower": parts / "clip"}, {"vision_feature_layer": -9}, "has 4 hidden states"),
-        ({"vision_tower": parts / "clip"}, {"image_size": 20}, "does not take pictures of 20 x 20"),
-        ({"image_projector": tmp_path / "half.bin"}, {}, "add --vision-tower"),
-        ({"vision_tower": parts / "clip", "image_projector": tmp_path / "head.bin"}, {}, "holds no image projector"),
-        (
-            {"vision_tower": parts / "clip", "image_projector": tmp_path / "half.bin"},
-            {},
-            "lacks the bias of its layer 0",
-        ),
-        ({"vision_tower": parts / "clip", "image_projector": tmp_path / "wide.bin"}, {}, "states of width 48"),
-        ({"speech_tower": parts / "clip"}, {}, "describes a 'clip' model; 'whisper' is needed"),
-        ({"speech_tower": parts / "whisper"}, {"window_seconds": 3}, r"choose a whole number 1\.\.2"),
-        ({"speech_tower": parts / "whisper"}, {"speech_tokens": 17}, "the decoder has 16 positions"),
-        ({"beats": tmp_path / "notes.bin"}, {}, "is empty"),
-        ({"beats": tmp_path / "head.bin"}, {}, "is no BEATs checkpoint"),
-        ({}, {"sound_connector": "mlp"}, "--sound-connector needs a tower"),
-        ({}, {"image_size": 16}, "no part takes it: add --vision-tower"),
-        ({}, {"window_seconds": 2}, "no part takes it: add --speech-tower or --beats"),
-        ({"qformer_weights": tmp_path / "head.bin"}, {}, "There is no Q-Former"),
-        ({**beats, "qformer_weights": tmp_path / "head.bin"}, {}, "does not hold"),
-        ({}, {"chat_template": "alpaca"}, "use one of chatml, vicuna, llama, phi3"),
-        ({}, {"chat_template": "llama"}, "ends answers with <|end_of_text|>"),
-    ]
-    for ingredients, options, message in wrong:
-        files = ("beats", "qformer_config")
-        given = {k: v if k in files else str(v) for k, v in ingredients.items()}
-        with pytest.raises(ValueError, match=message.replace("|end_of_text|", r"\|end_of_text\|")):
-            plan_composition(Ingredients(str(parts / "llama"), **given), ComposeOptions(**{**SMALL, **options}))
-
-
-def test_a_sparse_language_model_and_one_without_tokenizer_are_refused(parts: Path, tmp_path: Path) -> None:
-    out = tmp_path / "sparse"
-    assert cli.main(["convert", "upcycle", str(parts / "llama"), "--out", str(out)]) == 0
-    with pytest.raises(ConversionError, match="sparse already"):
-        plan_composition(Ingredients(str(out)))
-    tiny_parts.language_model(tmp_path / "mute")
-    for file in (tmp_path / "mute").glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(ConversionError, match="holds no tokenizer"):
-        plan_composition(Ingredients(str(tmp_path / "mute")))
-
-
-def test_a_damaged_part_leaves_nothing_behind(parts: Path, tmp_path: Path) -> None:
-    tiny_parts.vision_tower("siglip", tmp_path / "siglip")
-    plan = plan_composition(Ingredients(str(parts / "llama"), vision_tower=str(tmp_path / "siglip")))
-    weights = tmp_path / "siglip" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ConversionError, match="ends inside"):
-        run_composition(plan, tmp_path / "dense", progress=False)
-    assert not (tmp_path / "dense").exists()

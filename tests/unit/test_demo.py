@@ -18,7 +18,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("gradio")
 
 UPLOAD_LIMIT, USERS = 300_000, 16
-MESSAGES, CHAT, PANEL = 0, 1, 3
+CHAT, PANEL = 1, 3
 PNG = tiny_media.encoded_picture()
 
 

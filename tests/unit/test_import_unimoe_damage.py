@@ -41,7 +41,6 @@ class _Code:
 
 
 EXPERT = "model.layers.0.mlp.experts.1.up_proj.weight"
-QUERY = "model.layers.1.self_attn.q_proj.weight"
 GATE_LORA = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 DAMAGES: dict[str, tuple[Callable[[Released], object], str]] = {
     "truncated base": (lambda s: _truncate(s.folders.base / "pytorch_model.bin"), r"pytorch_model\.bin is truncated"),

@@ -11,10 +11,11 @@ from transformers import LlamaConfig
 
 from unimoe import UniMoeForCausalLM, cli
 from unimoe.commands.inspect import router_load_lines
-from unimoe.conversion.checkpoints.description import RouterLoad, describe_model
 from unimoe.conversion.checkpoints.parameters import count_parameters, total_and_active
+from unimoe.conversion.checkpoints.router_load import RouterLoad
 from unimoe.conversion.publishing.hub import save_bundle
 from unimoe.errors import ConversionError
+from unimoe.inspection.model_description import describe_model
 
 
 @pytest.fixture

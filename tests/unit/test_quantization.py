@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from unimoe import cli
-from unimoe.conversion.checkpoints.description import describe_model
 from unimoe.errors import CheckpointError, ConfigurationError, ConversionError, MissingPackageError
 from unimoe.evaluation.running.runner import Options, check_settings, settings_of
 from unimoe.inspection.expert_weights import expert_distances
+from unimoe.inspection.model_description import describe_model
 from unimoe.model_opener import open_model
 from unimoe.modeling_unimoe.quantized_experts_unimoe import is_quantized
 from unimoe.quantization import KINDS, quantization_config

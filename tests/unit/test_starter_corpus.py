@@ -16,7 +16,7 @@ from unimoe.errors import DataError
 from unimoe.starter_corpus import build, build_images, build_sounds, build_videos, corpus, sources, voices
 from unimoe.starter_corpus.audio_files import SAMPLE_RATE, with_fixed_serial
 from unimoe.starter_corpus.concepts import CATEGORIES, CONCEPTS, HELDOUT_TEXT_WORDS
-from unimoe.starter_corpus.records import answer_of, media_of, question_of, rng_for
+from unimoe.starter_corpus.records import answer_of, question_of, rng_for
 from unimoe.starter_corpus.text_questions import build_text_questions
 from unimoe.starter_corpus.text_sentences import all_sentences
 
@@ -49,6 +49,11 @@ def stage0() -> list[corpus.Sample]:
 
 def of_task(samples: list[corpus.Sample], task: str) -> list[corpus.Sample]:
     return [sample for sample in samples if sample["task"] == task]
+
+
+def media_of(sample: corpus.Sample) -> str | None:
+    """The path of its medium, None for text."""
+    return next((str(item["path"]) for item in sample["messages"][0]["content"] if item["type"] != "text"), None)
 
 
 def digest(sample: corpus.Sample) -> str:

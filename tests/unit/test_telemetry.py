@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_training
 import torch
-from test_trainers_trainer import Bench
+from training_bench import Bench
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 

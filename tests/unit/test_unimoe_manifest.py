@@ -21,8 +21,8 @@ from released_shapes import (
 from unimoe import UniMoeBeatsConfig
 from unimoe.conversion.checkpoints.key_rules import KeyMap
 from unimoe.conversion.checkpoints.llava_keys import vision_prefix
+from unimoe.conversion.checkpoints.our_folder import expected_tensors
 from unimoe.conversion.checkpoints.parameters import count_parameters, total_and_active
-from unimoe.conversion.dense.sources import expected_tensors
 from unimoe.conversion.released.unimoe_config import Encoders, our_config
 from unimoe.conversion.released.unimoe_keys import rules_for
 from unimoe.conversion.released.unimoe_variant import recognise

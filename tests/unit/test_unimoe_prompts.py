@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_media
+from tiny_chat import chat as encode
 
 from unimoe.errors import ConversationError, MediaError, PlaceholderError
 from unimoe.processing import original_chat_unimoe
@@ -45,17 +46,6 @@ def processor() -> UniMoeProcessor:
 
 def user(*content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(content)}]
-
-
-def encode(processor: UniMoeProcessor, conversation: Any, **options: Any) -> Any:
-    return processor.apply_chat_template(
-        conversation,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        **options,
-    )
 
 
 def media_runs(row: Any) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ...conversion.dense.sources import read_our_config
+from ...conversion.checkpoints.our_folder import read_our_config
 from ...conversion.upcycling.sparsity import Sparsity, sparse_text_config
 from ...errors import ConfigurationError, ConversionError, RecipeError
 from ...modeling_unimoe.configuration_unimoe import UniMoeConfig

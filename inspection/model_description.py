@@ -5,27 +5,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConversionError
-from ...model_folder import resolve_folder
-from ...modeling_unimoe.configuration_unimoe import UniMoeConfig
-from ...modeling_unimoe.configuration_unimoe_text import MODALITIES
-from ..dense.sources import expected_tensors, read_our_config
-from ..publishing.model_card import modalities_of
-from ..publishing.saved_receipt import saved_summary
-from .bitsandbytes_tensors import held_by_torchao
-from .checkpoint_reader import Checkpoint, read_json
-from .parameters import ParameterCount, count_parameters, total_and_active
-
-ROUTER_LOAD_FILE = "router_load.json"
-
-
-@dataclass(frozen=True)
-class RouterLoad:
-    """Share of each modality's tokens that every expert received: modality -> [sparse layers][experts]."""
-
-    layers: list[int]
-    experts: list[str]
-    modalities: dict[str, list[list[float]]]
+from ..conversion.checkpoints.bitsandbytes_tensors import held_by_torchao
+from ..conversion.checkpoints.checkpoint_reader import Checkpoint
+from ..conversion.checkpoints.our_folder import expected_tensors, read_our_config
+from ..conversion.checkpoints.parameters import ParameterCount, count_parameters, total_and_active
+from ..conversion.checkpoints.router_load import RouterLoad, recorded_load
+from ..conversion.publishing.model_card import modalities_of
+from ..conversion.publishing.saved_receipt import saved_summary
+from ..model_folder import resolve_folder
+from ..modeling_unimoe.configuration_unimoe import UniMoeConfig
 
 
 @dataclass(frozen=True)
@@ -175,35 +163,3 @@ def _weights(folder: Path, config: UniMoeConfig) -> Weights | None:
     differing = sorted(key for key, info in checkpoint.tensors.items() if expected.get(key, info.shape) != info.shape)
     problems = [f"{key} is missing" for key in missing] + [f"{key} has another shape" for key in differing]
     return Weights(len(checkpoint.files), sum(f.stat().st_size for f in checkpoint.files), dtypes, problems)
-
-
-def recorded_load(folder: Path, num_experts: int) -> RouterLoad | None:
-    """The load that a model's folder records, if any.
-
-    Raises:
-        ConversionError: the record does not fit the model: its numbers would be read as this model's.
-    """
-    path = folder / ROUTER_LOAD_FILE
-    if not path.is_file():
-        return None
-    record = read_json(path)
-    layers, modalities = record.get("layers"), record.get("modalities")
-    experts = record.get("experts", [str(i) for i in range(num_experts)])
-    fits = isinstance(modalities, dict) and isinstance(layers, list) and len(experts) == num_experts
-    if not fits or not all(_is_table(table, len(layers), len(experts)) for table in modalities.values()):
-        raise ConversionError(
-            f"{path} is no table of {num_experts} experts per layer and modality. Remove it, or "
-            'write {"layers": [...], "modalities": {name: [[share per expert] per layer]}}.'
-        )
-    known = [name for name in MODALITIES if name in modalities]
-    ordered = {name: modalities[name] for name in [*known, *(set(modalities) - set(known))]}
-    return RouterLoad([int(layer) for layer in layers], [str(expert) for expert in experts], ordered)
-
-
-def _is_table(table: Any, rows: int, columns: int) -> bool:
-    return (
-        isinstance(table, list)
-        and len(table) == rows
-        and all(isinstance(row, list) and len(row) == columns for row in table)
-        and all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for row in table for x in row)
-    )

@@ -23,7 +23,7 @@ from unimoe.trainers.recipe.recipe_parts import ExpertConfig, LoraSettings, MoeC
 from unimoe.trainers.saving.resumable import TRAINED_FILE
 from unimoe.trainers.stages.stage import LossLog
 
-SAVED_AT, STOPPED_AT = 2, 3
+SAVED_AT, STOPPED_AT = 1, 2
 # With what DeepSpeed takes by default, ranks would keep all weights of a model as small as this one; and a gigabyte more.
 SMALL = {"stage3_param_persistence_threshold": 700, "reduce_bucket_size": 100_000}
 
@@ -89,8 +89,9 @@ def run(folder: Path, name: str) -> None:
     models: dict[str, int] = {}
 
     def count(run: str, *_: Any) -> None:
-        gc.collect()
-        models.setdefault(run, sum(isinstance(thing, UniMoeForCausalLM) for thing in gc.get_objects()))
+        if zero and run not in models and run != "experts/text":
+            gc.collect()
+            models[run] = sum(type(thing) is UniMoeForCausalLM for thing in gc.get_objects())
 
     watch(folder / name / "mixture", folder / f"{name}-trained.safetensors", stops=zero > 0)
     for _ in range(2 if zero else 1):

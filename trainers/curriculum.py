@@ -368,7 +368,9 @@ class _Curriculum:
         """A whole bundle: what a recipe leaves behind loads where unimoe is not installed."""
         aside = written_aside(folder) if is_first() else nullcontext(folder.with_name(f"{folder.name}.new"))
         with aside as written:
-            self.model.save_pretrained(written, is_main_process=is_first())  # ranks put their parts together
+            wait_for_all()  # until the first rank has cleared the place
+            if is_first() or self.recipe.parallel.shards_models:  # ranks put their parts together
+                self.model.save_pretrained(written, is_main_process=is_first())
             if is_first():
                 self.processor.save_pretrained(written)
                 sections = keep_perception(self.recipe.model, self.recipe.perception, written)

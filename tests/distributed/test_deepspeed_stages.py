@@ -76,4 +76,4 @@ def test_a_checkpoint_has_the_adapters_and_what_trains_beside_them(folder: Path,
 @pytest.mark.parametrize("zero", ZERO)
 def test_an_engine_lets_go_of_its_model(folder: Path, zero: int) -> None:
     models = json.loads((folder / f"zero-{zero}-models.json").read_text(encoding="utf-8"))
-    assert models["experts/media"] == models["experts/text"] == models["mixture"]
+    assert models["experts/media"] == models["mixture"] > 0

@@ -43,6 +43,7 @@ def write_start(folder: Path) -> None:
     UniMoeForCausalLM(config).save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     tiny_training.write_jsonl(folder, per_modality=8)
+    tiny_training.write_jsonl(folder / "more", per_modality=12)
 
 
 def recipe(folder: Path, out: Path, parallel: Parallel) -> Recipe:
@@ -54,6 +55,7 @@ def recipe(folder: Path, out: Path, parallel: Parallel) -> Recipe:
         "moe",
         ["router", "connectors"],
         lora=LoraSettings(rank=4, alpha=8, targets=["attention", "experts", "ffn"]),
+        data=[str(folder / "more" / "train.jsonl")],
         modalities=["image", "text"],
         steps=STOPPED_AT + 1,
         batch_size=2,
@@ -66,6 +68,7 @@ def recipe(folder: Path, out: Path, parallel: Parallel) -> Recipe:
         model=str(folder / "model"),
         data=[str(folder / "train.jsonl")],
         out=str(out),
+        cache=str(out.with_name(f"{out.name}-cache")),
         moe=MoeConfig(sparse_layers=[1], num_experts_per_tok=1),
         parallel=parallel,
         gradient_checkpointing=True,

@@ -317,8 +317,7 @@ class _Curriculum:
         save_expert(self.model, folder, trained)
         wait_for_all()
         if reloads:
-            self.model = None
-            self._enter(self.model_folder)
+            self.model = load_start_model(self.model_folder, self.recipe)
         with torch.no_grad():
             for parameter_name, parameter in self.model.named_parameters():
                 if parameter_name in saved:
@@ -350,6 +349,8 @@ class _Curriculum:
         if self.cache is None and self.recipe.cache is not None:
             self.cache = EncoderCache(self.recipe.cache, self.model, self.reader)
         if self.cache is not None:
+            if self.recipe.parallel.ranks > 1:
+                self.cache.model = self.model  # an engine has changed the one before
             samples = in_memory(dataset, "The cache").samples
             with first_goes_ahead():
                 self.cache.build(samples, self.settings.progress_bar, skip_unreadable=True)

@@ -23,7 +23,7 @@ from unimoe.trainers.recipe.recipe_parts import ExpertConfig, LoraSettings, MoeC
 from unimoe.trainers.saving.resumable import TRAINED_FILE
 from unimoe.trainers.stages.stage import LossLog
 
-SAVED_AT, STOPPED_AT = 2, 3
+SAVED_AT, STOPPED_AT = 1, 2
 # With what DeepSpeed takes by default, ranks would keep all weights of a model as small as this one; and a gigabyte more.
 SMALL = {"stage3_param_persistence_threshold": 700, "reduce_bucket_size": 100_000}
 
@@ -43,6 +43,7 @@ def write_start(folder: Path) -> None:
     UniMoeForCausalLM(config).save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     tiny_training.write_jsonl(folder, per_modality=8)
+    tiny_training.write_jsonl(folder / "more", per_modality=12)
 
 
 def recipe(folder: Path, out: Path, parallel: Parallel) -> Recipe:
@@ -54,6 +55,7 @@ def recipe(folder: Path, out: Path, parallel: Parallel) -> Recipe:
         "moe",
         ["router", "connectors"],
         lora=LoraSettings(rank=4, alpha=8, targets=["attention", "experts", "ffn"]),
+        data=[str(folder / "more" / "train.jsonl")],
         modalities=["image", "text"],
         steps=STOPPED_AT + 1,
         batch_size=2,
@@ -66,6 +68,7 @@ def recipe(folder: Path, out: Path, parallel: Parallel) -> Recipe:
         model=str(folder / "model"),
         data=[str(folder / "train.jsonl")],
         out=str(out),
+        cache=str(out.with_name(f"{out.name}-cache")),
         moe=MoeConfig(sparse_layers=[1], num_experts_per_tok=1),
         parallel=parallel,
         gradient_checkpointing=True,
@@ -89,8 +92,9 @@ def run(folder: Path, name: str) -> None:
     models: dict[str, int] = {}
 
     def count(run: str, *_: Any) -> None:
-        gc.collect()
-        models.setdefault(run, sum(isinstance(thing, UniMoeForCausalLM) for thing in gc.get_objects()))
+        if zero and run not in models and run != "experts/text":
+            gc.collect()
+            models[run] = sum(type(thing) is UniMoeForCausalLM for thing in gc.get_objects())
 
     watch(folder / name / "mixture", folder / f"{name}-trained.safetensors", stops=zero > 0)
     for _ in range(2 if zero else 1):

@@ -317,8 +317,7 @@ class _Curriculum:
         save_expert(self.model, folder, trained)
         wait_for_all()
         if reloads:
-            self.model = None
-            self._enter(self.model_folder)
+            self.model = load_start_model(self.model_folder, self.recipe)
         with torch.no_grad():
             for parameter_name, parameter in self.model.named_parameters():
                 if parameter_name in saved:
@@ -350,6 +349,8 @@ class _Curriculum:
         if self.cache is None and self.recipe.cache is not None:
             self.cache = EncoderCache(self.recipe.cache, self.model, self.reader)
         if self.cache is not None:
+            if self.recipe.parallel.ranks > 1:
+                self.cache.model = self.model  # an engine has changed the one before
             samples = in_memory(dataset, "The cache").samples
             with first_goes_ahead():
                 self.cache.build(samples, self.settings.progress_bar, skip_unreadable=True)
@@ -368,7 +369,9 @@ class _Curriculum:
         """A whole bundle: what a recipe leaves behind loads where unimoe is not installed."""
         aside = written_aside(folder) if is_first() else nullcontext(folder.with_name(f"{folder.name}.new"))
         with aside as written:
-            self.model.save_pretrained(written, is_main_process=is_first())  # ranks put their parts together
+            wait_for_all()  # until the first rank has cleared the place
+            if is_first() or self.recipe.parallel.shards_models:  # ranks put their parts together
+                self.model.save_pretrained(written, is_main_process=is_first())
             if is_first():
                 self.processor.save_pretrained(written)
                 sections = keep_perception(self.recipe.model, self.recipe.perception, written)

@@ -1,5 +1,6 @@
 """Experts one after the other, then adapters: DeepSpeed's ZeRO 1, 2 and 3 make of a recipe what DistributedDataParallel
-makes of it, stopped in the middle and started again. One start of two ranks (gloo) makes all runs.
+makes of it, stopped in the middle and started again. One start of two ranks (gloo) makes all runs; `pytest -s` prints the
+largest difference of every file.
 """
 
 import importlib.util
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import staged_runs
-import torch
 from rank_launch import losses, torchrun
 from safetensors.torch import load_file
 
@@ -36,8 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same(found: Path, expected: Path) -> None:
     tensors, wanted = load_file(found), load_file(expected)
     assert tensors.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6, msg=f"{found.name}: {name}")
+    differences = {name: float((tensors[name] - tensor).abs().max()) for name, tensor in wanted.items()}
+    print(f"{found.parent.name}/{found.name}: {max(differences.values(), default=0):.1e}")
+    assert not [name for name, difference in differences.items() if difference > 1e-6]
 
 
 @pytest.mark.parametrize("zero", ZERO)
@@ -76,4 +77,4 @@ def test_a_checkpoint_has_the_adapters_and_what_trains_beside_them(folder: Path,
 @pytest.mark.parametrize("zero", ZERO)
 def test_an_engine_lets_go_of_its_model(folder: Path, zero: int) -> None:
     models = json.loads((folder / f"zero-{zero}-models.json").read_text(encoding="utf-8"))
-    assert models["experts/media"] == models["experts/text"] == models["mixture"]
+    assert models["experts/media"] == models["mixture"] > 0

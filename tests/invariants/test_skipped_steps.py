@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from unimoe.errors import TrainingError
 from unimoe.trainers.saving.checkpoints import newest_checkpoint
 from unimoe.trainers.saving.optimizer_state import state_by_name
+from unimoe.trainers.steps.non_finite import FiniteGuard
 from unimoe.trainers.steps.router_bias import choice_biases
 from unimoe.trainers.steps.trainable import set_trainable
 from unimoe.trainers.trainer import UniMoeTrainer
@@ -180,3 +182,20 @@ def test_bfloat16_stops_at_the_first_bad_module(bench: Bench, tmp_path: Path) ->
     )
     with pytest.raises(TrainingError, match=r"loss is not finite at step 1 .*the output of .*layers\.1\.mlp"):
         made.train()
+
+
+def test_under_deepspeed_a_run_ends_because_the_step_has_been_made() -> None:
+    trainer = SimpleNamespace(
+        is_deepspeed_enabled=True,
+        accelerator=SimpleNamespace(num_processes=1),
+        state=SimpleNamespace(global_step=4),
+        args=SimpleNamespace(process_index=1),
+    )
+    guard = FiniteGuard(max_skipped=3)
+    guard.add({"sample_ids": ["text-7"]}, {}, torch.tensor(1.0))
+    assert guard.passes(trainer, 1.0)
+    guard.add({"sample_ids": ["text-8"]}, {}, torch.tensor(math.nan))
+    with pytest.raises(
+        TrainingError, match=r"loss .* step 5 on rank 1\. DeepSpeed has made .*\(text-8\).*last checkpoint"
+    ):
+        guard.passes(trainer, math.nan)

@@ -98,11 +98,20 @@ def test_another_number_of_processes_is_refused(
         require_launched(parallel)
 
 
-def test_a_time_limit_is_refused_on_several_ranks() -> None:
-    stage = StageConfig("s", time_limit_seconds=5.0)
-    check_stage(Parallel(), stage, "stage")
-    with pytest.raises(RecipeError, match=r"stage\.time_limit_seconds is 5\.0"):
-        check_stage(Parallel(data=2), stage, "stage")
+@pytest.mark.parametrize(
+    ("setting", "parallel", "allowed"),
+    [
+        ({"time_limit_seconds": 5.0}, Parallel(data=2), Parallel()),
+        ({"max_skipped_steps": 1}, Parallel(data=2, zero=2), Parallel(data=2, zero=2, engine="fsdp")),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused(
+    setting: dict[str, Any], parallel: Parallel, allowed: Parallel
+) -> None:
+    stage = StageConfig("s", **setting)
+    check_stage(allowed, stage, "stage")
+    with pytest.raises(RecipeError, match=rf"stage\.{next(iter(setting))} is "):
+        check_stage(parallel, stage, "stage")
 
 
 def test_a_recipe_keeps_its_section(tmp_path: Path) -> None:

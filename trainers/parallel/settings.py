@@ -153,6 +153,11 @@ def check_stage(parallel: Parallel, stage: Any, where: str) -> None:
             f"{where}.time_limit_seconds is {stage.time_limit_seconds}, but the speed is measured on one process only: "
             "leave it out, and set steps."
         )
+    if stage.max_skipped_steps and parallel.uses_deepspeed:
+        raise RecipeError(
+            f"{where}.max_skipped_steps is {stage.max_skipped_steps}, but DeepSpeed makes a step before it can be left "
+            "out: set it to 0, or parallel.engine to 'fsdp' (zero 2 or 3)."
+        )
 
 
 def deepspeed_settings(zero: int) -> dict[str, Any]:

@@ -60,6 +60,11 @@ class FiniteGuard:
         self.step_made = losses_finite and math.isfinite(float(norm))
         if self.step_made:
             return True
+        if trainer.is_deepspeed_enabled:
+            raise TrainingError(
+                f"{_what(trainer, batches)}. DeepSpeed has made this step, so the weights in memory are spoilt: look at "
+                f"these samples ({_samples(batches)}), lower the learning rate, and go on from the last checkpoint."
+            )
         if losses_finite and _scale_can_shrink(trainer):
             # Gradients of half precision that were scaled up too far: the scaler leaves the step out and scales less.
             logger.info(
@@ -99,11 +104,16 @@ class FiniteGuard:
                 backward,
                 lambda found: _on_any_rank(trainer, found),
             )
-        samples = ", ".join(str(name) for batch in named for name in batch.raw.get("sample_ids", ()))
-        return (
-            f"The {'loss' if bad else 'gradient norm'} is not finite at step {trainer.state.global_step + 1} on rank "
-            f"{trainer.args.process_index}; it begins with {origin}. Samples of the batch: {samples}."
-        )
+        return f"{_what(trainer, batches)}; it begins with {origin}. Samples of the batch: {_samples(named)}."
+
+
+def _what(trainer: Any, batches: list[_Batch]) -> str:
+    what = "gradient norm" if all(_is_finite(batch.loss) for batch in batches) else "loss"
+    return f"The {what} is not finite at step {trainer.state.global_step + 1} on rank {trainer.args.process_index}"
+
+
+def _samples(batches: list[_Batch]) -> str:
+    return ", ".join(str(name) for batch in batches for name in batch.raw.get("sample_ids", ()))
 
 
 def _on_any_rank(trainer: Any, found: bool) -> bool:

@@ -154,6 +154,18 @@ def test_experts_one_by_one_wait_once_for_each_layer() -> None:
     assert cuda.ours() == PLACES | {"quantized_experts_unimoe.py:tokens_of_experts": len(blocks)}
 
 
+def test_a_tower_that_both_audio_branches_read_waits_to_know_whether_their_windows_are_the_same() -> None:
+    windows = tiny.media(windows=1)["speech_features"]
+    media = {"speech_features": windows, "audio_features": windows.clone()}
+    model = tiny.model(audio_config=None)
+    with CudaStandIn() as cuda, torch.no_grad():
+        model.to("cuda")
+        inputs = moved({"input_ids": torch.tensor([tiny.prompt(1, "audio", 5)]), **media})
+        cuda.waits.clear()
+        model(**inputs)
+    assert cuda.ours() == PLACES | {"encoding_unimoe.py:_share_speech_states": 1}
+
+
 def test_types_are_checked_on_the_device() -> None:
     model, inputs = model_of("groups"), inputs_of("groups")
     inputs["mm_token_type_ids"] = model.model.modality_ids(inputs["input_ids"])

@@ -121,10 +121,8 @@ class _Names(TorchFunctionMode):
         if func in _SUBSCRIPTS and isinstance(args[0], CudaTensor):
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
             args = (args[0], tuple(map(_index, parts)), *args[2:])
-        if (
-            types and torch._C._is_torch_function_enabled()
-        ):  # a subclass, in whose functions the device has its name too
-            with self:
+        if types and torch._C._is_torch_function_enabled():
+            with self:  # in functions that a subclass brings along the device has its name too
                 return types[0].__torch_function__(func, types, args, kwargs)
         return func(*args, **kwargs)
 

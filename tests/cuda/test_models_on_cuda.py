@@ -18,17 +18,23 @@ from unimoe.trainers.telemetry.routing_statistics import RoutingRecorder
 Inputs = dict[str, torch.Tensor]
 TEXTS: dict[str, dict[str, Any]] = {
     "top-k": {"router_bias_update_rate": 0.1},
-    "drawn": {"router_pick": "sample", "router_jitter_noise": 0.1, "num_shared_experts": 1, "num_null_experts": 1},
-    "groups": {**tiny.MOIIE_GROUPS, "router_bias_update_rate": 0.1, "num_null_experts": 1, "num_shared_experts": 1},
-    "sigmoid": {"router_scoring": "sigmoid", "router_aux_loss_layers": "joint", "sliding_window": 8},
-    "modality losses": {
+    "drawn": {
+        "router_pick": "sample",
+        "router_jitter_noise": 0.1,
         "router_modality_loss_coef": 0.1,
         "router_divergence_loss_coef": 0.1,
         "modality_experts": {"image": [0, 1], "speech": [2]},
     },
+    "groups": {**tiny.MOIIE_GROUPS, "router_bias_update_rate": 0.1, "num_null_experts": 1, "num_shared_experts": 1},
+    "sigmoid": {"router_scoring": "sigmoid", "router_aux_loss_layers": "joint", "sliding_window": 8},
     "as released": {"router_divergence_loss_coef": 0.1, "router_losses_as_released": True},
-    "top-p": {"router_type": "dynamic", "router_top_p": 0.7, "num_null_experts": 1, "num_shared_experts": 1},
-    "capacity": {"router_type": "dynamic", "expert_capacity_factor": 1.0, "capacity_policy": "position"},
+    "top-p": {
+        "router_type": "dynamic",
+        "router_top_p": 0.7,
+        "num_null_experts": 1,
+        "num_shared_experts": 1,
+        "expert_capacity_factor": 1.0,
+    },
     "mixers": {},
 }
 # Numbers of placeholders and of features are compared, for an error that says how many there are.
@@ -146,6 +152,18 @@ def test_experts_one_by_one_wait_once_for_each_layer() -> None:
         cuda.waits.clear()
         model(**inputs)
     assert cuda.ours() == PLACES | {"quantized_experts_unimoe.py:tokens_of_experts": len(blocks)}
+
+
+def test_a_tower_that_both_audio_branches_read_waits_to_know_whether_their_windows_are_the_same() -> None:
+    windows = tiny.media(windows=1)["speech_features"]
+    media = {"speech_features": windows, "audio_features": windows.clone()}
+    model = tiny.model(audio_config=None)
+    with CudaStandIn() as cuda, torch.no_grad():
+        model.to("cuda")
+        inputs = moved({"input_ids": torch.tensor([tiny.prompt(1, "audio", 5)]), **media})
+        cuda.waits.clear()
+        model(**inputs)
+    assert cuda.ours() == PLACES | {"encoding_unimoe.py:_share_speech_states": 1}
 
 
 def test_types_are_checked_on_the_device() -> None:

@@ -41,6 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
     "grouped": LOSSES | MOIIE_GROUPS,
     "dynamic": LOSSES
     | {"router_type": "dynamic", "router_top_p": 0.6, "num_null_experts": 1, "num_shared_experts": 1},
+    "heads": LOSSES
+    | {"attention_bias": True, "attention_output_bias": True, "use_qk_norm": True},  # as in Qwen2 and Qwen3
     "mixers": LOSSES,
     "idle": LOSSES
     | {"num_experts_per_tok": 1},  # all tokens go to experts 0 and 1, so that later ranks' experts get nothing
@@ -93,7 +95,8 @@ def run(
     """Train; gradients of the first step ("gradients/NAME"), weights after the last one ("weights/NAME"), "losses",
     the optimizer's moments ("moments/NAME"), and logits of texts of unlike lengths, one per data rank ("logits/RANK").
 
-    float64: with all arithmetic in it. lora: on attention and experts, merged at the end; "adapters/NAME" before that.
+    float64: with all arithmetic in it. lora: on attention, dense FFNs and experts, merged at the end; "adapters/NAME" before
+    that.
     """
     with InFloat64() if float64 else nullcontext():
         model = load_spread(folder / case, parallel)
@@ -132,7 +135,7 @@ def run(
 def with_lora(model: UniMoeForCausalLM) -> Any:
     """Adapters that change the model from the beginning, so that no gradient is zero."""
     torch.manual_seed(0)
-    adapted = add_lora(model, LoraSettings(rank=4, alpha=8, targets=["attention", "experts"]))
+    adapted = add_lora(model, LoraSettings(rank=4, alpha=8, targets=["attention", "ffn", "experts"]))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if ".lora_B." in name:

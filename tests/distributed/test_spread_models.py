@@ -32,7 +32,8 @@ def spread(ranks: int) -> Job:
 BOTH: Job = {"data": 2, "tensor": 2, "expert": 2, "zero": 3}
 # FSDP2 divides float64 gradients twice where every expert is on one rank only, so those runs are in float32.
 IN_FLOAT32: dict[str, Job] = {f"{case}-{n}": {"case": case, "parallel": spread(n)} for case in CASES for n in (2, 4)}
-del IN_FLOAT32["mixers-4"]
+for name in ("mixers-4", "heads-2", "heads-4"):
+    del IN_FLOAT32[name]
 IN_FLOAT32["null-tensor-2"] = {"case": "null", "parallel": BOTH | {"expert": 4}}
 IN_FLOAT32["shared-tensor-2"] = {"case": "shared", "parallel": BOTH}
 IN_FLOAT32["lora-idle-2"] = {"case": "idle", "parallel": spread(2), "lora": True}
@@ -43,11 +44,18 @@ IN_FLOAT64: dict[str, Job] = {
     "tensor-2-expert-2": {"case": "shared", "parallel": {"tensor": 2, "expert": 2}},
     "tensor-2-expert-2-idle": {"case": "idle", "parallel": {"tensor": 2, "expert": 2}},
     "tensor-2-mixers": {"case": "mixers", "parallel": {"tensor": 2}},
+    "tensor-2-heads": {"case": "heads", "parallel": {"tensor": 2}, "accumulation": 2},
     "data-4-expert-2": {"case": "dynamic", "parallel": {"data": 4, "expert": 2, "zero": 2}},
     "data-2-tensor-2-expert-2": {"case": "grouped", "parallel": BOTH},
     "lora-tensor-2": {"case": "grouped", "parallel": {"tensor": 2}, "lora": True},
     "lora-tensor-2-expert-2": {"case": "shared", "parallel": {"tensor": 2, "expert": 2}, "lora": True},
     "lora-data-4-expert-2": {"case": "dynamic", "parallel": {"data": 4, "expert": 2, "zero": 2}, "lora": True},
+    "lora-data-2-tensor-2": {
+        "case": "heads",
+        "parallel": {"data": 2, "tensor": 2, "zero": 2},
+        "accumulation": 2,
+        "lora": True,
+    },
     "lora-data-2-tensor-2-expert-2": {"case": "grouped", "parallel": BOTH, "lora": True},
 }
 SAVED: dict[str, Job] = {

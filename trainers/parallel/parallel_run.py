@@ -17,6 +17,7 @@ from ...modeling_unimoe.modeling_unimoe_text import UniMoeExperts, UniMoeSparseB
 from ..saving.sharded_checkpoints import load_weights
 from ..saving.sharded_tensors import is_sharded
 from .deepspeed_models import forget_deepspeed, model_after
+from .head_norms import sum_norm_gradients
 from .heartbeat import heartbeat
 from .settings import Parallel, start
 
@@ -51,6 +52,8 @@ def load_spread(folder: str | Path, parallel: Parallel) -> UniMoeForCausalLM:
     else:
         options = {} if spread is None else {"distributed_config": spread}
         model = UniMoeForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    if parallel.tensor > 1:
+        sum_norm_gradients(model)
     set_sharding(model, parallel)
     return model
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from unimoe import UniMoeForCausalLM
 from unimoe.errors import RecipeError
 from unimoe.roles import role_of
+from unimoe.trainers.parallel.spread_lora import _adapted_modules, _experts_forward
 from unimoe.trainers.recipe.recipe_parts import LoraSettings
 from unimoe.trainers.steps import lora
 from unimoe.trainers.steps.lora import add_lora, merge_lora
@@ -95,6 +96,23 @@ def test_merging_costs_a_rounding_and_reloading_nothing(tmp_path: Path) -> None:
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     again = merge_lora(trained(model())).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in merged.state_dict().items())
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_weights_before_adapters_are_added() -> None:
+    """In bfloat16 a weight has 8 bits, below which most of what a young adapter adds would vanish."""
+    adapted = trained(model())
+    name, adapters = next(pair for pair in _adapted_modules(adapted.get_base_model()) if "experts" in pair[0])
+    experts = adapters[0].get_base_layer()
+    computed_with = _experts_forward(
+        lambda: torch.stack([experts._parameters["gate_up_proj"].sum(), experts._parameters["down_proj"].sum()]),
+        experts,
+        adapters,
+        lambda adapter, b_EOR, a_ERI: (b_EOR, a_ERI),
+    )
+    without = computed_with()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(computed_with(), without), name
 
 
 def test_settings_are_checked() -> None:

@@ -201,10 +201,11 @@ def _experts_forward(
         try:
             for adapter in adapters:
                 weight: Any = parts[adapter.parameter_name]
-                for active in _active(adapter):
-                    weight = torch.baddbmm(
-                        weight, *own_factors(adapter, *_factors(adapter, active)), alpha=adapter.scaling[active]
-                    )
+                # As PEFT does, not in autocast's dtype, in which a weight is too coarse for what is added to it.
+                with torch.autocast(weight.device.type, enabled=False):
+                    for active in _active(adapter):
+                        b_EOR, a_ERI = own_factors(adapter, *_factors(adapter, active))
+                        weight = torch.baddbmm(weight, b_EOR, a_ERI, alpha=adapter.scaling[active])
                 module._parameters[adapter.parameter_name] = weight
             return forward(*args)
         finally:

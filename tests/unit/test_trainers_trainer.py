@@ -363,3 +363,13 @@ def test_adapters_of_another_run_are_refused(bench: Bench, tmp_path: Path) -> No
     adapted = add_lora(other, LoraSettings(rank=2))
     with pytest.raises(CheckpointError, match="holds other trained parameters than this run"):
         bench.trainer(tmp_path, adapted, 2).train(resume_from_checkpoint=True)
+
+
+def test_adapters_of_another_rank_are_refused(bench: Bench, tmp_path: Path) -> None:
+    """Those of a larger one would fit when cut."""
+    bench.trainer(tmp_path, with_lora(bench), 1, save_strategy="steps", save_steps=1).train()
+    other = bench.model()
+    set_trainable(other, ["router", "connectors"])
+    smaller = add_lora(other, LoraSettings(rank=1, targets=["experts", "attention"]))
+    with pytest.raises(CheckpointError, match=r"lora_A.* in the shape \[.*, but this run has \[.*settings of the run"):
+        bench.trainer(tmp_path, smaller, 2).train(resume_from_checkpoint=True)

@@ -32,7 +32,7 @@ from .checkpoints import SAVING_FOLDER, newest_checkpoint, rotate, seal, told, v
 from .folder_lock import exclusive
 from .optimizer_state import WHOLE_STATE, load_state_by_name, state_by_name
 from .random_state import random_state, set_random_state
-from .sharded_tensors import fill_parts, whole_tensor
+from .sharded_tensors import fill_parts, require_shapes, whole_tensor
 from .state_tree import has_tree, load_tree, save_tree
 
 logger = logging.get_logger(__name__)
@@ -244,6 +244,7 @@ class ResumableTrainer(Trainer):
                 f"{trained_file} holds other trained parameters than this run, e.g. {different}: resume with the "
                 "settings of the run that wrote it, or start in another folder."
             )
+        require_shapes(trained_file, target, {name: tuple(tensor.shape) for name, tensor in trained.items()})
         fill_parts(target, lambda name, region: trained[name][region.in_whole()])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

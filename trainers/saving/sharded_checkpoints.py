@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ...errors import CheckpointError
 from .optimizer_parts import PARTS_FILE, load_parts, save_parts
 from .resumable import ResumableTrainer
-from .sharded_tensors import Region, fill_parts, is_sharded
+from .sharded_tensors import Region, fill_parts, is_sharded, require_shapes
 
 _LoadResult = namedtuple("_LoadResult", ["missing_keys", "unexpected_keys"])
 
@@ -70,29 +70,36 @@ def load_weights(folder: Path, model: nn.Module) -> Any:
 
     Returns:
         `missing_keys` and `unexpected_keys`, as `load_state_dict` does.
+
+    Raises:
+        CheckpointError: a file of weights is missing, or has tensors of other shapes.
     """
-    files = _weight_files(folder)
+    saved = _saved_tensors(folder)
     tensors = model.state_dict(keep_vars=True)
+    common = {name: tensor for name, tensor in tensors.items() if name in saved}
+    require_shapes(folder, common, {name: shape for name, (_, shape) in saved.items()})
 
     def read(name: str, region: Region) -> torch.Tensor:
-        with safe_open(files[name], framework="pt") as file:
+        with safe_open(saved[name][0], framework="pt") as file:
             return file.get_slice(name)[region.in_whole()] if region.sizes else file.get_tensor(name)
 
-    fill_parts({name: tensor for name, tensor in tensors.items() if name in files}, read)
-    return _LoadResult(sorted(set(tensors) - set(files)), sorted(set(files) - set(tensors)))
+    fill_parts(common, read)
+    return _LoadResult(sorted(set(tensors) - set(saved)), sorted(set(saved) - set(tensors)))
 
 
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file."""
+def _saved_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """File and shape of every tensor of saved weights, unread."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = [SAFE_WEIGHTS_NAME]
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    file = folder / SAFE_WEIGHTS_NAME
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no {SAFE_WEIGHTS_NAME}: go on from another checkpoint.")
-    with safe_open(file, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), file)
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for file in (folder / name for name in names):
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: put it back, or take another folder or checkpoint.")
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: (file, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}
+    return found
 
 
 def _for_other_groups(state: dict[str, Any], scheduler: Any) -> dict[str, Any]:

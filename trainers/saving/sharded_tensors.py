@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from ...errors import CheckpointError
 
 
 class Region(NamedTuple):
@@ -86,6 +89,16 @@ def filled_like(tensor: torch.Tensor, read: Callable[[Region], torch.Tensor]) ->
         values.copy_(read(region))
     boxed = DTensor.from_local(values, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
     return boxed.redistribute(placements=tensor.placements)  # type: ignore[attr-defined]
+
+
+def require_shapes(where: Path, tensors: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError if tensors have other shapes in a file or folder: parts of larger ones would fit as well."""
+    wrong = [name for name, tensor in tensors.items() if tuple(tensor.shape) != found[name]]
+    if wrong:
+        raise CheckpointError(
+            f"{where} has {wrong[0]} in the shape {list(found[wrong[0]])}, but this run has {list(tensors[wrong[0]].shape)} "
+            f"({len(wrong)} differ): go on with the settings of the run that wrote it, or start in another folder."
+        )
 
 
 @torch.no_grad()

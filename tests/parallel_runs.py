@@ -98,8 +98,8 @@ def run(
     float64: with all arithmetic in it. lora: on attention, dense FFNs and experts, merged at the end; "adapters/NAME" before
     that.
     """
+    model = load_spread(folder / case, parallel)
     with InFloat64() if float64 else nullcontext():
-        model = load_spread(folder / case, parallel)
         if float64:
             model.double().set_experts_implementation("eager")  # grouped products exist in float32 and below
         has_mixers = model.config.text_config.mixer_config is not None

@@ -35,7 +35,6 @@ IN_FLOAT32: dict[str, Job] = {f"{case}-{n}": {"case": case, "parallel": spread(n
 for name in ("mixers-4", "heads-2", "heads-4"):
     del IN_FLOAT32[name]
 IN_FLOAT32["null-tensor-2"] = {"case": "null", "parallel": BOTH | {"expert": 4}}
-IN_FLOAT32["shared-tensor-2"] = {"case": "shared", "parallel": BOTH}
 IN_FLOAT32["lora-idle-2"] = {"case": "idle", "parallel": spread(2), "lora": True}
 IN_FLOAT32["lora-fsdp"] = {"case": "top_k", "parallel": {"data": 2, "zero": 3, "engine": "fsdp"}, "lora": True}
 IN_FLOAT64: dict[str, Job] = {
@@ -47,6 +46,7 @@ IN_FLOAT64: dict[str, Job] = {
     "tensor-2-heads": {"case": "heads", "parallel": {"tensor": 2}, "accumulation": 2},
     "data-4-expert-2": {"case": "dynamic", "parallel": {"data": 4, "expert": 2, "zero": 2}},
     "data-2-tensor-2-expert-2": {"case": "grouped", "parallel": BOTH},
+    "data-2-tensor-2-expert-2-shared": {"case": "shared", "parallel": BOTH},
     "lora-tensor-2": {"case": "grouped", "parallel": {"tensor": 2}, "lora": True},
     "lora-tensor-2-expert-2": {"case": "shared", "parallel": {"tensor": 2, "expert": 2}, "lora": True},
     "lora-data-4-expert-2": {"case": "dynamic", "parallel": {"data": 4, "expert": 2, "zero": 2}, "lora": True},

@@ -144,6 +144,7 @@ def _is_dispatched(base: Any, module: nn.Module) -> bool:
 def _linear_forward(
     forward: Callable[..., Any], module: Any, adapter: Any, mesh: Any
 ) -> Callable[[torch.Tensor], torch.Tensor]:
+    """W x + B A x, of which this rank has some rows of W and B, or some columns of W and A and what x has for these."""
     from torch.distributed.tensor import DTensor, Partial, Shard
 
     by_rows = module.weight.placements[-1].is_shard(0)  # else by columns
@@ -151,6 +152,7 @@ def _linear_forward(
     def with_adapters(x: Any) -> Any:
         result: Any = forward(x)
         if isinstance(x, DTensor):
+            # By rows every rank has the whole x, and its gradient is a sum of what their rows give.
             x = x.to_local(grad_placements=[Partial()] if by_rows else None)
         for active in _active(adapter):
             b_OR, a_RI = _factors(adapter, active)
@@ -171,7 +173,7 @@ def _linear_forward(
 def _dispatched_forward(
     forward: Callable[..., Any], module: nn.Module, adapters: list[Any], mesh: Any
 ) -> Callable[..., torch.Tensor]:
-    """Of whole experts, some of all."""
+    """For ranks that hold some experts, each of them whole."""
 
     def own_factors(adapter: Any, b_EOR: torch.Tensor, a_ERI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _own(b_EOR, mesh, 0), _own(a_ERI, mesh, 0)
@@ -182,7 +184,7 @@ def _dispatched_forward(
 def _sliced_forward(
     forward: Callable[..., Any], module: nn.Module, adapters: list[Any], mesh: Any
 ) -> Callable[..., torch.Tensor]:
-    """Of slices of all experts."""
+    """For ranks that hold a slice of every expert."""
 
     def own_factors(adapter: Any, b_EOR: torch.Tensor, a_ERI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if adapter.parameter_name == "down_proj":
@@ -195,6 +197,12 @@ def _sliced_forward(
 def _experts_forward(
     forward: Callable[..., Any], module: nn.Module, adapters: list[Any], own_factors: Callable[..., Any]
 ) -> Callable[..., torch.Tensor]:
+    """The forward of fused experts on weights to which this rank's part of the adapters is added.
+
+    Args:
+        own_factors: adapter, b [E, O, R], a [E, R, I] -> what of these belongs to the rank's part of the weight.
+    """
+
     def with_adapters(*args: Any) -> torch.Tensor:
         # transformers has put this rank's parts in the places of the parameters, and takes them away afterwards.
         parts = {adapter.parameter_name: module._parameters[adapter.parameter_name] for adapter in adapters}
@@ -216,7 +224,7 @@ def _experts_forward(
 
 def _added(adapter: Any, region: Region) -> torch.Tensor:
     """What the adapters add to a region of their weight."""
-    *experts, rows, columns = region.in_whole()
+    *experts, rows, columns = region.in_whole()  # a matrix has no experts
     added: Any = 0
     for active in _active(adapter):
         b, a = _factors(adapter, active)

@@ -98,7 +98,8 @@ def _saved_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: put it back, or take another folder or checkpoint.")
         with safe_open(file, framework="pt") as opened:
-            found |= {name: (file, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                found[name] = file, tuple(opened.get_slice(name).get_shape())
     return found
 
 

@@ -37,7 +37,7 @@ def test_degrees_that_go_together_have_an_engine(degrees: dict[str, Any], engine
     parallel.check()
     assert engine_of(parallel) == engine
     if parallel.expert > 1 and not can_spread_experts():
-        with pytest.raises(RecipeError, match="cannot spread experts over ranks"):
+        with pytest.raises(RecipeError, match="cannot spread models over such ranks"):
             parallel.distributed_config()
         return
     config = parallel.distributed_config()

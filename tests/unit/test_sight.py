@@ -1,6 +1,8 @@
 """Vision models that look at images while people ask: which they are, in chat, in pipelines and when served."""
 
+import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,7 +214,10 @@ def test_a_server_looks_at_images(folder: Path, looked_at: Widths) -> None:
     server = ModelServer(ServerSettings(str(folder), device="cpu"))
     assert "text: rapidocr" in str(server.note)
     [loaded] = server._model_manager.loaded_models.values()
-    inputs(loaded.processor, question({"type": "image", "image": picture(20)}))
+    later = inputs(loaded.processor, question({"type": "image", "image": picture(20)}))
+    assert looked_at.images == 0
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.run(later.made(executor))
     assert looked_at.images == 1
 
 

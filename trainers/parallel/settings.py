@@ -111,12 +111,12 @@ class Parallel:
             return None
         from transformers.distributed import DistributedConfig
 
-        if self.expert > 1 and not can_spread_experts():
+        if (self.expert > 1 or self.tensor > 1) and not can_spread_experts():
             from transformers import __version__
 
             raise RecipeError(
-                f"parallel.expert is {self.expert}, but transformers {__version__} cannot spread experts over ranks: "
-                "install transformers 5.23 or newer, or set parallel.expert to 1."
+                f"parallel.expert is {self.expert} and parallel.tensor is {self.tensor}, but transformers {__version__} cannot "
+                "spread models over such ranks: install transformers 5.23 or newer, or set both to 1."
             )
         sizes: dict[str, Any] = {"tp_size": self.tensor, "fsdp_size": self.data}
         if self.expert > 1:

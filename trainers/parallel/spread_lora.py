@@ -50,12 +50,11 @@ def spread_adapters(adapted: Any) -> None:
         adapted: a `peft.PeftModel` around a model that is spread.
     """
     base = adapted.get_base_model()
-    meshes = base._mesh_manager
     for name, adapters in _adapted_modules(base):
         module = adapters[0].get_base_layer()
         if "forward" not in vars(module):
             continue
-        forward = _forward_of_class(module)
+        forward, meshes = _forward_of_class(module), base._mesh_manager
         if not isinstance(module, UniMoeExperts):
             inner = _linear_forward(forward, module, adapters[0], meshes.get_mesh("tp"))
         elif _is_dispatched(base, module):

@@ -167,10 +167,8 @@ def test_answers_are_those_of_the_quickstarts_own_table(
     tasks = find_tasks(["starter_image", "starter_speech", "starter_text"])
     planned = runner.plan_run(tasks, tmp_path, tmp_path / "out", runner.Options("m", limit=2))
     samples = [item.record for plan in planned for item in plan.items]
-    model, processor = (
-        loaded_once(str(multimodal), torch.device("cpu")).model,
-        AutoProcessor.from_pretrained(multimodal),
-    )
+    model = loaded_once(str(multimodal), torch.device("cpu")).model
+    processor = AutoProcessor.from_pretrained(multimodal)
     cache = EncoderCache(tmp_path / "cache", model, processor, dtype="float32")
     cache.build(samples)
     expected = {a.sample["id"]: a for a in quickstart.answer_samples(model, processor, cache, samples)}

@@ -79,7 +79,7 @@ def recipe(start: Path, out: Path, parallel: Parallel) -> Recipe:
         "train",
         ["router", "experts", "connectors"],
         modalities=["image", "text", "speech"],
-        steps=8,
+        steps=6,
         batch_size=8 // parallel.data,
         learning_rate=1e-3,
         save_every=2,

@@ -70,10 +70,8 @@ RESUMED: dict[str, Job] = {
     "tensor-from-two": {"out": "by-two", "parallel": {"tensor": 2, "expert": 2}},
     "four-from-two": {"out": "by-two", "parallel": spread(4)},
     "four-from-tensor": {"out": "by-tensor", "parallel": spread(4)},
-    "both-from-tensor": {"out": "by-tensor", "parallel": BOTH},
     "four-from-both": {"out": "by-both", "parallel": spread(4)},
     "lora-four-from-tensor": {"out": "lora-by-tensor", "parallel": spread(4), "lora": True},
-    "lora-both-from-tensor": {"out": "lora-by-tensor", "parallel": BOTH, "lora": True},
     "lora-two-from-one": {"out": "lora-by-one", "parallel": spread(2), "lora": True},
 }
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .planned_forwards import forward_of_class, planned_style
+
 _STYLE = "replicated_with_grad_allreduce"
 
 
@@ -18,17 +20,15 @@ def sum_norm_gradients(model: Any) -> None:
     Args:
         model: a `PreTrainedModel` that is spread over ranks, some of which share a batch.
     """
-    from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
-
     mesh = model._mesh_manager.get_mesh("tp")
     for name, module in model.named_modules():
-        if model.tp_plan.get(replace_layer_number_by_wildcard(name)) == _STYLE:
+        if planned_style(model.tp_plan, name) == _STYLE:
             module.forward = _with_summed_gradients(module, mesh.get_group())
 
 
 def _with_summed_gradients(module: nn.Module, ranks: Any) -> Callable[..., torch.Tensor]:
     """The forward of a module's class, whose parameters' gradients are sums over some ranks."""
-    forward = type(module).forward.__get__(module)
+    forward = forward_of_class(module)
     watched: dict[str, nn.Parameter] = {}
 
     def summed(gradient: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ...modeling_unimoe.modeling_unimoe import UniMoeForCausalLM
 from ...modeling_unimoe.modeling_unimoe_text import UniMoeExperts
 from ..saving.sharded_tensors import Region, filled_like, is_sharded, reshard
+from .planned_forwards import forward_of_class, planned_style
 
 _INSIDE = ".base_layer"
 
@@ -54,7 +55,7 @@ def spread_adapters(adapted: Any) -> None:
         module = adapters[0].get_base_layer()
         if "forward" not in vars(module):
             continue
-        forward, meshes = _forward_of_class(module), base._mesh_manager
+        forward, meshes = forward_of_class(module), base._mesh_manager
         if not isinstance(module, UniMoeExperts):
             inner = _linear_forward(forward, module, adapters[0], meshes.get_mesh("tp"))
         elif _is_dispatched(base, module):
@@ -81,7 +82,7 @@ def merge_spread_adapters(adapted: Any) -> UniMoeForCausalLM:
             local = [tensor.to_local() if is_sharded(tensor) else tensor for tensor in (weight, added)]
             local[0].add_(local[1])
         if "forward" in vars(module):
-            _install(base, name, module, _forward_of_class(module))
+            _install(base, name, module, forward_of_class(module))
     return adapted.unload()
 
 
@@ -116,23 +117,18 @@ def _adapted_modules(base: nn.Module) -> Iterator[tuple[str, list[Any]]]:
             yield name, adapters
 
 
-def _forward_of_class(module: nn.Module) -> Callable[..., Any]:
-    """A module's forward without what transformers has put around it."""
-    return type(module).forward.__get__(module)
-
-
 def _install(base: Any, name: str, module: nn.Module, forward: Callable[..., Any]) -> None:
     """Give a module another forward, and have transformers put around it what its plan says."""
-    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
     module.forward = forward  # type: ignore[method-assign]
-    pattern, meshes = replace_layer_number_by_wildcard(name), base._mesh_manager
+    meshes = base._mesh_manager
     if _is_dispatched(base, module):
-        style, how = base.ep_plan[pattern], base.config.distributed_config.ep_implementation
+        style, how = planned_style(base.ep_plan, name), base.config.distributed_config.ep_implementation
         mesh, tensor_mesh = meshes.get_mesh("ep"), meshes.get_mesh("tp")
         ALL_PARALLEL_STYLES[style].install_forward(module, mesh, tp_mesh=tensor_mesh, ep_implementation=how)
     else:
-        ALL_PARALLEL_STYLES[base.tp_plan[pattern]].install_forward(module, meshes.get_mesh("tp"))
+        ALL_PARALLEL_STYLES[planned_style(base.tp_plan, name)].install_forward(module, meshes.get_mesh("tp"))
 
 
 def _is_dispatched(base: Any, module: nn.Module) -> bool:
